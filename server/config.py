@@ -1,0 +1,275 @@
+"""Configuration: YAML -> frozen pydantic models; unknown keys are refused by name.
+
+Read in `server.app`, `server.__main__` and `server.runner.loader` only; everything below them is
+passed what it needs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from server.errors import ConfigError
+
+StrategyName = Literal["standard", "single", "speculative", "cos", "mixture"]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Frozen, strict about keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """One member of the ensemble. The order in `models` is the proposal order: cheapest first."""
+
+    name: str = Field(
+        description="Name of this member in metrics and logs.", pattern=r"^[A-Za-z0-9._-]{1,64}$"
+    )
+    path: str = Field(description="Directory, GGUF file or hub id of the weights.", min_length=1)
+    device: str = Field("auto", description="torch device, or auto: cuda if present, else cpu.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Weights' dtype; auto is float32 on CPU, bfloat16 on GPU."
+    )
+
+
+class WeightedConfig(Section):
+    """Probability-level ensemble: sum of weight[k] * p_k."""
+
+    method: Literal["weighted"]
+    weights: tuple[Finite, ...] = Field(
+        description="One weight for each model, none negative, summing to 1."
+    )
+
+
+class ContrastiveConfig(Section):
+    """Logit-level contrast of the last model (expert) with the first (amateur)."""
+
+    method: Literal["contrastive"]
+    mu: Finite = Field(0.1, ge=0, le=10, description="Contrastive strength, paper eq. 5.")
+    plausibility: Finite = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Drop tokens below this fraction of the expert's top probability.",
+    )
+
+
+class LinearConfig(Section):
+    """Logit-level mix: softmax of the sum of weight[k] * logits_k."""
+
+    method: Literal["linear"]
+    weights: tuple[Finite, ...] = Field(
+        description="One weight for each model; negative ones contrast."
+    )
+
+
+CombinationConfig = Annotated[
+    WeightedConfig | ContrastiveConfig | LinearConfig, Field(discriminator="method")
+]
+
+
+class DecodingConfig(Section):
+    """Who advances next, and how far proposals run ahead."""
+
+    strategy: StrategyName = Field("cos", description="Which model advances next.")
+    gamma: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        4, description="Proposal length: one for all models, or one for each."
+    )
+    max_gamma: int = Field(8, ge=1, le=32, description="Longest proposal a request may ask for.")
+    single: str | None = Field(
+        None, description="Model decoded by strategy single; the last one if not given."
+    )
+    kappa: int = Field(
+        2, ge=0, description="mixture: foreign-coin tokens the first model may draft through."
+    )
+    shared_coins: bool = Field(
+        True, description="mixture: one coin for the whole batch, where a request allows it."
+    )
+
+    @model_validator(mode="after")
+    def _gamma_within_limit(self) -> DecodingConfig:
+        longest = self.gamma if isinstance(self.gamma, int) else max(self.gamma, default=0)
+        if longest > self.max_gamma:
+            raise ValueError(f"gamma {longest} is above max_gamma {self.max_gamma}")
+        return self
+
+
+class EngineConfig(Section):
+    """Sizes of the engine."""
+
+    max_sequences: int = Field(64, ge=1, le=4096, description="Sequences decoded at once.")
+    max_step_tokens: int = Field(
+        512, ge=1, description="Tokens one forward may take, prompts and decoding together."
+    )
+    max_length: int | None = Field(
+        None, ge=2, description="Context length; the models' shortest if not given."
+    )
+    kv_memory: str = Field(
+        "auto", description="KV memory of all models together, as 2GiB or 512MiB, or auto."
+    )
+    page_size: int = Field(16, ge=1, le=256, description="Tokens in one page of KV memory.")
+    max_waiting: int = Field(256, ge=1, description="Sequences that may wait before refusal.")
+    threads: int | None = Field(None, ge=1, description="CPU threads of torch; all cores if null.")
+
+    @field_validator("kv_memory")
+    @classmethod
+    def _kv_memory_parses(cls, value: str) -> str:
+        if value != "auto":
+            parse_bytes(value)
+        return value
+
+
+class HttpConfig(Section):
+    """The HTTP surface and its limits."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
+    max_prompts: int = Field(64, ge=1, description="Prompts in one request.")
+    max_n: int = Field(16, ge=1, le=128, description="Choices for each prompt.")
+    max_choices: int = Field(128, ge=1, description="Prompts times n in one request.")
+    max_stop: int = Field(16, ge=0, description="Stop strings in one request.")
+    max_stop_chars: int = Field(256, ge=1, description="Characters in one stop string.")
+    max_logprobs: int = Field(20, ge=0, description="Alternatives reported for each token.")
+    max_logit_bias: int = Field(1024, ge=0, description="Entries in logit_bias.")
+    ping_seconds: int = Field(15, ge=1, description="Interval of SSE keep-alive comments.")
+    drain_seconds: float = Field(
+        30.0, ge=0, description="Time running requests get to finish at shutdown."
+    )
+
+
+class ServerConfig(Section):
+    """The whole of one configs/*.yaml."""
+
+    served_model_name: str = Field(
+        description="The name clients use.", pattern=r"^[A-Za-z0-9._:/-]{1,128}$"
+    )
+    models: tuple[ModelConfig, ...] = Field(
+        min_length=1, max_length=8, description="Members, cheapest first."
+    )
+    combination: CombinationConfig = Field(description="How the members' scores become one.")
+    decoding: DecodingConfig = Field(default_factory=DecodingConfig, description="Strategy.")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="Sizes.")
+    http: HttpConfig = Field(default_factory=HttpConfig, description="HTTP surface.")
+
+    @model_validator(mode="after")
+    def _members_agree(self) -> ServerConfig:
+        names = [model.name for model in self.models]
+        if len(set(names)) != len(names):
+            raise ValueError(f"models: names must differ, got {names}")
+        gamma = self.decoding.gamma
+        if isinstance(gamma, tuple) and len(gamma) != len(names):
+            raise ValueError(f"decoding.gamma has {len(gamma)} entries for {len(names)} models")
+        if self.decoding.single is not None and self.decoding.single not in names:
+            raise ValueError(f"decoding.single is {self.decoding.single!r}, models are {names}")
+        return self
+
+
+_UNITS = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def parse_bytes(text: str) -> int:
+    """`2GiB` -> 2147483648. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(B|KiB|MiB|GiB)", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a size such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> ServerConfig:
+    """Read one YAML file and apply `key.path=value` overrides (values are YAML too).
+
+    Raises:
+        ConfigError: unreadable, malformed, or against the schema; every problem is named.
+    """
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: the top level must be a mapping")
+    for override in overrides:
+        _apply_override(data, override)
+    return parse_config(data, str(path))
+
+
+def parse_config(data: dict[str, Any], source: str = "config") -> ServerConfig:
+    """Validate a plain mapping. Raises ConfigError naming every offending key."""
+    try:
+        return ServerConfig.model_validate(data)
+    except ValidationError as error:
+        problems = "; ".join(_problem(dict(item)) for item in error.errors()[:10])
+        raise ConfigError(f"{source}: {problems}") from error
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override!r}: expected key.path=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is not valid YAML") from error
+    node: Any = data
+    *parents, last = key.split(".")
+    for part in parents:
+        node = _child(node, part, key)
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {key}: {'.'.join(parents)} is not a mapping or list")
+
+
+def _child(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
+    if isinstance(node, dict):
+        return node.setdefault(part, {})
+    raise ConfigError(f"--set {key}: {part!r} lies below a plain value")
+
+
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"--set {key}: {part!r} is no index into a list of {len(node)}")
+    return int(part)
+
+
+def _problem(item: dict[str, Any]) -> str:
+    location = tuple(part for part in item["loc"] if part not in _METHODS)
+    where = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(location[-1]), _known_keys(item["loc"]), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{where}: unknown key{hint}"
+    got = item.get("input")
+    shown = f" (got {got!r:.80})" if isinstance(got, str | int | float | bool) else ""
+    return f"{where + ': ' if where else ''}{item['msg']}{shown}"
+
+
+_METHODS = {"weighted": WeightedConfig, "contrastive": ContrastiveConfig, "linear": LinearConfig}
+_SECTIONS: dict[str, type[Section]] = {
+    "models": ModelConfig,
+    "decoding": DecodingConfig,
+    "engine": EngineConfig,
+    "http": HttpConfig,
+}
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    """Keys allowed where `location` points: its section is the first part, its tag the second."""
+    if len(location) == 1:
+        return list(ServerConfig.model_fields)
+    section = _SECTIONS.get(str(location[0])) or _METHODS.get(str(location[1]), WeightedConfig)
+    return list(section.model_fields)

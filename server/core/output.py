@@ -1,0 +1,52 @@
+"""What leaves the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from server.core.sequence import SequenceStats
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log of the combined distribution before temperature and truncation, at one position.
+
+    Attributes:
+        token_id: the token that stands there.
+        logprob: its log-probability; may be -inf.
+        top: the most probable (token id, logprob) pairs, best first; as many as were asked for.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenDelta:
+    """What one step added to one sequence.
+
+    Attributes:
+        sequence_id: whose it is.
+        token_ids: newly verified tokens, cut at the end of the text.
+        text: newly decided text; characters that may yet turn out to belong to a stop string or
+            to an unfinished UTF-8 character are held back for a later delta.
+        logprobs: one for each token, or empty where none were asked for.
+        finish_reason: set on the last delta of a sequence.
+        stop_reason: the stop string or stop token id that ended the text, None for the models'
+            own end-of-text token and for every other end.
+        stats: set on the last delta.
+        error: why the sequence failed, where finish_reason is "error".
+    """
+
+    sequence_id: str
+    token_ids: tuple[int, ...] = ()
+    text: str = ""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    stats: SequenceStats | None = None
+    error: str | None = field(default=None)

@@ -1,0 +1,85 @@
+"""What one request asks of sampling and of decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.config import StrategyName
+from server.core.combination import Combination
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """Warps and ends of one sequence; validated at the edge, trusted here.
+
+    Attributes:
+        max_tokens: verified tokens to generate at most, at least 1.
+        min_tokens: no stop token and no stop string ends the text before so many tokens.
+        temperature: 0 is greedy.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the smallest set of tokens with at least this mass; 1 keeps all.
+        min_p: drop tokens below this fraction of the top probability; 0 keeps all.
+        presence_penalty, frequency_penalty: OpenAI's, over generated tokens.
+        repetition_penalty: Keskar et al. 2019, over prompt and generated tokens; 1 is none.
+        logit_bias: (token id, bias) pairs.
+        allowed_token_ids: only these may be generated; None allows all.
+        seed: of the counter-based randomness; the caller draws one where the client gave none.
+        is_seeded: whether the client gave the seed, and so expects the same text again.
+        stop: strings that end the text.
+        stop_token_ids: tokens that end the text, besides the models' own end-of-text tokens.
+        include_stop: leave the stop string in the text.
+        ignore_eos: the models' own end-of-text tokens do not end the text.
+        skip_special_tokens: leave special tokens out of the text.
+        logprobs: alternatives to report for each token; 0 reports only the token, None nothing.
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    seed: int = 0
+    is_seeded: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    include_stop: bool = False
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class DecodingParams:
+    """How one sequence is decoded; hashable, so that equal ones share tensors and strategies.
+
+    Attributes:
+        strategy: which model advances next.
+        combination: the target of verification.
+        gamma: proposal length of each model, each at most the engine's max_gamma.
+        kappa: mixture only: foreign-coin tokens the first model may draft through.
+        shared_coins: mixture only: take the batch's coins, not the sequence's own.
+    """
+
+    strategy: StrategyName
+    combination: Combination
+    gamma: tuple[int, ...]
+    kappa: int = 0
+    shared_coins: bool = False

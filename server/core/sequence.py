@@ -1,0 +1,182 @@
+"""One token list being decoded, and its counters.
+
+    token_ids   | prompt | verified ... | pending ... |
+                         num_prompt     num_verified  len(token_ids)
+    num_seen[k]    tokens that model k has consumed
+
+Model k has scored every position up to and including num_seen[k]: the score of a position is the
+distribution of its token given all tokens before it. A sequence holds no tensors; scores and KV
+are found by its `slot` and its page tables, and rolling back means moving counters.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from server.core.sampling_params import DecodingParams, SamplingParams
+
+
+class Status(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True)
+class SequenceStats:
+    """What decoding one sequence took; counts of tokens unless said otherwise."""
+
+    proposed: list[int]  # [num_models] by proposer
+    accepted: list[int]  # [num_models] by proposer
+    num_recovered: int = 0
+    num_drawn: int = 0
+    num_bonus: int = 0
+    num_discarded: int = 0  # verified, then cut off by the end of the text
+    num_preemptions: int = 0
+    forwards: list[int] = field(default_factory=list)  # [num_models] forwards that decoded
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one sequence. Compared by identity.
+
+    Attributes:
+        id: unique among live sequences.
+        token_ids: prompt, verified and pending tokens.
+        num_prompt, num_verified: where the zones end.
+        num_seen: [num_models]; what each model has consumed.
+        proposers: which model proposed each pending token.
+        resume_at: [num_models]; model k feeds up to here before the sequence takes part in
+            decoding: the prompt for models that must score its end, or what k had seen when
+            the sequence was preempted.
+        slot: row of the ScoreStore while running, else -1.
+        coin_base: mixture with shared coins: index of the batch's coin stream minus position.
+    """
+
+    id: str
+    token_ids: list[int]
+    params: SamplingParams
+    decoding: DecodingParams
+    num_prompt: int = 0
+    num_verified: int = 0
+    num_seen: list[int] = field(default_factory=list)
+    proposers: list[int] = field(default_factory=list)
+    resume_at: list[int] = field(default_factory=list)
+    slot: int = -1
+    coin_base: int | None = None
+    status: Status = Status.WAITING
+    stats: SequenceStats = field(default_factory=lambda: SequenceStats([], []))
+
+    @classmethod
+    def start(
+        cls, id: str, prompt: list[int], params: SamplingParams, decoding: DecodingParams
+    ) -> Sequence:
+        """A waiting sequence that nobody has seen yet. `prompt` has at least one token."""
+        num_models = len(decoding.gamma)
+        return cls(
+            id=id,
+            token_ids=list(prompt),
+            params=params,
+            decoding=decoding,
+            num_prompt=len(prompt),
+            num_verified=len(prompt),
+            num_seen=[0] * num_models,
+            resume_at=[0] * num_models,
+            stats=SequenceStats([0] * num_models, [0] * num_models, forwards=[0] * num_models),
+        )
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_models(self) -> int:
+        return len(self.num_seen)
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.token_ids) - self.num_verified
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_verified - self.num_prompt
+
+    @property
+    def limit(self) -> int:
+        """Length the sequence can never exceed."""
+        return self.num_prompt + self.params.max_tokens
+
+    @property
+    def is_full(self) -> bool:
+        """No token may be appended, pending or not."""
+        return len(self.token_ids) >= self.limit
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    @property
+    def is_resuming(self) -> bool:
+        """Some model must still consume the prompt, or what it lost to a preemption."""
+        return any(seen < until for seen, until in zip(self.num_seen, self.resume_at, strict=True))
+
+    def num_unseen(self, model: int) -> int:
+        """Tokens that `model` would feed in an unbounded advance."""
+        until = self.resume_at[model] if self.num_seen[model] < self.resume_at[model] else len(self)
+        return until - self.num_seen[model]
+
+    def propose(self, token_id: int, model: int) -> None:
+        """Append a pending token."""
+        self.token_ids.append(token_id)
+        self.proposers.append(model)
+        self.stats.proposed[model] += 1
+
+    def accept(self, count: int) -> None:
+        """Move the first `count` pending tokens to the verified zone."""
+        assert 0 <= count <= self.num_pending
+        for proposer in self.proposers[:count]:
+            self.stats.accepted[proposer] += 1
+        del self.proposers[:count]
+        self.num_verified += count
+
+    def recover(self, token_id: int) -> None:
+        """Replace the first pending token by a verified one and drop the rest of the tail."""
+        position = self.num_verified
+        assert self.num_pending > 0
+        del self.token_ids[position:]
+        self.proposers.clear()
+        self.num_seen = [min(seen, position) for seen in self.num_seen]
+        self.token_ids.append(token_id)
+        self.num_verified += 1
+        self.stats.num_recovered += 1
+
+    def draw(self, token_id: int) -> None:
+        """Append a verified token; nothing may be pending."""
+        assert self.num_pending == 0
+        self.token_ids.append(token_id)
+        self.num_verified += 1
+        self.stats.num_drawn += 1
+
+    def finish(self, num_verified: int) -> None:
+        """End the text after `num_verified` tokens; whatever follows is dropped."""
+        self.stats.num_discarded += self.num_verified - num_verified
+        del self.token_ids[num_verified:]
+        self.proposers.clear()
+        self.num_verified = num_verified
+        self.num_seen = [min(seen, num_verified) for seen in self.num_seen]
+        self.status = Status.FINISHED
+
+    def forget(self) -> None:
+        """Preemption by recompute: every model starts over, and resumes where it was."""
+        self.resume_at = [
+            max(seen, until) for seen, until in zip(self.num_seen, self.resume_at, strict=True)
+        ]
+        self.num_seen = [0] * self.num_models
+        self.status = Status.WAITING
+        self.stats.num_preemptions += 1
+
+    def check(self) -> None:
+        """Raise AssertionError where the counters contradict each other."""
+        assert 0 < self.num_prompt <= self.num_verified <= len(self.token_ids) <= self.limit
+        assert len(self.proposers) == self.num_pending
+        assert all(0 <= seen <= len(self.token_ids) for seen in self.num_seen)

@@ -1,0 +1,47 @@
+"""What one engine step did, for whoever counts: plain data, no metrics library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class StepStats:
+    """One advance of one model over many sequences.
+
+    Attributes:
+        model: index of the model that ran.
+        num_sequences: sequences it ran over, and how many of them were decoding.
+        num_tokens: tokens fed; num_prefill_tokens of them were prompts or recomputation.
+        forward_seconds: the model's forward alone.
+        step_seconds: the whole step, forward included.
+        num_proposed: tokens the model proposed (one a sequence).
+        num_bonus: those of them that follow a verification of other models' proposals.
+        verified_by_offset: [(proposer, offset, accepted)] for each verification; offset is the
+            place of the token in its pending tail, 0-based.
+        num_recovered, num_drawn: tokens taken after a rejection, and with nothing proposed.
+        num_generated: tokens delivered to clients, the end of the text minded.
+        num_discarded: verified tokens cut off by the end of the text.
+        num_preempted: sequences preempted to make room for this step.
+        num_running, num_waiting: after the step.
+        pages_used: [num_models] after the step.
+    """
+
+    model: int
+    num_sequences: int = 0
+    num_decoding: int = 0
+    num_tokens: int = 0
+    num_prefill_tokens: int = 0
+    forward_seconds: float = 0.0
+    step_seconds: float = 0.0
+    num_proposed: int = 0
+    num_bonus: int = 0
+    verified_by_offset: list[tuple[int, int, bool]] = field(default_factory=list)
+    num_recovered: int = 0
+    num_drawn: int = 0
+    num_generated: int = 0
+    num_discarded: int = 0
+    num_preempted: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    pages_used: tuple[int, ...] = ()

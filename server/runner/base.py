@@ -1,0 +1,74 @@
+"""The boundary between the engine and a model: a batch of spans in, logits out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence that a model consumes in one forward.
+
+    Attributes:
+        pages: the sequence's page table in this model; covers num_past + len(token_ids) tokens.
+            Token i lies in pages[i // page_size] at offset i % page_size.
+        num_past: tokens consumed before; their KV is in the pages.
+        token_ids: the tokens to feed, at least one.
+        num_kept: logits are wanted after each of the last `num_kept` fed tokens.
+    """
+
+    pages: Sequence[int]
+    num_past: int
+    token_ids: Sequence[int]
+    num_kept: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One packed forward of one model over many sequences."""
+
+    spans: tuple[Span, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(span.token_ids) for span in self.spans)
+
+    @property
+    def num_kept(self) -> int:
+        return sum(span.num_kept for span in self.spans)
+
+
+class ModelRunner(Protocol):
+    """One model and its KV memory. Everything that touches the model happens in `forward`.
+
+    Attributes:
+        name: of the configured member.
+        vocab_size: of the shared vocabulary; logits are cut to it.
+        max_length: longest sequence the model can consume, in tokens.
+        page_size: tokens in a page.
+        num_pages: pages of its KV memory, the never-used page 0 included.
+        device, dtype: of the logits.
+    """
+
+    name: str
+    vocab_size: int
+    max_length: int
+    page_size: int
+    num_pages: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Consume the spans: write their KV into the pages and return logits.
+
+        Returns:
+            [batch.num_kept, vocab_size]: for each span in order, the scores that follow its last
+            `num_kept` tokens. KV of a position may be written again at any time; only the spans'
+            num_past says what is valid.
+        """
+        ...
