@@ -156,9 +156,9 @@ class ServerConfig(Section):
         min_length=1, max_length=8, description="Members, cheapest first."
     )
     combination: CombinationConfig = Field(description="How the members' scores become one.")
-    decoding: DecodingConfig = Field(default_factory=DecodingConfig, description="Strategy.")
-    engine: EngineConfig = Field(default_factory=EngineConfig, description="Sizes.")
-    http: HttpConfig = Field(default_factory=HttpConfig, description="HTTP surface.")
+    decoding: DecodingConfig = Field(DecodingConfig(), description="Strategy.")
+    engine: EngineConfig = Field(EngineConfig(), description="Sizes.")
+    http: HttpConfig = Field(HttpConfig(), description="HTTP surface.")
 
     @model_validator(mode="after")
     def _members_agree(self) -> ServerConfig:
@@ -255,10 +255,14 @@ def _problem(item: dict[str, Any]) -> str:
         return f"{where}: unknown key{hint}"
     got = item.get("input")
     shown = f" (got {got!r:.80})" if isinstance(got, str | int | float | bool) else ""
-    return f"{where + ': ' if where else ''}{item['msg']}{shown}"
+    return f"{where + ': ' if where else ''}{item['msg'].removeprefix('Value error, ')}{shown}"
 
 
-_METHODS = {"weighted": WeightedConfig, "contrastive": ContrastiveConfig, "linear": LinearConfig}
+_METHODS: dict[str, type[Section]] = {
+    "weighted": WeightedConfig,
+    "contrastive": ContrastiveConfig,
+    "linear": LinearConfig,
+}
 _SECTIONS: dict[str, type[Section]] = {
     "models": ModelConfig,
     "decoding": DecodingConfig,
@@ -271,5 +275,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     """Keys allowed where `location` points: its section is the first part, its tag the second."""
     if len(location) == 1:
         return list(ServerConfig.model_fields)
-    section = _SECTIONS.get(str(location[0])) or _METHODS.get(str(location[1]), WeightedConfig)
+    section: type[Section] = _SECTIONS.get(str(location[0]), WeightedConfig)
+    if location[0] == "combination":
+        section = _METHODS[str(location[1])]
     return list(section.model_fields)
