@@ -81,7 +81,9 @@ class DecodingConfig(Section):
 
     strategy: StrategyName = Field("cos", description="Which model advances next.")
     gamma: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        4, description="Proposal length: one for all models, or one for each."
+        4,
+        description="Proposal length of each model; a single number is the first model's, and the "
+        "others then propose their bonus token alone.",
     )
     max_gamma: int = Field(8, ge=1, le=32, description="Longest proposal a request may ask for.")
     single: str | None = Field(

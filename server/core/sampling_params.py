@@ -66,6 +66,11 @@ class SamplingParams:
         )
 
 
+def proposal_lengths(gamma: int | tuple[int, ...], num_models: int) -> tuple[int, ...]:
+    """[num_models]; a single number is the first model's, the others propose their bonus alone."""
+    return gamma if isinstance(gamma, tuple) else (gamma, *[1] * (num_models - 1))
+
+
 @dataclass(frozen=True, slots=True)
 class DecodingParams:
     """How one sequence is decoded; hashable, so that equal ones share tensors and strategies.

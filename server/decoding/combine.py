@@ -1,0 +1,74 @@
+"""Combining the members' scores into the target distribution r (paper section 3, eq. 5).
+
+weighted:  r = sum_k w_k softmax(warp(l_k)): each member is warped before mixing, so that drawing
+           a model by its weight and then a token from that model is the same law.
+logits:    r = softmax(warp(sum_k w_k l_k)): contrastive decoding (weights 1 and -mu) and every
+           other linear mix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from server.core.combination import Combination
+from server.decoding.warp import Warp
+
+Scores = Callable[[int], Tensor]  # model -> its raw logits of the rows at hand, float32 [R, V]
+
+# Where a negatively weighted member gives a token probability zero, its logit counts as this.
+_FLOOR = -1e4
+
+
+def combine(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
+    """The target distribution r, float32 [R, V]; greedy rows are one-hot."""
+    if combination.is_logit_level:
+        return warp.sharpen(warp.probs(mix_logits(scores, combination)))
+    total: Tensor | None = None
+    for model in combination.scorers:
+        part = warp.probs(scores(model))
+        weight = combination.weights[model]
+        if weight != 1:
+            part = part.mul_(weight)
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    return warp.sharpen(total)
+
+
+def log_combined(scores: Scores, combination: Combination) -> Tensor:
+    """Logarithm of r without any warp, float32 [R, V]: what `logprobs` reports."""
+    if combination.is_logit_level:
+        return mix_logits(scores, combination).log_softmax(-1)
+    parts = [
+        scores(model).log_softmax(-1) + torch.tensor(combination.weights[model]).log().item()
+        for model in combination.scorers
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
+
+
+def mix_logits(scores: Scores, combination: Combination) -> Tensor:
+    """sum_k w_k l_k with the plausibility mask, float32 [R, V].
+
+    A token to which a positively weighted member gives probability zero has probability zero.
+    """
+    total: Tensor | None = None
+    for model in combination.scorers:
+        weight = combination.weights[model]
+        logits = scores(model)
+        if weight < 0:
+            logits = logits.clamp_min(_FLOOR)
+        part = logits * weight
+        total = part if total is None else total.add_(part)
+    assert total is not None
+    if combination.plausibility > 0:
+        total = total.masked_fill(_implausible(scores, combination), -torch.inf)
+    return total
+
+
+def _implausible(scores: Scores, combination: Combination) -> Tensor:
+    """Tokens with p(x) < alpha * max p under the reference model, bool [R, V]."""
+    logits = scores(combination.reference)
+    alpha = torch.tensor(combination.plausibility, device=logits.device)
+    return logits < logits.amax(-1, keepdim=True) + alpha.log()

@@ -1,0 +1,81 @@
+"""Counter-based randomness: a uniform is a pure function of (seed, position, purpose).
+
+So a request's tokens do not depend on its batch, on preemption or on what others do. The mixing
+function is splitmix64's finaliser (Steele, Lea & Flood 2014), once for each of the three inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_FACTOR_1 = 0xBF58476D1CE4E5B9
+_FACTOR_2 = 0x94D049BB133111EB
+_MASK = (1 << 64) - 1
+_BITS = 24  # a float32 holds 24 bits exactly, so no uniform rounds up to 1
+
+
+class Purpose(IntEnum):
+    """What a uniform is for; no two draws at one position share one."""
+
+    PROPOSE = 1
+    ACCEPT = 2
+    RECOVER = 3
+    DRAW = 4
+    COIN = 5
+    CHOICE = 6
+
+
+def uniform(seed: int, position: int, purpose: Purpose) -> float:
+    """One number in [0, 1 - 2**-24]; equal to the same entry of `uniforms`."""
+    return (_hash(seed, position, purpose) >> (64 - _BITS)) * 2.0**-_BITS
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """Seed of choice `index` of a request, in [0, 2**63); choice 0 keeps the request's own."""
+    return seed if index == 0 else _hash(seed, index, Purpose.CHOICE) >> 1
+
+
+def uniforms(
+    seeds: Sequence[int], positions: Sequence[int], purpose: Purpose, device: torch.device
+) -> Tensor:
+    """float32 [len(seeds)] in [0, 1 - 2**-24] on `device`."""
+    state = _mix(torch.tensor([_signed(seed) for seed in seeds], device=device))
+    state = _mix(state + torch.tensor(positions, device=device) * _signed(_GOLDEN))
+    state = _mix(state + int(purpose) * _signed(_GOLDEN))
+    return _shift_right(state, 64 - _BITS).to(torch.float32) * 2.0**-_BITS
+
+
+def _hash(seed: int, position: int, purpose: Purpose) -> int:
+    state = _mix_int(seed & _MASK)
+    state = _mix_int((state + position * _GOLDEN) & _MASK)
+    return _mix_int((state + int(purpose) * _GOLDEN) & _MASK)
+
+
+def _mix_int(x: int) -> int:
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * _FACTOR_1) & _MASK
+    x = ((x ^ (x >> 27)) * _FACTOR_2) & _MASK
+    return x ^ (x >> 31)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = x + _signed(_GOLDEN)
+    x = (x ^ _shift_right(x, 30)) * _signed(_FACTOR_1)
+    x = (x ^ _shift_right(x, 27)) * _signed(_FACTOR_2)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64; torch's own is arithmetic."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(x: int) -> int:
+    """The int64 with the same bits as the low 64 bits of `x`."""
+    x &= _MASK
+    return x - (1 << 64) if x >> 63 else x

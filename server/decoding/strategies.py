@@ -1,0 +1,204 @@
+"""Strategies: which model advances next, what a position's target is, may a model propose.
+
+They are pure functions of a sequence's counters (and of coins that are fixed before the tokens
+they decide), so a sequence's schedule does not depend on its batch or on preemption.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from functools import lru_cache
+from itertools import accumulate
+from typing import Protocol
+
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams
+from server.core.sequence import Sequence
+from server.decoding.rng import Purpose, uniform
+
+
+class Strategy(Protocol):
+    """Asked about sequences that are not resuming; see `engine.advance`."""
+
+    def next_model(self, sequence: Sequence) -> int:
+        """The model that should advance next; it has unseen tokens."""
+        ...
+
+    def target(self, sequence: Sequence, position: int) -> Combination:
+        """The combination that decides `position`; its scorers are the models it needs."""
+        ...
+
+    def may_propose(self, sequence: Sequence, model: int) -> bool:
+        """Whether `model`, having seen everything, proposes the next token."""
+        ...
+
+
+def furthest_behind(sequence: Sequence, scorers: tuple[int, ...]) -> int:
+    """The scorer that has seen least; the earliest in proposal order among equals."""
+    return min(scorers, key=lambda model: (sequence.num_seen[model], model))
+
+
+class Standard:
+    """All scorers, one token each, then one token drawn from r: the baseline.
+
+    `single` is this with a combination of one model.
+    """
+
+    def __init__(self, decoding: DecodingParams) -> None:
+        self._combination = decoding.combination
+
+    def next_model(self, sequence: Sequence) -> int:
+        return furthest_behind(sequence, self._combination.scorers)
+
+    def target(self, sequence: Sequence, position: int) -> Combination:
+        return self._combination
+
+    def may_propose(self, sequence: Sequence, model: int) -> bool:
+        return False
+
+
+class Speculative(Standard):
+    """Model 0 proposes gamma[0] tokens, then the others score them (the paper's naive CoS)."""
+
+    def __init__(self, decoding: DecodingParams) -> None:
+        super().__init__(decoding)
+        self._gamma = decoding.gamma[0]
+
+    def next_model(self, sequence: Sequence) -> int:
+        if self.may_propose(sequence, 0):
+            return 0
+        return furthest_behind(sequence, self._combination.scorers)
+
+    def may_propose(self, sequence: Sequence, model: int) -> bool:
+        return model == 0 and sequence.num_pending < self._gamma and not sequence.is_full
+
+
+class Cos(Standard):
+    """Roles alternate (paper Alg. 1 and 2, any number of models).
+
+    Model 0 opens with gamma[0] proposals, then whichever scorer is furthest behind scores them and
+    adds a bonus token of its own. If that leaves nothing else pending, the bonus opens a proposal
+    of gamma[k] tokens by that model; after a rejection model 0 opens again.
+    """
+
+    def __init__(self, decoding: DecodingParams) -> None:
+        super().__init__(decoding)
+        self._gamma = decoding.gamma
+        self._max_pending = max(decoding.gamma) + len(decoding.gamma) - 1
+
+    def next_model(self, sequence: Sequence) -> int:
+        opener = sequence.proposers[-1] if sequence.proposers else 0
+        if self._continues(sequence, opener):
+            return opener
+        return furthest_behind(sequence, self._combination.scorers)
+
+    def may_propose(self, sequence: Sequence, model: int) -> bool:
+        if sequence.is_full or sequence.num_pending >= self._max_pending:
+            return False
+        is_bonus = not sequence.proposers or sequence.proposers[-1] != model
+        return is_bonus or self._continues(sequence, model)
+
+    def _continues(self, sequence: Sequence, model: int) -> bool:
+        """The whole tail is `model`'s own and shorter than its gamma."""
+        return (
+            not sequence.is_full
+            and sequence.num_pending < self._gamma[model]
+            and all(proposer == model for proposer in sequence.proposers)
+        )
+
+
+class SharedCoins:
+    """One stream of coins for all sequences that take them (mixture with shared coins).
+
+    All sequences on the stream then want the same model at the same time. The law of each stays
+    exact because a sequence only ever moves on to the next coin, or, after a rejection and when it
+    joins, to the first coin that nobody has looked at yet: a coin is never chosen by its value.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._num_revealed = 0
+
+    def join(self, sequence: Sequence) -> None:
+        """Align the next position of `sequence` with the first coin that nobody has seen."""
+        sequence.coin_base = self._num_revealed - len(sequence)
+
+    def coin(self, index: int) -> float:
+        self._num_revealed = max(self._num_revealed, index + 1)
+        return uniform(self._seed, index, Purpose.COIN)
+
+
+class Mixture:
+    """Weighted ensembles as mixtures: a coin per position names the model that decides it alone.
+
+    kappa = 0 is the mixture of Fu et al. 2026 (arXiv 2605.00419): the coin's model draws. With
+    kappa > 0, model 0 drafts on through up to kappa positions whose coin names another model; that
+    model verifies them when it is its turn anyway, and draws the next position with its own coin.
+    Model 0's own positions need no verification.
+    """
+
+    def __init__(self, decoding: DecodingParams, coins: SharedCoins) -> None:
+        weights = decoding.combination.weights
+        num_models = len(weights)
+        self._only = [Combination.only(num_models, model) for model in range(num_models)]
+        self._cumulative = list(accumulate(weights))
+        self._last = max(decoding.combination.scorers)
+        self._kappa = decoding.kappa
+        self._max_pending = max(decoding.gamma)
+        self._coins = coins
+
+    def next_model(self, sequence: Sequence) -> int:
+        if self._drafts(sequence):
+            return 0
+        if sequence.num_pending:
+            return self._first_unscored(sequence)
+        return self._coin_model(sequence, len(sequence))
+
+    def target(self, sequence: Sequence, position: int) -> Combination:
+        return self._only[self._coin_model(sequence, position)]
+
+    def may_propose(self, sequence: Sequence, model: int) -> bool:
+        return model == 0 and self._drafts(sequence)
+
+    def _drafts(self, sequence: Sequence) -> bool:
+        """Model 0 goes on with its window."""
+        if sequence.is_full or sequence.num_pending >= self._max_pending or self._kappa == 0:
+            return False
+        if self._coin_model(sequence, len(sequence)) == 0:
+            return True
+        pending = range(sequence.num_verified, len(sequence))
+        num_foreign = sum(self._coin_model(sequence, position) != 0 for position in pending)
+        return num_foreign < self._kappa
+
+    def _first_unscored(self, sequence: Sequence) -> int:
+        """The model whose score the first pending token waits for."""
+        return self._coin_model(sequence, sequence.num_verified)
+
+    def _coin_model(self, sequence: Sequence, position: int) -> int:
+        if sequence.coin_base is None:
+            coin = uniform(sequence.params.seed, position, Purpose.COIN)
+        else:
+            coin = self._coins.coin(position + sequence.coin_base)
+        return min(bisect_right(self._cumulative, coin), self._last)
+
+
+class Strategies:
+    """The strategy of each sequence; equal decoding parameters share one object."""
+
+    def __init__(self, shared_coins: SharedCoins) -> None:
+        self.shared_coins = shared_coins
+        self._make = lru_cache(maxsize=1024)(self._build)
+
+    def of(self, sequence: Sequence) -> Strategy:
+        return self._make(sequence.decoding)
+
+    def _build(self, decoding: DecodingParams) -> Strategy:
+        match decoding.strategy:
+            case "standard" | "single":
+                return Standard(decoding)
+            case "speculative":
+                return Speculative(decoding)
+            case "cos":
+                return Cos(decoding)
+            case "mixture":
+                return Mixture(decoding, self.shared_coins)

@@ -1,0 +1,116 @@
+"""Verification: exact acceptance of proposals (Leviathan et al. 2023; paper eq. 6 and A.1).
+
+A token x that was proposed from g is *accepted* with probability min(1, r(x) / g(x)). If it is
+not, the *recovered* token, drawn from norm(max(0, r - g)), takes its place and the rest of the
+tail is dropped. A *drawn* token comes from r with nothing proposed. Each position of a tail has
+its own g, that of its proposer; the law of the output is r's whatever the proposers were, as long
+as proposer and g of a position are fixed before its token is drawn, a drawn token leaves the tail
+only through verification, and the uniforms are fresh (`rng`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+INVALID = -1  # sampled from a row that is no distribution: NaN or without mass
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of the verified window of one sequence.
+
+    Attributes:
+        num_accepted: tokens accepted from the start of the window.
+        recovered: the token that replaces the first rejected one; None where all were accepted,
+            INVALID where the target was no distribution.
+    """
+
+    num_accepted: int
+    recovered: int | None
+
+
+def sample(probs: Tensor, uniforms: Tensor) -> list[int]:
+    """Draw one token from each row by inverse CDF.
+
+    Args:
+        probs: float32 [R, V], not negative, not necessarily normalised.
+        uniforms: float32 [R] in [0, 1).
+
+    Returns:
+        R token ids, INVALID for rows that are no distribution.
+    """
+    cumulative = probs.cumsum(-1)
+    total = cumulative[:, -1:]
+    # Strictly below the total, so that a token without mass at the end of a row is never chosen.
+    threshold = torch.minimum(
+        uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
+    )
+    picked = torch.searchsorted(cumulative, threshold, right=True)
+    valid = torch.isfinite(total) & (total > 0)
+    return torch.where(valid, picked, INVALID).flatten().tolist()
+
+
+def verify(
+    target: Tensor,
+    proposal: Tensor,
+    token_ids: Sequence[int],
+    lengths: Sequence[int],
+    accept_uniforms: Tensor,
+    recover_uniforms: Tensor,
+) -> list[Verdict]:
+    """Decide windows of proposed tokens, several sequences at once.
+
+    Args:
+        target: r of each row, float32 [R, V].
+        proposal: g of each row, float32 [R, V].
+        token_ids: the proposed token of each row, [R].
+        lengths: rows of each window, in order; they sum to R.
+        accept_uniforms: float32 [R], decide acceptance.
+        recover_uniforms: float32 [R], draw the recovered tokens.
+
+    Returns:
+        One verdict for each window.
+    """
+    tokens = torch.tensor(token_ids, device=target.device)[:, None]
+    r, g = target.gather(1, tokens)[:, 0], proposal.gather(1, tokens)[:, 0]
+    # Comparisons with NaN are false: a broken row is rejected, and sampling it yields INVALID.
+    is_accepted: list[bool] = (accept_uniforms * g < r).tolist()
+    failures = _first_failures(is_accepted, lengths)
+    rows = [row for row in failures if row is not None]
+    recovered = iter(_recover(target, proposal, rows, recover_uniforms))
+    verdicts = []
+    start = 0
+    for length, failure in zip(lengths, failures, strict=True):
+        if failure is None:
+            verdicts.append(Verdict(length, None))
+        else:
+            verdicts.append(Verdict(failure - start, next(recovered)))
+        start += length
+    return verdicts
+
+
+def _first_failures(is_accepted: list[bool], lengths: Sequence[int]) -> list[int | None]:
+    """Row of the first rejection in each window."""
+    failures: list[int | None] = []
+    start = 0
+    for length in lengths:
+        rejected = (row for row in range(start, start + length) if not is_accepted[row])
+        failures.append(next(rejected, None))
+        start += length
+    return failures
+
+
+def _recover(target: Tensor, proposal: Tensor, rows: list[int], uniforms: Tensor) -> list[int]:
+    """Draw from norm(max(0, r - g)) for each of `rows`."""
+    if not rows:
+        return []
+    index = torch.tensor(rows, device=target.device)
+    r = target.index_select(0, index)
+    residual = (r - proposal.index_select(0, index)).clamp_min_(0)
+    # Rounding alone can reject a token where r equals g; nothing is left over then but r itself.
+    is_empty = residual.sum(-1, keepdim=True) <= 0
+    return sample(torch.where(is_empty, r, residual), uniforms.index_select(0, index))

@@ -1,0 +1,146 @@
+"""Warps: temperature, truncation, penalties and biases, applied to logits row by row.
+
+Order: repetition, frequency and presence penalties; logit_bias; masks (allowed tokens, stop tokens
+before min_tokens); temperature; min-p; top-k; top-p. A row is one position of one sequence, and
+penalties count the tokens before that position, pending ones included, so that a position's warp
+is the same whether it is proposed, verified or drawn.
+
+Greedy rows are warped at temperature 1 without truncation; `sharpen` then puts all mass on the
+most probable token of the *combined* distribution.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence as Row
+
+import torch
+from torch import Tensor
+
+from server.core.sequence import Sequence
+
+Place = tuple[Sequence, int]  # a sequence and a position of it
+
+_HEAD = 1024  # top-p looks at so many tokens first, and sorts the whole row only if it must
+
+
+class Warp:
+    """The warps of R rows, to be applied to logits [R, V] of any model or of their mix."""
+
+    def __init__(self, places: Row[Place], eos_token_ids: frozenset[int], device: torch.device):
+        self._places = places
+        self._eos = eos_token_ids
+        self._device = device
+        params = [sequence.params for sequence, _ in places]
+        self._is_plain = not any(
+            p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or p.min_tokens
+            for p in params
+        )
+        self.is_greedy = torch.tensor([p.is_greedy for p in params], device=device)
+        self._any_greedy = any(p.is_greedy for p in params)
+        temperature = [1.0 if p.is_greedy else p.temperature for p in params]
+        self._is_tempered = any(t != 1.0 for t in temperature)
+        self._temperature = torch.tensor(temperature, device=device)[:, None]
+        self._min_p = _column([0.0 if p.is_greedy else p.min_p for p in params], 0.0, device)
+        self._top_k = _column([0 if p.is_greedy else p.top_k for p in params], 0, device)
+        self._top_p = _column([1.0 if p.is_greedy else p.top_p for p in params], 1.0, device)
+        truncated = [not p.is_greedy and (p.top_k > 0 or p.top_p < 1) for p in params]
+        self._is_truncated = torch.tensor(truncated, device=device)[:, None]
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """float32 [R, V] -> warped logits [R, V]; the argument is left alone."""
+        if not self._is_plain:
+            logits = logits.clone()
+            for row, place in enumerate(self._places):
+                _adjust(logits[row], *place, self._eos)
+        if self._is_tempered:
+            logits = logits / self._temperature
+        if self._min_p is not None:
+            floor = logits.amax(-1, keepdim=True) + self._min_p.log()
+            logits = logits.masked_fill(logits < floor, -torch.inf)
+        if self._top_k is not None or self._top_p is not None:
+            logits = logits.masked_fill(logits < self._threshold(logits), -torch.inf)
+        return logits
+
+    def probs(self, logits: Tensor) -> Tensor:
+        """Softmax of the warped logits: float32 [R, V]."""
+        return self(logits).softmax(-1)
+
+    def sharpen(self, probs: Tensor) -> Tensor:
+        """Replace greedy rows of [R, V] by the one-hot of their argmax."""
+        if not self._any_greedy:
+            return probs
+        best = probs.argmax(-1, keepdim=True)
+        one_hot = torch.zeros_like(probs).scatter_(1, best, 1.0)
+        # A row of NaN stays one: it must fail loudly, not decode as token 0.
+        one_hot = torch.where(probs.gather(1, best).isnan(), torch.nan, one_hot)
+        return torch.where(self.is_greedy[:, None], one_hot, probs)
+
+    def _threshold(self, logits: Tensor) -> Tensor:
+        """Smallest logit that top-k and top-p keep, [R, 1]; ties at it are kept."""
+        vocab_size = logits.shape[-1]
+        width = min(vocab_size, max(_HEAD, 0 if self._top_k is None else int(self._top_k.max())))
+        ordered = logits.topk(width).values
+        keep = self._keep(logits, ordered)
+        if width < vocab_size and bool((keep[:, -1:] & self._is_truncated).any()):
+            ordered = logits.sort(descending=True).values
+            keep = self._keep(logits, ordered)
+        last = keep.sum(-1, keepdim=True).clamp_min(1) - 1
+        return torch.where(self._is_truncated, ordered.gather(1, last), -torch.inf)
+
+    def _keep(self, logits: Tensor, ordered: Tensor) -> Tensor:
+        """Which of the `ordered` logits [R, width] (best first) survive; a prefix of each row."""
+        keep = torch.ones_like(ordered, dtype=torch.bool)
+        total = logits.logsumexp(-1, keepdim=True)
+        if self._top_k is not None:
+            limit = torch.where(self._top_k == 0, logits.shape[-1], self._top_k)
+            keep = torch.arange(ordered.shape[-1], device=ordered.device) < limit
+            # The mass that top-p counts is relative to what top-k left.
+            within = ordered.masked_fill(~keep, -torch.inf).logsumexp(-1, keepdim=True)
+            total = torch.where(self._top_k == 0, total, within)
+        if self._top_p is not None:
+            probs = (ordered - total).exp()
+            keep = keep & ((probs.cumsum(-1) - probs < self._top_p) | (self._top_p >= 1))
+        return keep
+
+
+def _column(values: Row[float], neutral: float, device: torch.device) -> Tensor | None:
+    """[R, 1], or None where no row uses the warp."""
+    if all(value == neutral for value in values):
+        return None
+    return torch.tensor(values, device=device)[:, None]
+
+
+def _adjust(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int]) -> None:
+    """Penalties, biases and masks of one row [V], in place."""
+    params = sequence.params
+    if params.has_penalties:
+        _penalise(logits, sequence, position)
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits.index_add_(0, _ids(ids, logits), torch.tensor(biases, device=logits.device))
+    if params.allowed_token_ids is not None:
+        allowed = _ids(params.allowed_token_ids, logits)
+        kept = logits[allowed]
+        logits.fill_(-torch.inf)
+        logits[allowed] = kept
+    if position < sequence.num_prompt + params.min_tokens:
+        banned = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos
+        logits[_ids(sorted(banned), logits)] = -torch.inf
+
+
+def _penalise(logits: Tensor, sequence: Sequence, position: int) -> None:
+    params = sequence.params
+    if params.repetition_penalty != 1:
+        seen = _ids(sorted(set(sequence.token_ids[:position])), logits)
+        scores = logits[seen]
+        penalty = params.repetition_penalty
+        logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
+    counts = Counter(sequence.token_ids[sequence.num_prompt : position])
+    if counts and (params.frequency_penalty or params.presence_penalty):
+        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        logits[_ids(counts, logits)] -= params.frequency_penalty * times + params.presence_penalty
+
+
+def _ids(token_ids: Row[int] | Counter[int], logits: Tensor) -> Tensor:
+    return torch.tensor(list(token_ids), dtype=torch.long, device=logits.device)
