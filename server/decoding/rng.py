@@ -46,7 +46,7 @@ def uniforms(
     """float32 [len(seeds)] in [0, 1 - 2**-24] on `device`."""
     state = _mix(torch.tensor([_signed(seed) for seed in seeds], device=device))
     state = _mix(state + torch.tensor(positions, device=device) * _signed(_GOLDEN))
-    state = _mix(state + int(purpose) * _signed(_GOLDEN))
+    state = _mix(state + _signed(int(purpose) * _GOLDEN))
     return _shift_right(state, 64 - _BITS).to(torch.float32) * 2.0**-_BITS
 
 

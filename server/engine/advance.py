@@ -1,0 +1,294 @@
+"""The one primitive: advance(k, sequences).
+
+    feed model k the tokens it has not seen
+    verify, in order, each pending token whose scorers have now all scored it
+    where nothing is pending and all scorers have scored the next position, draw from r
+    where the tail survived and the strategy allows it, model k proposes the next token
+
+Prefill, drafting, scoring, bonus tokens, catching up after a rejection and recomputation after a
+preemption are all this. A *bonus* is the token a model proposes right after it has verified or
+scored proposals of others.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence as Row
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from server.cache.score_store import ScoreStore
+from server.core.combination import Combination
+from server.core.output import TokenLogprob
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.decoding.combine import combine, log_combined
+from server.decoding.rng import Purpose, uniforms
+from server.decoding.strategies import Strategies
+from server.decoding.verify import INVALID, sample, verify
+from server.decoding.warp import Place, Warp
+from server.engine.scheduler import StepPlan
+from server.runner.base import Batch, ModelRunner, Span
+
+Key = TypeVar("Key")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What one advance did.
+
+    Attributes:
+        num_verified: tokens newly verified, for each sequence that got any.
+        logprobs: one entry for each of them, where the request asked.
+        failed: sequences whose scores are no distribution.
+        stats: counts for metrics.
+    """
+
+    stats: StepStats
+    num_verified: dict[Sequence, int] = field(default_factory=dict)
+    logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
+    failed: set[Sequence] = field(default_factory=set)
+
+
+class Advancer:
+    """The tensors and the code of `advance`; sequences hold none of either."""
+
+    def __init__(
+        self,
+        runners: Row[ModelRunner],
+        scores: ScoreStore,
+        strategies: Strategies,
+        eos_token_ids: frozenset[int],
+    ) -> None:
+        self._runners = runners
+        self._scores = scores
+        self._strategies = strategies
+        self._eos = eos_token_ids
+        # Scores meet on the last model's device: it is the largest, and scores the most.
+        self._device = runners[-1].device
+
+    @torch.inference_mode()
+    def advance(self, plan: StepPlan) -> Outcome:
+        """Run the plan; mutates its sequences and nothing else but scores and KV."""
+        outcome = Outcome(StepStats(plan.model, num_sequences=len(plan.sequences)))
+        # Recomputation restores a state; it must not decide anything anew.
+        deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
+        before = {sequence: sequence.num_verified for sequence in plan.sequences}
+        self._feed(plan, outcome.stats)
+        verified = self._verify(deciding, outcome)
+        self._draw(plan.sequences, outcome)
+        self._propose(plan.model, deciding, verified, outcome)
+        for sequence, start in before.items():
+            if sequence.num_verified > start:
+                outcome.num_verified[sequence] = sequence.num_verified - start
+        self._report(before, outcome)
+        return outcome
+
+    def _feed(self, plan: StepPlan, stats: StepStats) -> None:
+        """One packed forward; scores of undecided positions go to the store."""
+        spans, rows = [], []
+        for sequence, count, pages in zip(plan.sequences, plan.num_tokens, plan.pages, strict=True):
+            start = sequence.num_seen[plan.model]
+            end = start + count
+            # After token i the model scores position i + 1.
+            first = max(start + 1, sequence.num_verified)
+            kept = range(first, end + 1)
+            spans.append(Span(pages, start, sequence.token_ids[start:end], len(kept)))
+            rows += [self._scores.index(sequence.slot, position) for position in kept]
+            sequence.num_seen[plan.model] = end
+            num_prefill = _num_prefill(sequence, plan.model, start, end)
+            stats.num_prefill_tokens += num_prefill
+            if num_prefill < count:
+                stats.num_decoding += 1
+                sequence.stats.forwards[plan.model] += 1
+        batch = Batch(tuple(spans))
+        started = time.perf_counter()
+        logits = self._runners[plan.model].forward(batch)
+        if rows:
+            self._scores.write(plan.model, rows, logits)
+        stats.num_tokens = batch.num_tokens
+        stats.forward_seconds = time.perf_counter() - started
+
+    def _verify(self, sequences: Iterable[Sequence], outcome: Outcome) -> set[Sequence]:
+        """Decide pending tokens; returns the sequences that had any to decide."""
+        windows = [(s, count) for s in sequences if (count := self._num_verifiable(s))]
+        if not windows:
+            return set()
+        places = [(s, s.num_verified + offset) for s, count in windows for offset in range(count)]
+        verdicts = verify(
+            self._target(places),
+            self._proposal(places),
+            [s.token_ids[position] for s, position in places],
+            [count for _, count in windows],
+            self._uniforms(places, Purpose.ACCEPT),
+            self._uniforms(places, Purpose.RECOVER),
+        )
+        for (sequence, _), verdict in zip(windows, verdicts, strict=True):
+            self._apply(sequence, verdict.num_accepted, verdict.recovered, outcome)
+        return {sequence for sequence, _ in windows}
+
+    def _apply(
+        self, sequence: Sequence, num_accepted: int, recovered: int | None, outcome: Outcome
+    ) -> None:
+        offsets = outcome.stats.verified_by_offset
+        offsets += [(sequence.proposers[i], i, True) for i in range(num_accepted)]
+        if recovered is not None:
+            offsets.append((sequence.proposers[num_accepted], num_accepted, False))
+        sequence.accept(num_accepted)
+        if recovered is None:
+            return
+        if recovered == INVALID:
+            outcome.failed.add(sequence)
+            return
+        sequence.recover(recovered)
+        outcome.stats.num_recovered += 1
+        if sequence.coin_base is not None:
+            self._strategies.shared_coins.join(sequence)
+
+    def _draw(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
+        ready = [s for s in sequences if s not in outcome.failed and self._may_draw(s)]
+        if not ready:
+            return
+        places = [(sequence, len(sequence)) for sequence in ready]
+        tokens = sample(self._target(places), self._uniforms(places, Purpose.DRAW))
+        for sequence, token_id in zip(ready, tokens, strict=True):
+            if token_id == INVALID:
+                outcome.failed.add(sequence)
+            else:
+                sequence.draw(token_id)
+                outcome.stats.num_drawn += 1
+
+    def _propose(
+        self, model: int, sequences: Iterable[Sequence], verified: set[Sequence], outcome: Outcome
+    ) -> None:
+        ready = [s for s in sequences if s not in outcome.failed and self._may_propose(s, model)]
+        if not ready:
+            return
+        places = [(sequence, len(sequence)) for sequence in ready]
+        warp = Warp(places, self._eos, self._device)
+        proposal = warp.sharpen(warp.probs(self._read(model, places)))
+        tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
+        for sequence, token_id in zip(ready, tokens, strict=True):
+            if token_id == INVALID:
+                outcome.failed.add(sequence)
+                continue
+            is_bonus = sequence in verified or sequence.proposers[-1:] not in ([], [model])
+            sequence.propose(token_id, model)
+            sequence.stats.num_bonus += is_bonus
+            outcome.stats.num_proposed += 1
+            outcome.stats.num_bonus += is_bonus
+
+    def _num_verifiable(self, sequence: Sequence) -> int:
+        """Pending tokens, in order, whose scorers have all scored them."""
+        count = 0
+        while count < sequence.num_pending and self._is_scored(
+            sequence, sequence.num_verified + count
+        ):
+            count += 1
+        return count
+
+    def _is_scored(self, sequence: Sequence, position: int) -> bool:
+        target = self._strategies.of(sequence).target(sequence, position)
+        return all(sequence.num_seen[model] >= position for model in target.scorers)
+
+    def _may_draw(self, sequence: Sequence) -> bool:
+        return (
+            sequence.num_pending == 0
+            and not sequence.is_full
+            and self._is_scored(sequence, len(sequence))
+        )
+
+    def _may_propose(self, sequence: Sequence, model: int) -> bool:
+        return sequence.num_seen[model] == len(sequence) and self._strategies.of(
+            sequence
+        ).may_propose(sequence, model)
+
+    def _target(self, places: list[Place]) -> Tensor:
+        """The target r of each place, float32 [len(places), V]."""
+
+        def evaluate(combination: Combination, group: list[Place]) -> Tensor:
+            warp = Warp(group, self._eos, self._device)
+            return combine(lambda model: self._read(model, group), combination, warp)
+
+        return self._by_key(places, self._combination, evaluate)
+
+    def _proposal(self, places: list[Place]) -> Tensor:
+        """What the pending token of each place was drawn from (g), float32 [len(places), V]."""
+
+        def evaluate(proposer: int, group: list[Place]) -> Tensor:
+            warp = Warp(group, self._eos, self._device)
+            return warp.sharpen(warp.probs(self._read(proposer, group)))
+
+        return self._by_key(places, _proposer, evaluate)
+
+    def _by_key(
+        self,
+        places: list[Place],
+        key: Callable[[Place], Key],
+        evaluate: Callable[[Key, list[Place]], Tensor],
+    ) -> Tensor:
+        """Evaluate places that share a key together, and put the rows back in order."""
+        groups: dict[Key, list[int]] = {}
+        for row, place in enumerate(places):
+            groups.setdefault(key(place), []).append(row)
+        if len(groups) == 1:
+            return evaluate(next(iter(groups)), places)
+        parts = [evaluate(k, [places[row] for row in rows]) for k, rows in groups.items()]
+        order = torch.tensor([row for rows in groups.values() for row in rows])
+        return torch.cat(parts).index_select(0, order.argsort().to(self._device))
+
+    def _combination(self, place: Place) -> Combination:
+        sequence, position = place
+        return self._strategies.of(sequence).target(sequence, position)
+
+    def _read(self, model: int, places: list[Place]) -> Tensor:
+        rows = [self._scores.index(sequence.slot, position) for sequence, position in places]
+        return self._scores.read(model, rows, self._device)
+
+    def _uniforms(self, places: list[Place], purpose: Purpose) -> Tensor:
+        seeds = [sequence.params.seed for sequence, _ in places]
+        return uniforms(seeds, [position for _, position in places], purpose, self._device)
+
+    def _report(self, before: dict[Sequence, int], outcome: Outcome) -> None:
+        """Log-probabilities of newly verified tokens; their scores are still in the store."""
+        for sequence, count in outcome.num_verified.items():
+            if sequence.params.logprobs is None or sequence in outcome.failed:
+                continue
+            start = before[sequence]
+            places = [(sequence, position) for position in range(start, start + count)]
+            logprobs = self._by_key(
+                places,
+                self._combination,
+                lambda combination, group: log_combined(
+                    lambda model: self._read(model, group), combination
+                ),
+            )
+            tokens = sequence.token_ids[start : start + count]
+            outcome.logprobs[sequence] = _token_logprobs(logprobs, tokens, sequence.params.logprobs)
+
+
+def _proposer(place: Place) -> int:
+    sequence, position = place
+    return sequence.proposers[position - sequence.num_verified]
+
+
+def _num_prefill(sequence: Sequence, model: int, start: int, end: int) -> int:
+    """How many of the tokens [start, end) are prompt or recomputation, not decoding."""
+    return max(0, min(end, max(sequence.num_prompt, sequence.resume_at[model])) - start)
+
+
+def _token_logprobs(logprobs: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
+    tokens = torch.tensor(token_ids, device=logprobs.device)[:, None]
+    chosen: list[float] = logprobs.gather(1, tokens)[:, 0].tolist()
+    values, ids = logprobs.topk(num_top, dim=-1)
+    tops = [
+        tuple(zip(row_ids, row_values, strict=True))
+        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return [
+        TokenLogprob(token_id, logprob, top)
+        for token_id, logprob, top in zip(token_ids, chosen, tops, strict=True)
+    ]

@@ -1,0 +1,191 @@
+"""The synchronous engine: plan -> advance -> finish -> deliver. It knows no threads and no HTTP."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence as Row
+from dataclasses import dataclass
+
+from server.cache.page_pool import PagePool
+from server.cache.score_store import ScoreStore
+from server.core.output import FinishReason, TokenDelta, TokenLogprob
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.decoding.strategies import SharedCoins, Strategies
+from server.engine.advance import Advancer, Outcome
+from server.engine.detokenizer import Decoder, TextStream
+from server.engine.scheduler import Scheduler
+from server.runner.base import ModelRunner
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """Sizes of an engine; see `EngineConfig` and `DecodingConfig` for their meaning."""
+
+    max_sequences: int = 64
+    max_step_tokens: int = 512
+    max_gamma: int = 8
+    max_waiting: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """Where and why a text ends: after `num_tokens` of the newly verified tokens."""
+
+    num_tokens: int
+    finish_reason: FinishReason
+    stop_reason: str | int | None = None
+
+
+class Engine:
+    """Decodes sequences over one set of models, one advance a step."""
+
+    def __init__(
+        self,
+        runners: Row[ModelRunner],
+        decoder: Decoder,
+        eos_token_ids: frozenset[int],
+        limits: EngineLimits,
+        *,
+        on_step: Callable[[StepStats], None] | None = None,
+        coin_seed: int = 0,
+    ) -> None:
+        """`coin_seed` seeds the coins that sequences of strategy mixture share."""
+        self.limits = limits
+        self.num_models = len(runners)
+        self.max_length = min(runner.max_length for runner in runners)
+        self._decoder = decoder
+        self._eos = eos_token_ids
+        self._on_step = on_step
+        strategies = Strategies(SharedCoins(coin_seed))
+        scores = ScoreStore(
+            limits.max_sequences,
+            limits.max_gamma + len(runners),
+            runners[0].vocab_size,
+            [runner.dtype for runner in runners],
+            [runner.device for runner in runners],
+        )
+        self.scheduler = Scheduler(
+            [PagePool(runner.num_pages, runner.page_size) for runner in runners],
+            scores,
+            strategies,
+            max_sequences=limits.max_sequences,
+            max_step_tokens=limits.max_step_tokens,
+            max_gamma=limits.max_gamma,
+        )
+        self._advancer = Advancer(runners, scores, strategies, eos_token_ids)
+        self._texts: dict[Sequence, TextStream] = {}
+        self._sequences: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; the caller has validated it against this engine's limits."""
+        assert sequence.limit <= self.max_length
+        assert max(sequence.decoding.gamma) <= self.limits.max_gamma
+        assert sequence.id not in self._sequences
+        self._sequences[sequence.id] = sequence
+        self._texts[sequence] = TextStream(self._decoder, sequence.token_ids, sequence.params)
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence_id: str) -> None:
+        """Drop a sequence wherever it is; unknown and finished ones are ignored."""
+        sequence = self._sequences.get(sequence_id)
+        if sequence is not None:
+            self._release(sequence, sequence.num_verified)
+
+    def step(self) -> list[TokenDelta]:
+        """One advance of one model; returns what it added to whom."""
+        started = time.perf_counter()
+        plan = self.scheduler.plan()
+        if plan is None:
+            return []
+        outcome = self._advancer.advance(plan)
+        deltas = self._finish(plan.sequences, outcome)
+        self._observe(outcome.stats, plan.num_preempted, started)
+        return deltas
+
+    def _finish(self, sequences: Iterable[Sequence], outcome: Outcome) -> list[TokenDelta]:
+        deltas = []
+        for sequence in sequences:
+            if sequence in outcome.failed:
+                deltas.append(self._fail(sequence))
+            elif count := outcome.num_verified.get(sequence, 0):
+                logprobs = outcome.logprobs.get(sequence, [])
+                deltas.append(self._deliver(sequence, count, logprobs, outcome.stats))
+        return deltas
+
+    def _deliver(
+        self, sequence: Sequence, count: int, logprobs: list[TokenLogprob], stats: StepStats
+    ) -> TokenDelta:
+        """Detokenise the last `count` verified tokens and end the text where it ends."""
+        start = sequence.num_verified - count
+        new = sequence.token_ids[start : start + count]
+        end = self._find_end(sequence, new)
+        shown = new[: end.num_tokens] if end is not None else new
+        if end is not None and end.finish_reason == "stop" and not sequence.params.include_stop:
+            shown = shown[:-1]
+        stream = self._texts[sequence]
+        text, match = stream.push(shown)
+        if match is not None:
+            end = _End(match.num_tokens, "stop", match.stop)
+        elif end is not None:
+            text += stream.flush()
+        kept = end.num_tokens if end is not None else count
+        stats.num_generated += kept
+        stats.num_discarded += count - kept
+        if end is not None:
+            self._release(sequence, start + kept)
+        return TokenDelta(
+            sequence_id=sequence.id,
+            token_ids=tuple(new[:kept]),
+            text=text,
+            logprobs=tuple(logprobs[:kept]),
+            finish_reason=end.finish_reason if end is not None else None,
+            stop_reason=end.stop_reason if end is not None else None,
+            stats=sequence.stats if end is not None else None,
+        )
+
+    def _find_end(self, sequence: Sequence, new: list[int]) -> _End | None:
+        """The first stop token, or the last token that max_tokens allows."""
+        params = sequence.params
+        generated = sequence.num_generated - len(new)
+        for count, token_id in enumerate(new, start=1):
+            if generated + count > params.min_tokens:
+                if token_id in params.stop_token_ids:
+                    return _End(count, "stop", token_id)
+                if token_id in self._eos and not params.ignore_eos:
+                    return _End(count, "stop")
+            if generated + count == params.max_tokens:
+                return _End(count, "length")
+        return None
+
+    def _fail(self, sequence: Sequence) -> TokenDelta:
+        """End one sequence whose scores are no distribution."""
+        position = sequence.num_verified - sequence.num_prompt
+        self._release(sequence, sequence.num_verified)
+        return TokenDelta(
+            sequence_id=sequence.id,
+            finish_reason="error",
+            stats=sequence.stats,
+            error=f"the combined distribution of token {position} is not a distribution: "
+            "a model returned NaN, or no token is possible under this combination",
+        )
+
+    def _release(self, sequence: Sequence, num_verified: int) -> None:
+        self.scheduler.release(sequence)
+        sequence.finish(num_verified)
+        del self._sequences[sequence.id]
+        del self._texts[sequence]
+
+    def _observe(self, stats: StepStats, num_preempted: int, started: float) -> None:
+        if self._on_step is None:
+            return
+        stats.num_preempted = num_preempted
+        stats.num_running = len(self.scheduler.running)
+        stats.num_waiting = len(self.scheduler.waiting)
+        stats.pages_used = self.scheduler.pages_used()
+        stats.step_seconds = time.perf_counter() - started
+        self._on_step(stats)
