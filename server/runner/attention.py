@@ -1,0 +1,180 @@
+"""Attention of packed spans over the paged KV memory, called by transformers' own layers.
+
+transformers hands every layer's queries, keys and values to a registered function and knows no
+cache here (`use_cache=False`). The function finds its model's PagedAttention on the calling
+module, so that any number of models live in one process.
+
+Grouped queries are not repeated: the query heads of one KV head are laid side by side as rows
+(head, token), and one row block attends to that KV head once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from server.cache.kv_store import KVStore
+from server.runner.plan import MAX_GROUPED_TOKENS, ForwardPlan, SpanGroup
+
+NAME = "cos_paged"
+_ATTRIBUTE = "cos_paged_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Style:
+    """How a layer scores: `softcap * tanh(scale * q.k / softcap)` within `window` tokens.
+
+    Attributes:
+        scale: of q.k; None: one over the root of the head dimension.
+        window: how many tokens back a query sees, itself included; 0: all.
+        softcap: bound of the scores, or None.
+        sinks: [heads] scores of a key without value that every query also sees, or None.
+    """
+
+    scale: float | None
+    window: int
+    softcap: float | None
+    sinks: Tensor | None
+
+
+class PagedAttention:
+    """Writes the new tokens' KV of a layer, then attends every group of the current plan.
+
+    Attributes:
+        store: KV memory of the model.
+        plan: of the forward in progress; set before it, None outside.
+    """
+
+    def __init__(self, store: KVStore) -> None:
+        self.store = store
+        self.plan: ForwardPlan | None = None
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Make `model` attend through this object."""
+        AttentionInterface.register(NAME, _attend)
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                setattr(module, _ATTRIBUTE, self)
+        model.set_attn_implementation(NAME)
+
+    def attend(
+        self, layer: int, queries: Tensor, keys: Tensor, values: Tensor, style: Style
+    ) -> Tensor:
+        """Queries [T, heads, d], keys and values [T, kv_heads, d] -> [T, heads, value dim]."""
+        assert self.plan is not None, "attention is called outside of TorchRunner.forward"
+        self.store.write(layer, self.plan.slots, keys, values)
+        outputs = [
+            _attend_group(group, queries[group.rows], self.store, layer, style)
+            for group in self.plan.groups
+        ]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: object,
+) -> tuple[Tensor, None]:
+    """The function transformers calls, with its names: query [1, heads, T, d] and so on."""
+    assert attention_mask is None, "the page plan says what is seen, no mask is expected"
+    attention = getattr(module, _ATTRIBUTE)
+    assert isinstance(attention, PagedAttention)
+    style = Style(scaling, sliding_window or 0, softcap, s_aux)
+    rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
+    return attention.attend(module.layer_idx, *rows, style)[None], None  # type: ignore[arg-type]
+
+
+def _attend_group(
+    group: SpanGroup, queries: Tensor, store: KVStore, layer: int, style: Style
+) -> Tensor:
+    """Queries [B * num_tokens, heads, d] of one group -> [B * num_tokens, heads, value dim]."""
+    keys, values = store.read(layer, group.selection(style.window).slots)
+    if keys.dim() == 3:
+        keys, values = keys[None], values[None]
+    keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+    if style.softcap is not None or style.sinks is not None:
+        return _attend_plainly(group, queries, keys, values, style)
+    if group.num_tokens > MAX_GROUPED_TOKENS:
+        return _attend_long(group, queries, keys, values, style)
+    return _attend_packed(group, queries, keys, values, style)
+
+
+def _attend_packed(
+    group: SpanGroup, queries: Tensor, keys: Tensor, values: Tensor, style: Style
+) -> Tensor:
+    """Few tokens a span; keys and values [B, kv_heads, L, d]."""
+    packed = _pack(group, queries, keys.shape[1])
+    bias = group.bias(style.window, queries.shape[1] // keys.shape[1], queries.dtype)
+    return _unpack(
+        group,
+        F.scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=style.scale),
+    )
+
+
+def _attend_long(
+    group: SpanGroup, queries: Tensor, keys: Tensor, values: Tensor, style: Style
+) -> Tensor:
+    """One span of many tokens; keys and values [1, kv_heads, L, d].
+
+    KV heads take the place of the batch and each is seen by its query heads without a copy, so
+    that one [num_tokens, L] bias serves all heads.
+    """
+    num_heads, num_kv_heads = queries.shape[1], keys.shape[1]
+    heads = queries.reshape(len(queries), num_kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
+    shared = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
+    from_start = group.lengths[0] == group.num_tokens and not style.window
+    output = F.scaled_dot_product_attention(
+        heads,
+        keys[0][:, None].expand(shared),
+        values[0][:, None].expand(shared),
+        attn_mask=None if from_start else group.bias(style.window, 1, queries.dtype),
+        is_causal=from_start,
+        scale=style.scale,
+    )
+    return output.permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def _attend_plainly(
+    group: SpanGroup, queries: Tensor, keys: Tensor, values: Tensor, style: Style
+) -> Tensor:
+    """Softcap and sinks, written out; keys and values [B, kv_heads, L, d]."""
+    num_kv_heads = keys.shape[1]
+    repeats = queries.shape[1] // num_kv_heads
+    scale = queries.shape[-1] ** -0.5 if style.scale is None else style.scale
+    scores = (_pack(group, queries, num_kv_heads) @ keys.transpose(2, 3)).float() * scale
+    if style.softcap is not None:
+        scores = style.softcap * torch.tanh(scores / style.softcap)
+    if (bias := group.bias(style.window, repeats, torch.float32)) is not None:
+        scores = scores + bias
+    if style.sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        sinks = style.sinks.float().view(1, num_kv_heads, repeats, 1)
+        sinks = sinks.repeat_interleave(group.num_tokens, 2).expand(len(scores), -1, -1, -1)
+        weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return _unpack(group, weights.to(values.dtype) @ values)
+
+
+def _pack(group: SpanGroup, queries: Tensor, num_kv_heads: int) -> Tensor:
+    """[B * tokens, heads, d] -> [B, kv_heads, repeats * tokens, d]."""
+    size = (group.num_spans, group.num_tokens, num_kv_heads, -1, queries.shape[-1])
+    return queries.reshape(size).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
+
+def _unpack(group: SpanGroup, output: Tensor) -> Tensor:
+    """[B, kv_heads, repeats * tokens, d] -> [B * tokens, heads, d]."""
+    num_kv_heads, dim = output.shape[1], output.shape[-1]
+    by_head = output.reshape(group.num_spans, num_kv_heads, -1, group.num_tokens, dim)
+    return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)

@@ -1,0 +1,111 @@
+"""How many pages of KV memory each model gets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from server.config import EngineConfig, parse_bytes
+from server.errors import ConfigError
+
+# Share of the free memory that `kv_memory: auto` takes; the rest is for activations and scores.
+_AUTO_SHARE = {"cpu": 0.5, "cuda": 0.8}
+
+
+@dataclass(frozen=True, slots=True)
+class KvNeed:
+    """What one model stores for a token, and where."""
+
+    device: torch.device
+    bytes_per_token: int
+
+
+def num_pages(
+    needs: Sequence[KvNeed],
+    engine: EngineConfig,
+    max_length: int,
+    free: Mapping[torch.device, int],
+) -> int:
+    """Pages of every model, page 0 included: all models hold the same number of tokens.
+
+    Args:
+        needs: of each model.
+        engine: kv_memory, page_size and max_sequences.
+        max_length: longest sequence, in tokens.
+        free: bytes free on each device of `needs`.
+
+    Raises:
+        ConfigError: not even one sequence of `max_length` tokens fits.
+    """
+    per_sequence = -(-max_length // engine.page_size)
+    page_bytes = dict.fromkeys(free, 0)
+    for need in needs:
+        page_bytes[need.device] += need.bytes_per_token * engine.page_size
+    if engine.kv_memory == "auto":
+        budget = {d: int(free[d] * _AUTO_SHARE.get(d.type, 0.5)) for d in free}
+        affordable = min(budget[d] // page_bytes[d] for d in free)
+        available = min(budget.values())
+    else:
+        available = parse_bytes(engine.kv_memory)
+        affordable = available // sum(page_bytes.values())
+    # Page 0 holds no sequence.
+    pages = min(affordable, 1 + engine.max_sequences * per_sequence)
+    if pages < 1 + per_sequence:
+        needed = (1 + per_sequence) * sum(page_bytes.values())
+        raise ConfigError(_too_little(needed, available, max_length, engine))
+    _check_fits(pages, page_bytes, free, engine)
+    return pages
+
+
+def _too_little(needed: int, available: int, max_length: int, engine: EngineConfig) -> str:
+    return (
+        f"KV memory of one sequence of {max_length} tokens is {_mib(needed)}, available are "
+        f"{_mib(available)} (engine.kv_memory: {engine.kv_memory}); lower engine.max_length or "
+        "raise engine.kv_memory"
+    )
+
+
+def _check_fits(
+    pages: int,
+    page_bytes: Mapping[torch.device, int],
+    free: Mapping[torch.device, int],
+    engine: EngineConfig,
+) -> None:
+    for device, available in free.items():
+        needed = pages * page_bytes[device]
+        if needed > available:
+            raise ConfigError(
+                f"engine.kv_memory {engine.kv_memory} needs {_mib(needed)} on {device}, "
+                f"{_mib(available)} are free; lower engine.kv_memory"
+            )
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):,.0f} MiB"
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can still be taken on `device`."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return min(_free_of_machine(), _free_of_container())
+
+
+def _free_of_machine() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("cannot tell the free memory of this machine; set engine.kv_memory")
+
+
+def _free_of_container() -> int:
+    """What the cgroup (v2) leaves; a container may have less than its machine."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = int((folder / "memory.max").read_text())
+        return max(0, limit - int((folder / "memory.current").read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        return 1 << 62

@@ -1,0 +1,191 @@
+"""Everything one forward needs besides the weights, prepared once and shared by all layers.
+
+The packed rows are the tokens of all spans, spans with equally many tokens side by side: such a
+run of spans is a *group*, and attention takes a group at once. `keep` undoes the reordering.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from server.runner.base import Batch, Span
+
+# Spans of more tokens are attended one by one: they fill the machine alone.
+MAX_GROUPED_TOKENS = 16
+# Measured on CPU: beyond this length, gathering into one tensor costs more than a call each.
+MAX_GATHERED_LENGTH_CPU = 256
+
+
+@dataclass(frozen=True, slots=True)
+class KeySelection:
+    """What the queries of one group attend to, for one window.
+
+    Attributes:
+        slots: where the keys lie: a slice (one span, neighbouring pages) or [B, L] int64.
+        allowed: [B, num_tokens, L] bool, may the query see the key; None: all of them.
+    """
+
+    slots: slice | Tensor
+    allowed: Tensor | None
+
+
+@dataclass(slots=True)
+class SpanGroup:
+    """Spans with the same number of tokens, their rows consecutive in the packed batch.
+
+    Attributes:
+        rows: of the packed batch, len(lengths) * num_tokens of them.
+        num_tokens: of each span.
+        lengths: tokens of each sequence, the fed ones included.
+        pages: page table of each sequence.
+    """
+
+    rows: slice
+    num_tokens: int
+    lengths: list[int]
+    pages: list[Sequence[int]]
+    page_size: int
+    device: torch.device
+    _selections: dict[int, KeySelection] = field(default_factory=dict)
+    _biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def num_spans(self) -> int:
+        return len(self.lengths)
+
+    def selection(self, window: int) -> KeySelection:
+        """Keys within `window` tokens of the queries; 0 means all that came before."""
+        if window not in self._selections:
+            self._selections[window] = self._select(window)
+        return self._selections[window]
+
+    def bias(self, window: int, repeats: int, dtype: torch.dtype) -> Tensor | None:
+        """What to add to the attention scores: 0 or -inf, [B, 1, repeats * num_tokens, L]."""
+        allowed = self.selection(window).allowed
+        if allowed is None:
+            return None
+        key = (window, repeats)
+        if key not in self._biases:
+            bias = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
+            bias.masked_fill_(~allowed, float("-inf"))
+            self._biases[key] = bias.repeat(1, repeats, 1)[:, None]
+        return self._biases[key]
+
+    def _select(self, window: int) -> KeySelection:
+        oldest = [length - self.num_tokens - window + 1 if window else 0 for length in self.lengths]
+        first = [max(0, position) for position in oldest]
+        positions = self._positions(first)
+        lengths = torch.tensor(self.lengths, device=self.device)
+        queries = (
+            lengths[:, None] - self.num_tokens + torch.arange(self.num_tokens, device=self.device)
+        )
+        allowed = positions[:, None, :] <= queries[:, :, None]
+        if window:
+            allowed &= positions[:, None, :] > queries[:, :, None] - window
+        # One token of one span sees every key selected for it.
+        everything = self.num_tokens == 1 and self.num_spans == 1
+        return KeySelection(self._slots(first, positions), None if everything else allowed)
+
+    def _positions(self, first: list[int]) -> Tensor:
+        """[B, L]: the positions first[b], first[b] + 1, ... ; L is the longest span's need."""
+        count = max(length - start for length, start in zip(self.lengths, first, strict=True))
+        starts = torch.tensor(first, device=self.device)
+        return starts[:, None] + torch.arange(count, device=self.device)
+
+    def _slots(self, first: list[int], positions: Tensor) -> slice | Tensor:
+        if self.num_spans == 1 and (start := self._contiguous_start(first[0])) is not None:
+            return slice(start, start + self.lengths[0] - first[0])
+        width = max(-(-length // self.page_size) for length in self.lengths)
+        # Short tables are padded with page 0, which holds finite values nobody may see.
+        table = torch.tensor(
+            [[*pages[:width], *[0] * (width - len(pages))] for pages in self.pages],
+            device=self.device,
+        )
+        last = torch.tensor(self.lengths, device=self.device)[:, None]
+        page = table.gather(1, (positions // self.page_size).clamp(max=width - 1))
+        return torch.where(positions < last, page * self.page_size + positions % self.page_size, 0)
+
+    def _contiguous_start(self, first: int) -> int | None:
+        """Slot of position `first` of the only span if all later ones follow it in memory."""
+        start = first // self.page_size
+        end = -(-self.lengths[0] // self.page_size)
+        used = list(self.pages[0][start:end])
+        if used != list(range(used[0], used[0] + len(used))):
+            return None
+        return used[0] * self.page_size + first % self.page_size
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPlan:
+    """Index tensors of one forward, T packed tokens.
+
+    Attributes:
+        token_ids, position_ids: [1, T] int64.
+        slots: [T] int64, where each token's KV goes.
+        keep: [num_kept] int64, packed rows whose logits are wanted, in the batch's order.
+        groups: cover the packed rows in order.
+    """
+
+    token_ids: Tensor
+    position_ids: Tensor
+    slots: Tensor
+    keep: Tensor
+    groups: tuple[SpanGroup, ...]
+
+
+def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan:
+    """Prepare a forward of `batch`."""
+    order = sorted(range(len(batch.spans)), key=lambda i: len(batch.spans[i].token_ids))
+    spans = [batch.spans[i] for i in order]
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    kept: dict[int, range] = {}
+    for index, span in zip(order, spans, strict=True):
+        token_ids += span.token_ids
+        positions += range(span.num_past, span.num_past + len(span.token_ids))
+        slots += _slots(span, page_size)
+        kept[index] = range(len(token_ids) - span.num_kept, len(token_ids))
+    keep = [row for index in range(len(spans)) for row in kept[index]]
+    # One copy to the device instead of four.
+    packed = torch.tensor([token_ids, positions, slots]).to(device)
+    return ForwardPlan(
+        token_ids=packed[0:1],
+        position_ids=packed[1:2],
+        slots=packed[2],
+        keep=torch.tensor(keep, dtype=torch.int64).to(device),
+        groups=tuple(_make_groups(spans, page_size, device)),
+    )
+
+
+def _slots(span: Span, page_size: int) -> list[int]:
+    positions = range(span.num_past, span.num_past + len(span.token_ids))
+    return [span.pages[p // page_size] * page_size + p % page_size for p in positions]
+
+
+def _make_groups(spans: list[Span], page_size: int, device: torch.device) -> list[SpanGroup]:
+    groups: list[SpanGroup] = []
+    first_row = 0
+    for num_tokens, alike in groupby(spans, key=lambda span: len(span.token_ids)):
+        for members in _split(list(alike), num_tokens, device):
+            end_row = first_row + num_tokens * len(members)
+            lengths = [span.num_past + num_tokens for span in members]
+            pages = [span.pages for span in members]
+            rows = slice(first_row, end_row)
+            groups.append(SpanGroup(rows, num_tokens, lengths, pages, page_size, device))
+            first_row = end_row
+    return groups
+
+
+def _split(spans: list[Span], num_tokens: int, device: torch.device) -> list[list[Span]]:
+    """Spans that one attention call should take together."""
+    longest = max(span.num_past for span in spans) + num_tokens
+    too_long = device.type == "cpu" and longest > MAX_GATHERED_LENGTH_CPU
+    if num_tokens > MAX_GROUPED_TOKENS or too_long:
+        return [[span] for span in spans]
+    return [spans]
