@@ -1,0 +1,115 @@
+"""cos-server: serve, check, bench.
+
+Exit codes: 0 done or drained, 1 the engine has failed, 2 bad arguments, configuration or models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from server import __version__
+from server.config import ServerConfig, load_config
+from server.errors import CosError
+
+logger = logging.getLogger("server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; anything the project raises on purpose becomes one line and code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = _parser(arguments).parse_args(arguments)
+    logging.basicConfig(
+        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    try:
+        code: int = options.run(options)
+    except CosError as error:
+        sys.stderr.write(f"cos-server: error: {' '.join(str(error).split())}\n")
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cos-server", description=_DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"cos-server {__version__}")
+    parser.add_argument(
+        "--log-level",
+        choices=["debug", "info", "warning", "error"],
+        default="info",
+        help="least level to log (default info)",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve the configured models over HTTP")
+    _add_config(serve)
+    serve.add_argument("--host", help="address to listen on, instead of http.host")
+    serve.add_argument("--port", type=int, help="port to listen on, instead of http.port")
+    serve.set_defaults(run=_serve)
+    check = commands.add_parser("check", help="validate a configuration")
+    _add_config(check)
+    check.add_argument("--load", action="store_true", help="load the models, too")
+    check.set_defaults(run=_check)
+    bench = commands.add_parser("bench", help="measure a running server")
+    if "bench" in arguments:
+        _add_bench(bench)
+    return parser
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="a configs/*.yaml")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override one entry, as in decoding.gamma=6; may be repeated",
+    )
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    # Here, so that the other commands do not pay for importing it.
+    from server.bench import cli
+
+    cli.add_arguments(parser)
+    parser.set_defaults(run=cli.run)
+
+
+def _load_config(options: argparse.Namespace) -> ServerConfig:
+    overrides = list(options.overrides)
+    for key in ("host", "port"):
+        if (value := getattr(options, key, None)) is not None:
+            overrides.append(f"http.{key}={value}")
+    return load_config(options.config, overrides)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    config = _load_config(options)
+    logger.info("starting %s from %s", config.served_model_name, options.config)
+    # Here, because torch and transformers take seconds to import.
+    from server.serve import serve
+
+    return serve(config)
+
+
+def _check(options: argparse.Namespace) -> int:
+    config = _load_config(options)
+    from server.app import create_app, load_parts
+    from server.metrics import Metrics
+
+    create_app(config)
+    if options.load:
+        load_parts(config, Metrics(config))
+    sys.stdout.write(f"{options.config}: ok\n")
+    return 0
+
+
+_DESCRIPTION = "OpenAI-compatible server for collaborative decoding via speculation."
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""Every error as OpenAI's envelope, and the one place that maps errors to HTTP statuses.
+
+{"error": {"message": str, "type": str, "param": str | null, "code": str | null}}
+
+RequestError          its own status (400, 404)   invalid_request_error
+malformed body        400, never FastAPI's 422    invalid_request_error
+route, method, size   404, 405, 413               invalid_request_error
+EngineOverloaded      429 and Retry-After         rate_limit_error
+EngineDraining        503 and Retry-After         server_error
+anything else         500                         server_error
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from server.api.service import service_of
+from server.errors import (
+    CosError,
+    EngineDead,
+    EngineDraining,
+    EngineOverloaded,
+    GenerationFailed,
+    RequestError,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_PROBLEMS = 10
+MAX_INPUT_CHARS = 200
+
+
+class ErrorBody(BaseModel):
+    """What went wrong; all four keys are always present."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorEnvelope(BaseModel):
+    """The body of every response that is not a success."""
+
+    error: ErrorBody
+
+
+# What every route may answer besides success, for the OpenAPI document.
+_MEANINGS: dict[int | str, str] = {
+    400: "The request is malformed or asks for what is not supported.",
+    404: "No such model or route.",
+    405: "The route does not take this method.",
+    413: "The body is larger than the server allows.",
+    429: "The queue is full; try again later.",
+    500: "The server failed.",
+    503: "The server is starting or shutting down.",
+    "default": "Any other error.",
+}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorEnvelope, "description": meaning}
+    for status, meaning in _MEANINGS.items()
+}
+
+_STATUS: dict[type[CosError], tuple[int, str, str | None]] = {
+    EngineOverloaded: (429, "rate_limit_error", "queue_full"),
+    EngineDraining: (503, "server_error", "unavailable"),
+    EngineDead: (500, "server_error", "engine_dead"),
+    GenerationFailed: (500, "server_error", "generation_failed"),
+}
+_RETRY_AFTER = {429: "1", 503: "5"}
+
+
+def envelope(
+    message: str, type: str, param: str | None = None, code: str | None = None
+) -> ErrorEnvelope:
+    return ErrorEnvelope(error=ErrorBody(message=message, type=type, param=param, code=code))
+
+
+def describe(error: Exception) -> tuple[int, ErrorEnvelope]:
+    """Status and body of any error. An unexpected one says nothing of itself to the client."""
+    if isinstance(error, RequestError):
+        body = envelope(str(error), "invalid_request_error", error.param, error.code)
+        return error.status, body
+    if isinstance(error, CosError):
+        status, type_, code = _STATUS.get(type(error), (500, "server_error", None))
+        return status, envelope(str(error), type_, code=code)
+    return 500, envelope("internal server error", "server_error", code="internal_error")
+
+
+def rejection_reason(error: RequestError | CosError) -> str | None:
+    """Label of cos_requests_rejected_total; None for errors that are no rejection."""
+    if isinstance(error, RequestError):
+        known = {"context_length_exceeded", "model_not_found", "unsupported_parameter"}
+        return error.code if error.code in known else "validation"
+    if isinstance(error, EngineOverloaded):
+        return "queue_full"
+    return "unavailable" if isinstance(error, EngineDraining) else None
+
+
+def error_response(
+    status: int, body: ErrorEnvelope, headers: Mapping[str, str] | None = None
+) -> Response:
+    merged = dict(headers or {})
+    if status in _RETRY_AFTER:
+        merged["Retry-After"] = _RETRY_AFTER[status]
+    return Response(body.model_dump_json(), status, merged, media_type="application/json")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Everything that can leave a route or the router ends in the envelope."""
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(CosError, _on_cos_error)
+    app.add_exception_handler(Exception, _on_unexpected)
+
+
+async def _on_cos_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, CosError)
+    reason = rejection_reason(error)
+    if reason is not None:
+        service_of(request).metrics.reject(reason)
+    status, body = describe(error)
+    return error_response(status, body)
+
+
+async def _on_validation_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    service_of(request).metrics.reject("validation")
+    problems = [dict(item) for item in error.errors()[:MAX_PROBLEMS]]
+    message = "; ".join(_problem(item) for item in problems)
+    is_json = problems[0]["type"] != "json_invalid"  # its location is an offset, not a field
+    param = _path(problems[0]["loc"]) or None if is_json else None
+    return error_response(400, envelope(message, "invalid_request_error", param))
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.scope["path"][:MAX_INPUT_CHARS]
+    message = {
+        404: f"unknown route: {request.method} {path}",
+        405: f"{path} does not take {request.method}",
+    }.get(error.status_code, str(error.detail))
+    type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
+    return error_response(error.status_code, envelope(message, type_), error.headers)
+
+
+async def _on_unexpected(request: Request, error: Exception) -> Response:
+    # Starlette raises it again after this answer, so that the traceback reaches the log.
+    return error_response(*describe(error))
+
+
+def _problem(item: dict[str, Any]) -> str:
+    if item["type"] == "json_invalid":
+        return f"the body is not valid JSON: {item['ctx']['error']}"
+    where = _path(item["loc"])
+    given = item.get("input")
+    if not where:
+        return _no_body(given)
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "missing":
+        return f"{where} is required"
+    if item["type"] == "extra_forbidden":
+        return f"{where}: unknown key"
+    # The type stays in the text: clients tell greater_than_equal from less_than_equal by it.
+    return f"{where}: {message} ({item['type']}; got {_shown(given)})"
+
+
+def _no_body(given: object) -> str:
+    if isinstance(given, bytes):
+        return "the body must be sent with content type application/json"
+    return "the body must be a JSON object"
+
+
+def _shown(value: object) -> str:
+    """At most MAX_INPUT_CHARS of the client's own input; a large one is not even formatted."""
+    if isinstance(value, str):
+        shown = repr(value[:MAX_INPUT_CHARS])
+    elif isinstance(value, list | dict):
+        shown = f"{'an array' if isinstance(value, list) else 'an object'} of {len(value)}"
+    else:
+        shown = repr(value)
+    return shown if len(shown) <= MAX_INPUT_CHARS else shown[:MAX_INPUT_CHARS] + "..."
+
+
+# Tags that pydantic puts into the path of a union's problem; no field of the request.
+_TAGS = frozenset({"weighted", "contrastive", "linear"})
+
+
+def _path(location: Sequence[int | str]) -> str:
+    """`("body", "cos", "gamma", 0)` -> `cos.gamma.0`; empty for the body itself."""
+    parts = [str(part)[:64] for part in location[1:] if part not in _TAGS]
+    return ".".join(parts)[:MAX_INPUT_CHARS]

@@ -1,0 +1,180 @@
+"""Bodies of /v1/completions as the client sends and gets them.
+
+Checked here: types and ranges that hold for any server. Limits of this server are limits.py's.
+Unknown fields are allowed at the top level, as OpenAI's own clients send them; those that would
+change the text are refused by name (unsupported.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+
+from server.config import CombinationConfig, StrategyName
+
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+
+
+def _any_of(expected: str) -> WrapValidator:
+    """One problem for a union instead of one for each of its members."""
+
+    def validate(value: object, handler: Callable[[object], object]) -> object:
+        try:
+            return handler(value)
+        except ValidationError:
+            raise ValueError(f"Input should be {expected}") from None
+
+    return WrapValidator(validate)
+
+
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    _any_of(
+        "a string, a list of strings, a list of token ids or a list of such lists; "
+        "token ids are integers"
+    ),
+]
+Stop = Annotated[str | list[str] | None, _any_of("a string or a list of strings")]
+Gamma = Annotated[
+    Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,
+    _any_of("a positive integer, or a list of one for each model"),
+]
+
+
+class Body(BaseModel):
+    """Strict: `true` is no number and `"1"` is no integer."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+
+class StreamOptions(Body):
+    """What a stream carries besides text."""
+
+    include_usage: bool = Field(False, description="A last chunk with usage and no choices.")
+    continuous_usage_stats: bool = Field(
+        False, description="Usage so far in every chunk; needs include_usage."
+    )
+
+
+class CosOptions(Body):
+    """How this request is decoded, where it departs from the server's configuration."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    combination: CombinationConfig | None = Field(
+        None, description="How the members' scores become one distribution."
+    )
+    strategy: StrategyName | None = Field(None, description="Which model advances next.")
+    gamma: Gamma = Field(None, description="Proposal length of the first, or of each model.")
+    kappa: int | None = Field(
+        None, ge=0, description="mixture: foreign-coin tokens the first model may draft through."
+    )
+    shared_coins: bool | None = Field(
+        None,
+        description="mixture: take the batch's coins; allowed by default for one choice "
+        "without a seed.",
+    )
+
+
+class CompletionRequest(Body):
+    """POST /v1/completions."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    model: str = Field(description="The served model's name.")
+    prompt: Prompt = Field(description="Text or token ids, one prompt or several.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="16 if null; cut to what the context leaves."
+    )
+    min_tokens: int | None = Field(None, ge=0, description="No end of text before so many tokens.")
+    n: int | None = Field(None, ge=1, description="Choices for each prompt; 1 if null.")
+    best_of: int | None = Field(None, description="Only null or equal to n.")
+    stream: bool | None = Field(None, description="Server-sent events instead of one body.")
+    stream_options: StreamOptions | None = Field(None, description="Only with stream.")
+    logprobs: int | None = Field(
+        None, ge=0, description="Alternatives to report for each token, its own one besides."
+    )
+    temperature: Finite | None = Field(None, ge=0, le=2, description="1 if null; 0 is greedy.")
+    top_p: Finite | None = Field(None, gt=0, le=1, description="Nucleus mass.")
+    top_k: int | None = Field(None, ge=-1, description="0 and -1 keep all tokens.")
+    min_p: Finite | None = Field(None, ge=0, le=1, description="Fraction of the top probability.")
+    presence_penalty: Finite | None = Field(None, ge=-2, le=2, description="OpenAI's.")
+    frequency_penalty: Finite | None = Field(None, ge=-2, le=2, description="OpenAI's.")
+    repetition_penalty: Finite | None = Field(
+        None, gt=0, le=100, description="Over prompt and generated tokens; 1 is none."
+    )
+    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = Field(
+        None, description="Token id to bias."
+    )
+    allowed_token_ids: list[int] | None = Field(None, description="Only these are generated.")
+    stop: Stop = Field(None, description="Strings that end the text.")
+    stop_token_ids: list[int] | None = Field(None, description="Tokens that end the text.")
+    include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string.")
+    ignore_eos: bool | None = Field(None, description="End-of-text tokens do not end the text.")
+    skip_special_tokens: bool | None = Field(None, description="Leave them out; true if null.")
+    add_special_tokens: bool | None = Field(
+        None, description="Add the tokenizer's own to a text prompt; true if null."
+    )
+    seed: Int64 | None = Field(None, description="Same request and seed, same text.")
+    user: str | None = Field(None, description="Accepted and ignored.")
+    cos: CosOptions | None = Field(None, description="Collaborative decoding of this request.")
+
+
+class Usage(BaseModel):
+    """Each prompt counts once, whatever n is."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class Logprobs(BaseModel):
+    """Of the combined distribution before temperature and truncation."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One text, or one piece of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = None
+
+
+class CosReport(BaseModel):
+    """What this request's decoding was and took; [models] lists are in configured order."""
+
+    strategy: StrategyName
+    combination: dict[str, Any]
+    gamma: list[int]
+    kappa: int | None = Field(description="null unless the strategy is mixture.")
+    shared_coins: bool | None = Field(description="null unless the strategy is mixture.")
+    proposed: list[int] = Field(description="Tokens proposed, by proposer.")
+    accepted: list[int] = Field(description="Proposed tokens accepted, by proposer.")
+    forwards: list[int] = Field(description="Forwards that decoded, by model.")
+    recovered: int = Field(description="Tokens resampled after a rejection.")
+    drawn: int = Field(description="Tokens drawn with nothing proposed.")
+    bonus: int = Field(description="Tokens proposed right after scoring other models' proposals.")
+    discarded: int = Field(description="Verified tokens cut off by the end of the text.")
+    preemptions: int
+
+
+class Completion(BaseModel):
+    """The body of a completion, or one chunk of a stream."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+    cos: CosReport | None = None

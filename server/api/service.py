@@ -1,0 +1,91 @@
+"""What the routes share: the configuration, the metrics, and the engine once it is there."""
+
+from __future__ import annotations
+
+import time
+from typing import Literal
+
+from fastapi import Request
+
+from server.api.codec import Codec
+from server.api.decoding import DecodingDefaults
+from server.config import ServerConfig
+from server.engine.async_engine import AsyncEngine
+from server.errors import EngineDead, EngineDraining, ModelNotFound
+from server.metrics import Metrics
+
+Phase = Literal["loading", "ready", "draining", "failed"]
+
+
+class Service:
+    """State of one app. Lives on the event loop's thread."""
+
+    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+        """Raises ConfigError where the configured decoding contradicts itself."""
+        self.config = config
+        self.decoding = DecodingDefaults(config)
+        self.metrics = metrics
+        self.started_at = int(time.time())
+        self.failure: BaseException | None = None
+        self._engine: AsyncEngine | None = None
+        self._codec: Codec | None = None
+        self._is_draining = False
+
+    @property
+    def phase(self) -> Phase:
+        if self.failure is not None or (self._engine is not None and self._engine.error):
+            return "failed"
+        if self._is_draining or (self._engine is not None and self._engine.is_draining):
+            return "draining"
+        return "ready" if self._engine is not None and self._engine.is_ready else "loading"
+
+    def open(self, engine: AsyncEngine, codec: Codec) -> None:
+        """Take requests from now on, unless a shutdown has begun meanwhile."""
+        self._engine, self._codec = engine, codec
+        if self._is_draining:
+            engine.drain()
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what runs goes on."""
+        self._is_draining = True
+        if self._engine is not None:
+            self._engine.drain()
+
+    async def stop(self) -> None:
+        """End the engine; streams still open get an error."""
+        self.drain()
+        if self._engine is not None:
+            await self._engine.stop()
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end has not been delivered."""
+        return 0 if self._engine is None else self._engine.num_open
+
+    def require(self) -> tuple[AsyncEngine, Codec]:
+        """The engine and its codec, for a new request.
+
+        Raises:
+            EngineDraining: the server is starting or shutting down.
+            EngineDead: the engine has failed.
+        """
+        match self.phase:
+            case "failed":
+                raise EngineDead("the engine has failed")
+            case "draining":
+                raise EngineDraining("the server is shutting down")
+            case "loading":
+                raise EngineDraining("the models are still loading")
+        assert self._engine is not None
+        assert self._codec is not None
+        return self._engine, self._codec
+
+    def check_model(self, name: str) -> None:
+        """Raises ModelNotFound for any name but the one that is served."""
+        if name != self.config.served_model_name:
+            raise ModelNotFound(name, self.config.served_model_name)
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service

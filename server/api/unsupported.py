@@ -1,0 +1,70 @@
+"""Fields of other servers and of OpenAI that this one refuses rather than ignores."""
+
+from __future__ import annotations
+
+import logging
+
+from server.api.protocol import CompletionRequest
+from server.errors import UnsupportedParameter
+
+logger = logging.getLogger(__name__)
+
+# Field to the values that ask for nothing; null always does.
+REFUSED: dict[str, tuple[object, ...]] = {
+    "echo": (False,),
+    "suffix": ("",),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "truncate_prompt_tokens": (),
+    "truncation_side": (),
+    "bad_words": ([],),
+    "logprob_token_ids": ([],),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "spaces_between_special_tokens": (True,),
+    "use_beam_search": (False,),
+    "length_penalty": (1, 1.0),
+    "early_stopping": (False,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "grammar": (),
+    "stop_regex": (),
+    "tools": (),
+    "tool_choice": ("none",),
+    "functions": (),
+    "function_call": ("none",),
+    "priority": (0,),
+    "cache_salt": (),
+    "request_id": (),
+    "stream_interval": (1,),
+    "repetition_detection": (),
+    "thinking_token_budget": (),
+    "kv_transfer_params": (),
+    "vllm_xargs": (),
+    "lora_path": (),
+    "custom_logit_processor": (),
+    "logits_processors": ([],),
+    "typical_p": (1, 1.0),
+    "mirostat": (0,),
+}
+
+
+def check_supported(request: CompletionRequest) -> None:
+    """Raises UnsupportedParameter naming the first field that would go unheeded."""
+    extra = request.model_extra or {}
+    for name in extra.keys() & REFUSED.keys():
+        value = extra[name]
+        harmless = any(value == each and type(value) is type(each) for each in REFUSED[name])
+        if value is not None and not harmless:
+            raise UnsupportedParameter(name)
+    if ignored := sorted(name[:64] for name in extra.keys() - REFUSED.keys()):
+        logger.debug("ignored unknown fields: %s", ", ".join(ignored[:10]))
+    if request.best_of not in (None, request.n or 1):
+        raise UnsupportedParameter("best_of", "must be null or equal to n")

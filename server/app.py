@@ -1,0 +1,205 @@
+"""create_app: routes, middlewares, and the life of the engine behind them.
+
+loading   the port is open, models load in a thread; /ready is 503 and requests are refused
+ready     requests are served
+draining  /ready is 503, new requests are refused, running ones go on
+failed    loading or the engine has failed: /health is 503, and `on_failure` is told
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from fastapi import FastAPI
+
+from server import __version__
+from server.api import completions, health, models
+from server.api.codec import Codec, Tokenizer
+from server.api.errors import install_error_handlers
+from server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from server.api.service import Service
+from server.api.sse import outlive_shutdown_signals
+from server.config import ServerConfig
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import Engine, EngineLimits
+from server.metrics import HttpMetricsMiddleware, Metrics
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What serves requests once it is loaded."""
+
+    engine: AsyncEngine
+    tokenizer: Tokenizer
+    vocab_size: int
+
+
+Load = Callable[[], Parts]
+
+
+def create_app(
+    config: ServerConfig,
+    engine: AsyncEngine | None = None,
+    tokenizer: Tokenizer | None = None,
+    *,
+    load: Load | None = None,
+    metrics: Metrics | None = None,
+    on_failure: Callable[[BaseException], None] | None = None,
+) -> FastAPI:
+    """An app of its own: nothing is shared with other apps of the process.
+
+    Args:
+        config: the whole configuration.
+        engine: one that is there already, as in tests; otherwise `load` is called.
+        tokenizer: that of `engine`.
+        load: called in a thread; loads the configured models if not given.
+        metrics: those that `engine` reports to.
+        on_failure: told on the event loop why the app can serve no more.
+
+    Raises:
+        ConfigError: the configuration contradicts itself.
+    """
+    metrics = metrics or Metrics(config)
+    service = Service(config, metrics)
+    if engine is not None:
+        assert tokenizer is not None
+        load = partial(Parts, engine, tokenizer, tokenizer.get_vocab_size())
+    life = _Life(service, load or partial(load_parts, config, metrics), on_failure)
+    app = FastAPI(
+        title="cos-server",
+        version=__version__,
+        lifespan=life.lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # the page would fetch its scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    for module in (completions, models, health):
+        app.include_router(module.router)
+    install_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(
+        BodyLimitMiddleware,
+        max_bytes=config.http.max_body_bytes,
+        on_refusal=lambda: metrics.reject("too_large"),
+    )
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http)
+    app.add_middleware(RequestIdMiddleware)
+    return app
+
+
+def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
+    """Load the configured models and put an engine on them; slow.
+
+    Raises:
+        ConfigError: they cannot be loaded, or do not fit together.
+    """
+    # Here, because it imports transformers: seconds that a client of the port need not wait.
+    from server.runner.loader import load_models
+
+    loaded = load_models(config)
+    tokenizer = loaded.tokenizer.backend_tokenizer
+    # Some tokenizer files cut or pad what they encode; the server has its own limits.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    engine = Engine(
+        loaded.runners,
+        tokenizer,
+        loaded.eos_token_ids,
+        EngineLimits(
+            max_sequences=config.engine.max_sequences,
+            max_step_tokens=config.engine.max_step_tokens,
+            max_gamma=config.decoding.max_gamma,
+            max_waiting=config.engine.max_waiting,
+        ),
+        on_step=metrics.observe_step,
+        coin_seed=secrets.randbits(63),
+    )
+    metrics.engine.watch_pages(
+        engine.scheduler.pages_used, tuple(runner.num_pages - 1 for runner in loaded.runners)
+    )
+    return Parts(AsyncEngine(engine), tokenizer, loaded.vocab_size)
+
+
+class _Life:
+    """Loading, watching and stopping the engine of one app."""
+
+    def __init__(
+        self, service: Service, load: Load, on_failure: Callable[[BaseException], None] | None
+    ) -> None:
+        self._service = service
+        self._load = load
+        self._on_failure = on_failure
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
+        outlive_shutdown_signals()
+        task = asyncio.create_task(self._run())
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+            await self._service.stop()
+
+    async def _run(self) -> None:
+        """Load, open, watch."""
+        try:
+            parts = await _in_daemon_thread(self._load)
+            codec = Codec(parts.tokenizer, parts.vocab_size)
+        except Exception as error:
+            self._fail(error)
+            return
+        parts.engine.start()
+        self._service.metrics.engine.watch(
+            lambda: parts.engine.num_running, lambda: parts.engine.num_waiting
+        )
+        self._service.open(parts.engine, codec)
+        logger.info("ready: %s", self._service.config.served_model_name)
+        await parts.engine.wait_dead()
+        self._fail(parts.engine.error or RuntimeError("the engine thread has ended"))
+
+    def _fail(self, error: BaseException) -> None:
+        self._service.failure = error
+        if self._on_failure is not None:
+            self._on_failure(error)
+        else:
+            logger.error("cannot serve any more", exc_info=error)
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """`work()` in a thread that does not keep the process alive: loading cannot be interrupted."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        try:
+            result, error = work(), None
+        except BaseException as raised:
+            result, error = None, raised
+        with suppress(RuntimeError):  # the loop has closed meanwhile
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="loader", daemon=True).start()
+    return await future

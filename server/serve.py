@@ -1,0 +1,127 @@
+"""Serving until a signal or a failure ends it.
+
+First SIGTERM or SIGINT: /ready turns 503, new requests are refused, running ones may finish within
+`http.drain_seconds`; the port stays open meanwhile, so that clients get an answer. Then, or at a
+second signal, what still runs gets an error and the process ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import time
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from server.api.service import Service
+from server.app import create_app
+from server.config import HttpConfig, ServerConfig
+from server.errors import ConfigError, CosError, EngineDead
+
+logger = logging.getLogger(__name__)
+
+# Answers that are being written when the engine has stopped get this long.
+_FLUSH_SECONDS = 5
+_POLL_SECONDS = 0.05
+
+
+def serve(config: ServerConfig) -> int:
+    """Serve until the end; returns the exit code.
+
+    Raises:
+        ConfigError: the port cannot be had, or the models cannot be loaded.
+    """
+    failures: list[BaseException] = []
+
+    def fail(error: BaseException) -> None:
+        failures.append(error)
+        server.should_exit = True
+
+    app = create_app(config, on_failure=fail)
+    server = DrainingServer(app, config.http)
+    with _bind(config.http) as listener:
+        host, port = listener.getsockname()[:2]
+        logger.info("listening on http://%s:%d, loading models", host, port)
+        server.run(sockets=[listener])
+    return _exit_code(failures)
+
+
+def _exit_code(failures: list[BaseException]) -> int:
+    if not failures:
+        return 0
+    if isinstance(failures[0], CosError) and not isinstance(failures[0], EngineDead):
+        raise failures[0]
+    logger.error("stopped: the engine has failed: %s", failures[0])
+    return 1
+
+
+def _bind(http: HttpConfig) -> socket.socket:
+    family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
+    try:
+        return socket.create_server((http.host, http.port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot listen on {http.host}:{http.port}: {reason}") from error
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, with its own idea of what a signal means."""
+
+    def __init__(self, app: FastAPI, http: HttpConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http="h11",  # keeps a small limit on the size of headers
+                log_config=None,
+                access_log=False,
+                timeout_graceful_shutdown=_FLUSH_SECONDS,
+                lifespan="on",
+            )
+        )
+        self._service: Service = app.state.service
+        self._drain_seconds = http.drain_seconds
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._drain: asyncio.Task[None] | None = None
+        self._num_signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn would close the port now and raise the signal again at the end; a drained server
+        # exits with code 0 instead.
+        self._num_signals += 1
+        if self._loop is None or not self.started:
+            self.should_exit = True
+        elif self._num_signals == 1:
+            self._loop.call_soon_threadsafe(self._start_drain, sig)
+        else:
+            self._loop.call_soon_threadsafe(self._abort)
+
+    def _start_drain(self, sig: int) -> None:
+        logger.info("%s: draining", signal.Signals(sig).name)
+        self._service.drain()
+        self._drain = asyncio.create_task(self._drain_and_stop())
+
+    async def _drain_and_stop(self) -> None:
+        deadline = time.monotonic() + self._drain_seconds
+        # The engine rings no bell when it is idle.
+        while self._service.num_open and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(_POLL_SECONDS)
+        await self._stop()
+
+    def _abort(self) -> None:
+        if self._drain is not None:
+            self._drain.cancel()
+        self._drain = asyncio.create_task(self._stop())
+
+    async def _stop(self) -> None:
+        if self._service.num_open:
+            logger.warning("ending %d unfinished sequences", self._service.num_open)
+        await self._service.stop()
+        self.should_exit = True
