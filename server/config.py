@@ -170,6 +170,11 @@ class ServerConfig(Section):
         gamma = self.decoding.gamma
         if isinstance(gamma, tuple) and len(gamma) != len(names):
             raise ValueError(f"decoding.gamma has {len(gamma)} entries for {len(names)} models")
+        if self.engine.max_step_tokens < self.decoding.max_gamma + len(names):
+            raise ValueError(
+                "engine.max_step_tokens must be at least decoding.max_gamma plus the number of "
+                f"models ({self.decoding.max_gamma} + {len(names)})"
+            )
         if self.decoding.single is not None and self.decoding.single not in names:
             raise ValueError(f"decoding.single is {self.decoding.single!r}, models are {names}")
         return self

@@ -146,6 +146,7 @@ class Sequence:
         del self.token_ids[position:]
         self.proposers.clear()
         self.num_seen = [min(seen, position) for seen in self.num_seen]
+        self.resume_at = [min(until, position) for until in self.resume_at]
         self.token_ids.append(token_id)
         self.num_verified += 1
         self.stats.num_recovered += 1
@@ -180,3 +181,4 @@ class Sequence:
         assert 0 < self.num_prompt <= self.num_verified <= len(self.token_ids) <= self.limit
         assert len(self.proposers) == self.num_pending
         assert all(0 <= seen <= len(self.token_ids) for seen in self.num_seen)
+        assert all(0 <= until <= len(self.token_ids) for until in self.resume_at)

@@ -63,7 +63,8 @@ class Scheduler:
         self._strategies = strategies
         self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
-        # More unseen tokens than a decoding sequence can have: a prompt, or recomputation.
+        # A decoding sequence has no more unseen tokens than this; a prompt or recomputation may.
+        assert max_step_tokens >= max_gamma + len(pools)
         self._short = max_gamma + len(pools)
         self._tables: dict[str, tuple[PageTable, ...]] = {}
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
@@ -142,7 +143,9 @@ class Scheduler:
             model = next(k for k, (seen, until) in enumerate(behind) if seen < until)
         else:
             model = self._strategies.of(sequence).next_model(sequence)
-        return _Want(sequence, model, sequence.num_unseen(model))
+        num_tokens = sequence.num_unseen(model)
+        assert num_tokens > 0, f"{sequence.id} wants model {model}, which has seen everything"
+        return _Want(sequence, model, num_tokens)
 
     def _choose_model(self, wants: list[_Want]) -> int:
         """The earliest in proposal order that a decoding sequence wants.
@@ -175,8 +178,8 @@ class Scheduler:
         num_tokens: dict[Sequence, int] = {}
         victims = 0
         for want in chosen:
-            count = min(want.num_tokens, budget)
-            if count == 0 or want.sequence.status is not Status.RUNNING:
+            count = _chunk(want, budget)
+            if count <= 0 or want.sequence.status is not Status.RUNNING:
                 continue
             needed = want.sequence.num_seen[model] + count
             victims += self._make_room(want.sequence, model, needed, num_tokens)
@@ -222,3 +225,18 @@ class Scheduler:
 
     def pages_used(self) -> tuple[int, ...]:
         return tuple(pool.num_used for pool in self._pools)
+
+
+def _chunk(want: _Want, budget: int) -> int:
+    """How many of the wanted tokens to feed now.
+
+    A feed that decides something is never split: what is decided together must not depend on how
+    full the step is, or a request's text would depend on its neighbours.
+    """
+    if want.num_tokens <= budget:
+        return want.num_tokens
+    sequence = want.sequence
+    if sequence.is_resuming:
+        return budget
+    undeciding = sequence.num_verified - 1 - sequence.num_seen[want.model]
+    return min(budget, undeciding)

@@ -7,23 +7,25 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from tests.support.table_lm import TableLM
 
+Floats = NDArray[np.float64]
 Law = dict[tuple[int, ...], float]
 
 
-def softmax(logits: np.ndarray) -> np.ndarray:
+def softmax(logits: Floats) -> Floats:
     weights = np.exp(logits - logits.max())
     return weights / weights.sum()
 
 
 def warped(
-    logits: np.ndarray, params: SamplingParams, prompt: Sequence[int], made: Sequence[int]
-) -> np.ndarray:
+    logits: Floats, params: SamplingParams, prompt: Sequence[int], made: Sequence[int]
+) -> Floats:
     """Penalties, bias, temperature, min-p, top-k, top-p, in plain loops."""
     logits = logits.copy()
     for token in range(len(logits)):
@@ -58,18 +60,21 @@ def target(
     params: SamplingParams,
     prompt: Sequence[int],
     made: Sequence[int],
-) -> np.ndarray:
+) -> Floats:
     """r after prompt + made, [vocab_size]."""
     raw = [lm.logits([*prompt, *made]) for lm in lms]
     if combination.method == "weighted":
         parts = [softmax(warped(row, params, prompt, made)) for row in raw]
-        r = sum(w * p for w, p in zip(combination.weights, parts, strict=True))
+        r = np.sum([w * p for w, p in zip(combination.weights, parts, strict=True)], axis=0)
     else:
         with np.errstate(invalid="ignore"):
-            mix = sum(
-                w * (np.maximum(row, -1e4) if w < 0 else row)
-                for w, row in zip(combination.weights, raw, strict=True)
-                if w != 0
+            mix = np.sum(
+                [
+                    w * (np.maximum(row, -1e4) if w < 0 else row)
+                    for w, row in zip(combination.weights, raw, strict=True)
+                    if w != 0
+                ],
+                axis=0,
             )
         if combination.plausibility:
             p = softmax(raw[combination.reference])
@@ -77,7 +82,7 @@ def target(
         r = softmax(warped(mix, params, prompt, made))
     if params.is_greedy:
         return np.eye(len(r))[int(np.argmax(r))]
-    return np.asarray(r)
+    return r
 
 
 def exact_law(
@@ -110,7 +115,9 @@ def chi_square_z(samples: Sequence[tuple[int, ...]], law: Law) -> float:
     counts = Counter(samples)
     if any(sample not in law for sample in counts):
         return float("inf")
-    observed, expected, rare_observed, rare_expected = [], [], 0.0, 0.0
+    observed: list[float] = []
+    expected: list[float] = []
+    rare_observed = rare_expected = 0.0
     for cell, probability in law.items():
         mean = probability * len(samples)
         if mean < 5:

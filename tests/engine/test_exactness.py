@@ -1,0 +1,239 @@
+"""The promise: every strategy's output law is that of standard collaborative decoding.
+
+Table LMs are enumerated exactly (tests/support/exact.py, written apart from the product) and
+samples of the whole engine are compared by chi-square. Seeds are fixed, so a test either always
+passes or always fails. For a correct engine and fresh seeds one comparison exceeds z = 4.5 with
+probability 3.4e-6, so any of the fewer than 250 here would fail with probability below 1e-3.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.sequence import Sequence
+from tests.support.engines import decode, generated, make_decoding, make_engine, run
+from tests.support.exact import chi_square_z, exact_law
+from tests.support.table_lm import TableLM
+
+PROMPT = [0, 2, 1]
+Z_LIMIT = 4.5
+NUM_SAMPLES = 2000
+
+COMBINATIONS = {
+    "weighted-2": Combination.weighted([0.3, 0.7]),
+    "contrastive-2": Combination.contrastive(2, 0.4),
+    "linear-2": Combination.linear([0.7, 0.6]),
+    "weighted-3": Combination.weighted([0.2, 0.5, 0.3]),
+    "contrastive-3": Combination.contrastive(3, 0.4),
+    "linear-3": Combination.linear([0.5, -0.3, 0.9]),
+}
+DEGENERATE = {
+    "first-only": Combination.weighted([1.0, 0.0]),
+    "last-only": Combination.weighted([0.0, 1.0]),
+    "mu-zero": Combination.contrastive(2, 0.0),
+    "middle-zero": Combination.weighted([0.5, 0.0, 0.5]),
+    "first-zero": Combination.weighted([0.0, 0.4, 0.6]),
+    "plausible": Combination.contrastive(2, 0.5, plausibility=0.3),
+}
+SCHEDULES: dict[str, tuple[str, dict[str, object]]] = {
+    "standard": ("standard", {}),
+    "speculative-1": ("speculative", {"gamma": 1}),
+    "speculative-3": ("speculative", {"gamma": 3}),
+    "cos-1": ("cos", {"gamma": 1}),
+    "cos-3": ("cos", {"gamma": 3}),
+    "cos-each-2": ("cos", {"gamma": 2, "each": True}),
+}
+MIXTURES: dict[str, dict[str, object]] = {
+    "kappa-0": {"kappa": 0},
+    "kappa-1": {"kappa": 1},
+    "kappa-2": {"kappa": 2, "gamma": 4},
+    "kappa-3-short": {"kappa": 3, "gamma": 2},
+}
+WARPS = {
+    "plain": {},
+    "hot": {"temperature": 1.7},
+    "top-k": {"top_k": 2, "temperature": 0.8},
+    "top-p": {"top_p": 0.75},
+    "min-p": {"min_p": 0.4},
+    "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.4},
+    "bias": {"logit_bias": ((0, 1.0), (2, -0.5))},
+    "allowed": {"allowed_token_ids": (0, 2)},
+}
+
+
+def make_lms(num_models: int, zero_share: float = 0.0) -> list[TableLM]:
+    return [TableLM(seed=11 + k, zero_share=zero_share) for k in range(num_models)]
+
+
+def decoding_of(schedule: str, combination: Combination) -> DecodingParams:
+    strategy, options = SCHEDULES[schedule]
+    gamma = options.get("gamma", 3)
+    assert isinstance(gamma, int)
+    num_models = len(combination.weights)
+    lengths = (gamma,) * num_models if options.get("each") else gamma
+    return make_decoding(strategy, combination, lengths)
+
+
+def check_law(
+    lms: list[TableLM],
+    decoding: DecodingParams,
+    warp: dict[str, object] | None = None,
+    eos: frozenset[int] = frozenset(),
+    num_samples: int = NUM_SAMPLES,
+    combination: Combination | None = None,
+) -> None:
+    options = {"max_tokens": 4, **(warp or {})}
+    params = [SamplingParams(**options, seed=seed) for seed in range(num_samples)]  # type: ignore[arg-type]
+    engine = make_engine(lms, eos=eos, max_sequences=500, max_step_tokens=4096)
+    samples = decode(engine, PROMPT, params, decoding)
+    law = exact_law(lms, combination or decoding.combination, params[0], PROMPT, eos)
+    assert sum(law.values()) == pytest.approx(1)
+    assert chi_square_z(samples, law) < Z_LIMIT
+    engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_law_of_every_strategy_and_combination(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    check_law(make_lms(len(combination.weights)), decoding_of(schedule, combination))
+
+
+@pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
+@pytest.mark.parametrize("warp", [name for name in WARPS if name != "plain"])
+@pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
+def test_law_under_every_warp(name: str, warp: str, schedule: str) -> None:
+    check_law(make_lms(2), decoding_of(schedule, COMBINATIONS[name]), dict(WARPS[warp]))
+
+
+@pytest.mark.parametrize("schedule", ["standard", "speculative-3", "cos-3", "cos-each-2"])
+@pytest.mark.parametrize("name", DEGENERATE)
+def test_law_of_degenerate_combinations(name: str, schedule: str) -> None:
+    combination = DEGENERATE[name]
+    check_law(make_lms(len(combination.weights)), decoding_of(schedule, combination))
+
+
+@pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
+@pytest.mark.parametrize("name", ["weighted-2", "contrastive-2", "linear-3", "weighted-3"])
+def test_law_with_end_of_text(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    check_law(
+        make_lms(len(combination.weights)), decoding_of(schedule, combination), eos=frozenset({1})
+    )
+
+
+@pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
+@pytest.mark.parametrize("name", ["weighted-2", "weighted-3", "contrastive-2"])
+def test_law_with_zeros_in_either_support(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    lms = make_lms(len(combination.weights), zero_share=0.4)
+    check_law(lms, decoding_of(schedule, combination))
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("name", ["weighted-2", "weighted-3", "last-only", "middle-zero"])
+def test_law_of_mixtures(name: str, mixture: str) -> None:
+    combination = (COMBINATIONS | DEGENERATE)[name]
+    decoding = make_decoding("mixture", combination, **MIXTURES[mixture])  # type: ignore[arg-type]
+    check_law(make_lms(len(combination.weights)), decoding)
+
+
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("warp", ["top-k", "top-p", "penalties"])
+def test_law_of_mixtures_under_warps(warp: str, mixture: str) -> None:
+    decoding = make_decoding("mixture", COMBINATIONS["weighted-2"], **MIXTURES[mixture])  # type: ignore[arg-type]
+    check_law(make_lms(2), decoding, dict(WARPS[warp]))
+
+
+def test_law_of_single() -> None:
+    only = Combination.only(2, 1)
+    check_law(make_lms(2), make_decoding("single", only), combination=only)
+
+
+@pytest.mark.parametrize("member", range(3))
+@pytest.mark.parametrize("mixture", MIXTURES)
+@pytest.mark.parametrize("name", ["weighted-2", "weighted-3"])
+def test_law_of_each_sequence_on_shared_coins(name: str, mixture: str, member: int) -> None:
+    """Sequences of a batch depend on each other, so one of each batch is sampled.
+
+    The other two keep the stream of coins busy: they start at other positions, and their
+    rejections and lengths decide when coins are looked at.
+    """
+    combination = COMBINATIONS[name]
+    lms = make_lms(len(combination.weights))
+    decoding = make_decoding("mixture", combination, shared_coins=True, **MIXTURES[mixture])  # type: ignore[arg-type]
+    engine = make_engine(lms, max_step_tokens=4096, coin_seed=5)
+    samples = []
+    for batch in range(700):
+        sequences = [
+            Sequence.start(
+                f"{batch}-{k}",
+                PROMPT[: 3 - k] if k != member else PROMPT,
+                SamplingParams(max_tokens=4 if k == member else 2 + 3 * k, seed=batch * 3 + k),
+                decoding,
+            )
+            for k in range(3)
+        ]
+        deltas = run(engine, sequences)
+        samples.append(generated(deltas[f"{batch}-{member}"]))
+    law = exact_law(lms, combination, SamplingParams(max_tokens=4), PROMPT)
+    assert chi_square_z(samples, law) < Z_LIMIT
+
+
+@pytest.mark.parametrize("schedule", ["cos-3", "cos-each-2", "speculative-3"])
+def test_law_under_mixed_neighbours(schedule: str) -> None:
+    """Sequences of other strategies, combinations and warps in the same batches change nothing."""
+    combination = COMBINATIONS["contrastive-2"]
+    lms = make_lms(2)
+    engine = make_engine(lms, max_sequences=64, max_step_tokens=64)
+    decoding = decoding_of(schedule, combination)
+    weighted = COMBINATIONS["weighted-2"]
+    neighbours = [
+        (make_decoding("standard", weighted), SamplingParams(max_tokens=5, temperature=0.0)),
+        (make_decoding("mixture", weighted, kappa=2), SamplingParams(max_tokens=2, top_k=2)),
+        (make_decoding("single", Combination.only(2, 0)), SamplingParams(max_tokens=7)),
+    ]
+    sequences = []
+    for seed in range(NUM_SAMPLES):
+        params = SamplingParams(max_tokens=4, seed=seed)
+        sequences.append(Sequence.start(f"s{seed}", PROMPT, params, decoding))
+        other, other_params = neighbours[seed % 3]
+        sequences.append(Sequence.start(f"n{seed}", [1] * (1 + seed % 9), other_params, other))
+    deltas = run(engine, sequences)
+    samples = [generated(deltas[f"s{seed}"]) for seed in range(NUM_SAMPLES)]
+    law = exact_law(lms, combination, SamplingParams(max_tokens=4), PROMPT)
+    assert chi_square_z(samples, law) < Z_LIMIT
+
+
+@pytest.mark.parametrize("eos", [frozenset(), frozenset({4})])
+@pytest.mark.parametrize("schedule", [name for name in SCHEDULES if name != "standard"])
+@pytest.mark.parametrize("name", [*COMBINATIONS, *DEGENERATE])
+def test_greedy_output_is_that_of_standard(name: str, schedule: str, eos: frozenset[int]) -> None:
+    combination = (COMBINATIONS | DEGENERATE)[name]
+    lms = [TableLM(seed=40 + k, vocab_size=6) for k in range(len(combination.weights))]
+    params = [
+        SamplingParams(max_tokens=12, temperature=0.0),
+        SamplingParams(max_tokens=12, temperature=0.0, frequency_penalty=0.8),
+        SamplingParams(max_tokens=12, temperature=0.0, top_k=1, min_tokens=3),
+    ]
+    texts = [
+        decode(make_engine(lms, eos=eos), PROMPT, params, decoding_of(kind, combination))
+        for kind in ("standard", schedule)
+    ]
+    assert texts[0] == texts[1]
+    if not eos:
+        law = exact_law(lms, combination, params[0], PROMPT)
+        assert law == {texts[0][0]: 1.0}
+
+
+def test_a_wrong_law_is_noticed() -> None:
+    """The comparison has teeth: weights off by 0.1 are found at this sample size."""
+    lms = make_lms(2)
+    with pytest.raises(AssertionError):
+        check_law(
+            lms,
+            make_decoding("cos", Combination.weighted([0.3, 0.7])),
+            combination=Combination.weighted([0.5, 0.5]),
+        )
