@@ -1,0 +1,121 @@
+"""Apps over table LMs: the real engine, the real HTTP surface, no weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from torch import Tensor
+
+from server.api.service import Service
+from server.app import create_app
+from server.config import ServerConfig, parse_config
+from server.engine.async_engine import AsyncEngine
+from server.engine.engine import Engine, EngineLimits
+from server.metrics import Metrics
+from server.runner.base import Batch
+from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
+
+VOCAB_SIZE = 36
+EOS = 35
+MAX_LENGTH = 256
+MODEL = "table"
+
+
+@dataclass
+class Encoding:
+    ids: list[int]
+
+
+class DigitTokenizer(DigitDecoder):
+    """The inverse of DigitDecoder: "1 2 a" is 1, 2, 10; other characters are refused."""
+
+    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding:
+        return Encoding([int(character, 36) for character in sequence if character != " "])
+
+    def get_vocab_size(self) -> int:
+        return VOCAB_SIZE
+
+
+class PacedRunner(TableRunner):
+    """Takes `seconds` for a forward, and fails when told to."""
+
+    seconds = 0.0
+    failure: Exception | None = None
+
+    def forward(self, batch: Batch) -> Tensor:
+        time.sleep(self.seconds)
+        if self.failure is not None:
+            raise self.failure
+        return super().forward(batch)
+
+
+def make_config(num_models: int = 2, **sections: Any) -> ServerConfig:
+    members = [{"name": f"m{k}", "path": "unused"} for k in range(num_models)]
+    weights = [1 / num_models] * num_models
+    defaults = {
+        "served_model_name": MODEL,
+        "models": members,
+        "combination": {"method": "weighted", "weights": weights},
+    }
+    return parse_config({**defaults, **sections})
+
+
+@dataclass
+class TableApp:
+    """An app and what stands behind it."""
+
+    app: FastAPI
+    config: ServerConfig
+    engine: Engine
+    metrics: Metrics
+    runners: list[PacedRunner] = field(default_factory=list)
+
+    @property
+    def service(self) -> Service:
+        service: Service = self.app.state.service
+        return service
+
+    def set_pace(self, seconds: float) -> None:
+        for runner in self.runners:
+            runner.seconds = seconds
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        """No sequence anywhere and every page back."""
+        return not self.engine.has_work and not any(self.engine.scheduler.pages_used())
+
+
+def make_engine(config: ServerConfig, metrics: Metrics) -> tuple[Engine, list[PacedRunner]]:
+    runners = [
+        PacedRunner(TableLM(k, VOCAB_SIZE), f"m{k}", max_length=MAX_LENGTH)
+        for k in range(len(config.models))
+    ]
+    limits = EngineLimits(
+        max_sequences=config.engine.max_sequences,
+        max_gamma=config.decoding.max_gamma,
+        max_waiting=config.engine.max_waiting,
+    )
+    engine = Engine(runners, DigitDecoder(), frozenset({EOS}), limits, on_step=metrics.observe_step)
+    return engine, runners
+
+
+def make_table_app(
+    num_models: int = 2,
+    on_failure: Callable[[BaseException], None] | None = None,
+    **sections: Any,
+) -> TableApp:
+    """`sections` are top-level entries of the configuration."""
+    config = make_config(num_models, **sections)
+    metrics = Metrics(config)
+    engine, runners = make_engine(config, metrics)
+    app = create_app(
+        config, AsyncEngine(engine), DigitTokenizer(), metrics=metrics, on_failure=on_failure
+    )
+    return TableApp(app, config, engine, metrics, runners)
