@@ -1,0 +1,169 @@
+"""From blocks to the figures of one point (prompt set, concurrency, strategy).
+
+Ratios are ratios of sums, never means of ratios, and are not clipped: below 1 is slower than
+standard. Seeds fix a request's text only within one strategy, so times are divided by tokens
+before they are compared; with `ignore_eos` both sides have the same number of them anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from server.bench.closed_loop import BlockResult
+from server.bench.row import Row
+from server.bench.strategy_spec import BASELINE
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Figures of one point; times in seconds, None where there is nothing to take them from.
+
+    Attributes:
+        num_errors: requests that failed; with any, the ratios are None.
+        ttft_p50, ttft_p99: time to the first chunk with a token.
+        token_p50, token_p99: time per token, each chunk's time spread over its tokens.
+        acceptance: [num_models] accepted / proposed tokens by proposer; None for one that
+            proposed nothing.
+        tokens_per_forward: [num_models] generated tokens / forwards of that model; `standard`
+            has exactly 1 for every scorer, but for the first token.
+        ratio: wall seconds per token of standard / those of this strategy, over all rounds.
+        ratio_low, ratio_high: the same of the worst and the best single round.
+        decode_ratio: the same of the time after each request's first chunk, prefill left out.
+    """
+
+    prompt_set: str
+    concurrency: int
+    strategy: str
+    num_requests: int
+    num_errors: int
+    num_tokens: int
+    seconds: float
+    tokens_per_second: float
+    ttft_p50: float | None
+    ttft_p99: float | None
+    token_p50: float | None
+    token_p99: float | None
+    acceptance: list[float | None]
+    tokens_per_forward: list[float | None]
+    ratio: float | None = None
+    ratio_low: float | None = None
+    ratio_high: float | None = None
+    decode_ratio: float | None = None
+
+
+Point = tuple[str, int, str]
+
+
+def summarise(results: Iterable[BlockResult]) -> list[Summary]:
+    """One summary a point, in the order in which points first appear."""
+    points: dict[Point, list[BlockResult]] = {}
+    for result in results:
+        key = (result.prompt_set, result.concurrency, result.strategy)
+        points.setdefault(key, []).append(result)
+    return [
+        _summary(blocks, points.get((prompt_set, concurrency, BASELINE)))
+        for (prompt_set, concurrency, _), blocks in points.items()
+    ]
+
+
+def _summary(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> Summary:
+    rows = [row for block in blocks for row in block.rows]
+    answered = [row for row in rows if row.error is None]
+    seconds = sum(block.seconds for block in blocks)
+    num_tokens = sum(block.num_tokens for block in blocks)
+    ttft = [(row.ttft, 1) for row in answered if row.ttft is not None]
+    per_token = [(time / count, count) for row in answered for time, count in row.gaps]
+    ratio, low, high, decode = _ratios(blocks, baseline)
+    return Summary(
+        prompt_set=blocks[0].prompt_set,
+        concurrency=blocks[0].concurrency,
+        strategy=blocks[0].strategy,
+        num_requests=len(rows),
+        num_errors=len(rows) - len(answered),
+        num_tokens=num_tokens,
+        seconds=seconds,
+        tokens_per_second=num_tokens / seconds,
+        ttft_p50=quantile(ttft, 0.50),
+        ttft_p99=quantile(ttft, 0.99),
+        token_p50=quantile(per_token, 0.50),
+        token_p99=quantile(per_token, 0.99),
+        acceptance=_divide(_by_model(answered, "accepted"), _by_model(answered, "proposed")),
+        tokens_per_forward=_tokens_per_forward(answered),
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        decode_ratio=decode,
+    )
+
+
+def quantile(values: Sequence[tuple[float, int]], q: float) -> float | None:
+    """Nearest-rank quantile of (value, count) pairs; None of nothing."""
+    rank = q * sum(count for _, count in values)
+    below = 0
+    for value, count in sorted(values):
+        below += count
+        if below >= rank:
+            return value
+    return None
+
+
+def _by_model(rows: Iterable[Row], key: str) -> list[int]:
+    """[num_models] sums of one list of the server's reports."""
+    reports = [row.cos[key] for row in rows if key in row.cos]
+    return [sum(column) for column in zip(*reports, strict=True)]
+
+
+def _divide(numerators: Iterable[int], denominators: Iterable[int]) -> list[float | None]:
+    return [a / b if b else None for a, b in zip(numerators, denominators, strict=True)]
+
+
+def _tokens_per_forward(rows: list[Row]) -> list[float | None]:
+    forwards = _by_model(rows, "forwards")
+    num_tokens = sum(row.num_tokens for row in rows if "forwards" in row.cos)
+    return _divide([num_tokens] * len(forwards), forwards)
+
+
+Ratios = tuple[float | None, float | None, float | None, float | None]
+
+
+def _ratios(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> Ratios:
+    """(over all rounds, worst round, best round, decode time only); None for no fair figure."""
+    if baseline is None or any(block.num_errors for block in (*blocks, *baseline)):
+        return None, None, None, None
+    pairs = zip(_rounds(baseline), _rounds(blocks), strict=True)
+    rounds = [_ratio(theirs, ours, _wall) for theirs, ours in pairs]
+    known = [ratio for ratio in rounds if ratio is not None]
+    return (
+        _ratio(baseline, blocks, _wall),
+        min(known, default=None),
+        max(known, default=None),
+        _ratio(baseline, blocks, _decode),
+    )
+
+
+def _rounds(blocks: list[BlockResult]) -> list[list[BlockResult]]:
+    ordered = sorted(blocks, key=lambda block: block.round)
+    return [list(group) for _, group in groupby(ordered, key=lambda block: block.round)]
+
+
+def _wall(blocks: list[BlockResult]) -> tuple[float, int]:
+    return sum(block.seconds for block in blocks), sum(block.num_tokens for block in blocks)
+
+
+def _decode(blocks: list[BlockResult]) -> tuple[float, int]:
+    rows = [row for block in blocks for row in block.rows]
+    return sum(row.decode_seconds for row in rows), sum(row.num_decoded for row in rows)
+
+
+def _ratio(
+    baseline: list[BlockResult],
+    blocks: list[BlockResult],
+    measure: Callable[[list[BlockResult]], tuple[float, int]],
+) -> float | None:
+    """Seconds per token of `baseline` over those of `blocks`."""
+    (base_seconds, base_tokens), (seconds, tokens) = measure(baseline), measure(blocks)
+    if not (base_tokens and tokens and seconds):
+        return None
+    return (base_seconds / base_tokens) / (seconds / tokens)
