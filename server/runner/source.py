@@ -111,8 +111,9 @@ class ModelSource:
         try:
             return load(source, trust_remote_code=False, **options)
         except Exception as error:  # parsers of broken files raise whatever they like
-            first_line = str(error).strip().split("\n")[0]
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if "trust_remote_code" in str(error):
+                reason = "it needs code shipped with the model, which is never run"
             raise ConfigError(
-                f"model {self.name}: cannot read {what} of {self.path}: "
-                f"{type(error).__name__}: {first_line[:300]}"
+                f"model {self.name}: cannot read {what} of {self.path}: {reason}"
             ) from error

@@ -64,7 +64,7 @@ class Schedule:
     def __init__(self, rng, tables):
         self.rng = rng
         self.tables = tables
-        self.sequences = [[] for _ in tables]
+        self.sequences: list[list[int]] = [[] for _ in tables]
 
     def next_batch(self):
         """A batch and, in its order, (sequence, rows kept)."""

@@ -1,0 +1,236 @@
+"""Loading: what comes out, and one clear line for whatever is wrong."""
+
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from server.config import parse_config
+from server.errors import ConfigError
+from server.runner.base import Batch, Span
+from server.runner.loader import load_models
+from tests.support.tiny_gguf import write_gguf
+from tests.support.tiny_models import (
+    VOCAB_SIZE,
+    make_model,
+    make_model_dir,
+    make_pair,
+    make_tokenizer,
+    make_triple,
+)
+
+
+def config_of(*paths, engine=None, **member):
+    models = [{"name": f"m{i}", "path": str(path), **member} for i, path in enumerate(paths)]
+    weights = [1 / len(paths)] * len(paths)
+    return parse_config(
+        {
+            "served_model_name": "tiny",
+            "models": models,
+            "combination": {"method": "weighted", "weights": weights},
+            "engine": {"max_sequences": 4, **(engine or {})},
+        }
+    )
+
+
+def refusal(config):
+    with pytest.raises(ConfigError) as caught:
+        load_models(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def edit_json(path, **changes):
+    data = json.loads(path.read_text())
+    path.write_text(json.dumps({**data, **changes}))
+
+
+@pytest.fixture
+def llama(tmp_path):
+    return make_model_dir(tmp_path / "llama")
+
+
+def test_triple(tmp_path, caplog):
+    lines: list[str] = []
+    with caplog.at_level(logging.INFO, "server.runner"):
+        loaded = load_models(config_of(*make_triple(tmp_path)), lines.append)
+    assert [runner.name for runner in loaded.runners] == ["m0", "m1", "m2"]
+    assert loaded.vocab_size == VOCAB_SIZE
+    assert loaded.max_length == 512
+    assert loaded.eos_token_ids == {make_tokenizer().eos_token_id}
+    assert loaded.tokenizer.chat_template
+    assert {runner.num_pages for runner in loaded.runners} == {1 + 4 * 512 // 16}
+    assert [record.getMessage() for record in caplog.records] == lines
+    assert any("m1: self-check passed" in line for line in lines)
+    logits = loaded.runners[2].forward(Batch((Span([1], 0, [1, 2, 3], 1),)))
+    assert logits.shape == (1, VOCAB_SIZE)
+
+
+def test_members_of_different_padding_share_a_vocabulary(tmp_path):
+    first = make_model_dir(tmp_path / "a", "qwen2", num_padding=8)
+    second = make_model_dir(tmp_path / "b", "qwen2", num_padding=64, seed=1)
+    loaded = load_models(config_of(first, second))
+    assert loaded.vocab_size == VOCAB_SIZE
+    for runner in loaded.runners:
+        assert runner.forward(Batch((Span([1], 0, [5], 1),))).shape == (1, VOCAB_SIZE)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_sixteen_bit_weights(llama, dtype):
+    loaded = load_models(config_of(llama, dtype=dtype))
+    assert loaded.runners[0].dtype == getattr(torch, dtype)
+
+
+def test_context_is_the_strictest(tmp_path):
+    short = make_model_dir(tmp_path / "short", max_position_embeddings=64)
+    long = make_model_dir(tmp_path / "long", max_position_embeddings=128)
+    assert load_models(config_of(short, long)).max_length == 64
+    assert load_models(config_of(short, long, engine={"max_length": 50})).max_length == 50
+    message = refusal(config_of(long, short, engine={"max_length": 100}))
+    assert "engine.max_length is 100" in message
+    assert "m1 takes at most 64" in message
+
+
+def test_end_of_text_is_what_the_expert_says(tmp_path):
+    amateur, expert = make_pair(tmp_path)
+    edit_json(amateur / "generation_config.json", eos_token_id=[5])
+    edit_json(expert / "generation_config.json", eos_token_id=[7, 100_000])
+    edit_json(expert / "config.json", eos_token_id=8)
+    loaded = load_models(config_of(amateur, expert))
+    assert loaded.eos_token_ids == {7, 8, make_tokenizer().eos_token_id}
+
+
+def test_other_vocabulary(tmp_path, llama):
+    tokenizer = make_tokenizer(VOCAB_SIZE - 1)
+    tokenizer.add_tokens(["<extra>"])
+    other = make_model_dir(tmp_path / "other", tokenizer=tokenizer)
+    message = refusal(config_of(llama, other))
+    assert "m0 and m1 do not share a vocabulary" in message
+    assert "token '<|im_end|>' is 317 in m0 and 316 in m1" in message
+
+
+def test_fewer_rows_than_tokens(tmp_path):
+    path = make_model_dir(tmp_path / "small", num_padding=-4, pad_token_id=None, eos_token_id=1)
+    assert "316 embedding rows for a tokenizer of 320" in refusal(config_of(path))
+
+
+def test_missing_path(tmp_path):
+    assert "no directory or GGUF file" in refusal(config_of(tmp_path / "nowhere"))
+    assert "no directory or GGUF file" in refusal(config_of("models/a/b"))
+
+
+def test_file_that_is_no_gguf(llama):
+    assert "not .gguf" in refusal(config_of(llama / "model.safetensors"))
+
+
+def test_no_tokenizer(llama):
+    (llama / "tokenizer.json").unlink()
+    assert "has no tokenizer" in refusal(config_of(llama))
+
+
+def test_no_config(llama):
+    (llama / "config.json").unlink()
+    assert "has no config.json" in refusal(config_of(llama))
+
+
+def test_config_that_is_no_json(llama):
+    (llama / "config.json").write_text("{")
+    assert "cannot read config.json" in refusal(config_of(llama))
+
+
+def test_code_in_the_directory_is_not_run(llama):
+    edit_json(llama / "config.json", model_type="own", auto_map={"AutoConfig": "evil.Config"})
+    (llama / "evil.py").write_text("raise SystemExit('ran')")
+    assert "code shipped with the model" in refusal(config_of(llama))
+
+
+def test_pickles_only(llama):
+    weights = load_file(llama / "model.safetensors")
+    torch.save(weights, llama / "pytorch_model.bin")
+    (llama / "model.safetensors").unlink()
+    assert "only pickled weights" in refusal(config_of(llama))
+
+
+def test_no_weights(llama):
+    (llama / "model.safetensors").unlink()
+    assert "no weights" in refusal(config_of(llama))
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, 20000])
+def test_truncated_weights(llama, keep):
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:keep])
+    assert "m0: cannot read weights" in refusal(config_of(llama))
+
+
+def test_missing_tensor(llama):
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(config_of(llama))
+    assert "missing" in message
+    assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_wrong_shapes(llama):
+    edit_json(llama / "config.json", intermediate_size=48)
+    message = refusal(config_of(llama))
+    assert "m0" in message
+    assert "weights" in message or "mismatched" in message
+
+
+def test_unknown_device(llama):
+    assert "device 'moon'" in refusal(config_of(llama, device="moon"))
+
+
+def test_too_little_memory(llama):
+    message = refusal(config_of(llama, engine={"kv_memory": "64KiB"}))
+    assert "one sequence of 512 tokens" in message
+    assert "engine.max_length" in message
+    loaded = load_models(config_of(llama, engine={"kv_memory": "64KiB", "max_length": 128}))
+    assert loaded.runners[0].num_pages * 16 * 256 <= 64 << 10
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("bloom", "does not let this server provide its attention"),
+        ("mamba", "layers of type"),
+    ],
+)
+def test_unsupported_architecture(tmp_path, family, reason):
+    assert reason in refusal(config_of(make_model_dir(tmp_path / family, family)))
+
+
+def test_gguf(tmp_path):
+    model, tokenizer = make_model(), make_tokenizer()
+    path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
+    loaded = load_models(config_of(path))
+    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+    assert loaded.eos_token_ids == {tokenizer.eos_token_id}
+    ids = tokenizer.encode("the return of été")
+    assert loaded.tokenizer.encode("the return of été") == ids
+    ours = loaded.runners[0].forward(Batch((Span([3, 1], 0, ids, len(ids)),)))
+    with torch.inference_mode():
+        plain = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4)
+
+
+def test_gguf_takes_the_tokenizer_beside_it(tmp_path, llama):
+    tokenizer = make_tokenizer()
+    path = write_gguf(tmp_path / "tiny.gguf", make_model(), tokenizer)
+    tokenizer.add_tokens(["<beside>"])
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(llama / file, tmp_path / file)
+    edit_json(tmp_path / "tokenizer_config.json", pad_token=None)
+    assert load_models(config_of(path)).tokenizer.pad_token is None
+
+
+def test_broken_gguf(tmp_path):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(100))
+    assert "m0: cannot read" in refusal(config_of(path))

@@ -1,0 +1,58 @@
+import pytest
+import torch
+
+from server.config import EngineConfig
+from server.errors import ConfigError
+from server.runner.memory import KvNeed, free_bytes, num_pages
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def engine(**settings):
+    return EngineConfig(page_size=16, **settings)
+
+
+def test_auto_takes_no_more_than_all_sequences_need():
+    needs = [KvNeed(CPU, 100)]
+    assert num_pages(needs, engine(max_sequences=4), 160, {CPU: 1 << 40}) == 1 + 4 * 10
+
+
+def test_auto_takes_half_of_free_ram():
+    needs = [KvNeed(CPU, 100), KvNeed(CPU, 300)]
+    pages = num_pages(needs, engine(max_sequences=4096), 160, {CPU: 16 * 400 * 2000})
+    assert pages == 1000
+
+
+def test_explicit_size_is_split_by_bytes_per_token():
+    needs = [KvNeed(CPU, 1024), KvNeed(CPU, 3 * 1024)]
+    pages = num_pages(needs, engine(kv_memory="64MiB", max_sequences=4096), 160, {CPU: 1 << 30})
+    assert pages * 16 * 4 * 1024 == 64 << 20
+
+
+def test_the_fullest_device_decides():
+    needs = [KvNeed(CPU, 100), KvNeed(GPU, 100)]
+    free = {CPU: 1 << 40, GPU: 16 * 100 * 1000}
+    assert num_pages(needs, engine(max_sequences=4096), 160, free) == 800
+
+
+def test_too_little_names_needed_available_and_settings():
+    with pytest.raises(ConfigError) as caught:
+        num_pages([KvNeed(CPU, 1 << 20)], engine(kv_memory="100MiB"), 160, {CPU: 1 << 30})
+    assert str(caught.value) == (
+        "KV memory of one sequence of 160 tokens is 176 MiB, available are 100 MiB "
+        "(engine.kv_memory: 100MiB); lower engine.max_length or raise engine.kv_memory"
+    )
+
+
+def test_more_than_free_is_refused():
+    with pytest.raises(ConfigError, match="2,048 MiB on cpu, 1,024 MiB are free"):
+        num_pages(
+            [KvNeed(CPU, 1 << 20)],
+            engine(kv_memory="2GiB", max_sequences=4096),
+            160,
+            {CPU: 1 << 30},
+        )
+
+
+def test_this_machine_has_memory():
+    assert free_bytes(CPU) > 1 << 20
