@@ -3,8 +3,8 @@
     <out>/smollm2-135m-instruct    the expert, dequantised
     <out>/smollm2-proposer         the expert's embeddings and head around few layers of its own
 
-Both are written to a temporary directory and renamed, so a reader never meets half a model, and both
-carry a stamp of what they were made from, so a second run has nothing to do.
+Both are written to a temporary directory and renamed, so a reader never meets half a model, and
+both carry a stamp of what they were made from, so a second run has nothing to do.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ EXPERT_NAME = "smollm2-135m-instruct"
 PROPOSER_NAME = "smollm2-proposer"
 PROPOSER_LAYERS_FILE = Path(__file__).with_name("proposer.safetensors")
 
-# Dequantised 4- and 8-bit blocks are sums and products of float16 scales, which no 16-bit type holds
-# exactly. float16 comes closest: relative rms error 1.9e-4, against 1.4e-3 for bfloat16.
+# Dequantised 4- and 8-bit blocks are sums and products of float16 scales, which no 16-bit type
+# holds exactly. float16 comes closest: relative rms error 1.9e-4, 1.4e-3 for bfloat16.
 STORED_DTYPE = torch.float16
 STAMP_FILE = "built_from.json"
 FORMAT = "1"  # raise when the written directories change for the same inputs
+
+UNTRAINED_LAYERS = (0, 1, 28, 29)
 
 State = dict[str, Tensor]
 
@@ -90,24 +92,24 @@ def read_stamp(directory: Path) -> dict[str, str] | None:
 def make_proposer(expert: Model, layers_file: Path) -> Model:
     """The expert with the trained layers (and final norm) in place of its own."""
     if not layers_file.exists():
-        return take_layers(expert, UNTRAINED_LAYERS)
+        config, state = take_layers(expert.config, expert.state, UNTRAINED_LAYERS)
+        return Model(config, state, expert.tokenizer)
     trained = load_file(layers_file)
     count = 1 + max(layer_index(name) for name in trained)
     state = {n: w for n, w in expert.state.items() if layer_index(n) < 0} | trained
     return Model(_with_layers(expert.config, count), state, expert.tokenizer)
 
 
-UNTRAINED_LAYERS = (0, 1, 28, 29)
-
-
-def take_layers(expert: Model, layers: tuple[int, ...]) -> Model:
-    """The expert with only the given layers, renumbered: where distillation starts."""
-    state = {n: w for n, w in expert.state.items() if layer_index(n) < 0}
+def take_layers(
+    config: LlamaConfig, state: State, layers: tuple[int, ...]
+) -> tuple[LlamaConfig, State]:
+    """A Llama with only the given layers, renumbered: where distillation starts."""
+    taken = {n: w for n, w in state.items() if layer_index(n) < 0}
     for new, old in enumerate(layers):
         prefix = f"model.layers.{old}."
-        for name in [n for n in expert.state if n.startswith(prefix)]:
-            state[name.replace(prefix, f"model.layers.{new}.")] = expert.state[name]
-    return Model(_with_layers(expert.config, len(layers)), state, expert.tokenizer)
+        for name in [n for n in state if n.startswith(prefix)]:
+            taken[name.replace(prefix, f"model.layers.{new}.")] = state[name]
+    return _with_layers(config, len(layers)), taken
 
 
 def layer_index(name: str) -> int:

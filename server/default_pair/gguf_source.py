@@ -1,7 +1,7 @@
 """Reads the expert out of a Llama-shaped GGUF file: config, weights and tokenizer.
 
-transformers can read GGUF too, but rebuilds the tokenizer without SmolLM2's digit splitting, so that
-"1234" would be one token sequence here and another one in training.
+transformers can read GGUF too, but rebuilds the tokenizer without SmolLM2's digit splitting, so
+that "1234" would be one token sequence here and another one in training.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Distils a small proposer from the expert: prompts -> expert continuations -> training."""
