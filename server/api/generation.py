@@ -58,7 +58,7 @@ async def make_generation(
     engine, codec = service.require()
     service.check_model(request.model)
     check_supported(request)
-    check_limits(request, service.config.http)
+    check_limits(request, service.config)
     check_vocabulary(request, codec)
     decoding = service.decoding.resolve(request)
     prompts = await _prompt_ids(request, codec)

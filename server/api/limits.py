@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from server.api.codec import Codec
 from server.api.protocol import CompletionRequest
-from server.config import HttpConfig
+from server.config import HttpConfig, ServerConfig
 from server.errors import ContextLengthExceeded, RequestError
 
 
-def check_limits(request: CompletionRequest, http: HttpConfig) -> None:
+def check_limits(request: CompletionRequest, config: ServerConfig) -> None:
     """Counts and lengths, and fields that need one another."""
+    http, engine = config.http, config.engine
     n, num_prompts = request.n or 1, _num_prompts(request)
     _at_most("n", n, http.max_n)
     _at_most("prompt", num_prompts, http.max_prompts, "prompts")
     _at_most("prompt", num_prompts * n, http.max_choices, "prompts times n")
+    # The queue could never take more, however often the client tried again.
+    _at_most("n", num_prompts * n, engine.max_sequences + engine.max_waiting, "choices")
     _at_most("logprobs", request.logprobs or 0, http.max_logprobs)
     _at_most("logit_bias", len(request.logit_bias or ()), http.max_logit_bias, "entries")
     _check_stop(request, http)

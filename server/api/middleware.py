@@ -12,6 +12,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import envelope, error_response
 
 REQUEST_ID = "x-request-id"
+# A body above the limit is read and dropped up to so many times the limit: a connection that is
+# closed with data unread is reset, and its client would never see the answer.
+_DISCARDED = 4
 _PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -58,25 +61,29 @@ class BodyLimitMiddleware:
 
     async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
         """The whole body; None where the client has gone."""
-        declared = Headers(scope=scope).get("content-length", "")
-        if declared.isdigit() and int(declared) > self._max_bytes:
-            raise _TooLarge
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > self._max_bytes and "expect" in headers:
+            raise _TooLarge  # the client waits for an answer before it sends anything
         body = bytearray()
-        while True:
+        num_bytes, is_last = 0, False
+        while not is_last and num_bytes <= _DISCARDED * self._max_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                raise _TooLarge
-            if not message.get("more_body", False):
-                return bytes(body)
+            num_bytes += len(message.get("body", b""))
+            is_last = not message.get("more_body", False)
+            if num_bytes <= self._max_bytes:
+                body += message.get("body", b"")
+        if num_bytes > self._max_bytes:
+            raise _TooLarge
+        return bytes(body)
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._on_refusal()
         message = f"the body is larger than {self._max_bytes} bytes"
         body = envelope(message, "invalid_request_error", code="request_too_large")
-        # The rest of the body is not read, so the connection cannot be used again.
+        # A rest of the body may be unread, so the connection cannot be used again.
         response = error_response(413, body, {"Connection": "close"})
         await response(scope, receive, send)
 

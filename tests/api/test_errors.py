@@ -1,0 +1,262 @@
+"""Every refusal: its status, its field, its code, in OpenAI's envelope."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from server.api.errors import MAX_INPUT_CHARS, MAX_PROBLEMS, describe
+from server.api.unsupported import REFUSED
+from server.errors import EngineDead, EngineDraining, EngineOverloaded, GenerationFailed
+from tests.api.conftest import Live
+from tests.support.api import MAX_LENGTH, VOCAB_SIZE
+
+URL = "/v1/completions"
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    assert response.headers["content-type"] == "application/json"
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    assert body["error"]["code"] is None or isinstance(body["error"]["code"], str)
+    error: dict[str, Any] = body["error"]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"prompt": None}, "prompt"),
+        ({"prompt": {}}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["1", ""]}, "prompt.1"),
+        ({"prompt": ["1", 2]}, "prompt"),
+        ({"prompt": [1, 2.5]}, "prompt"),
+        ({"prompt": [1, True]}, "prompt"),
+        ({"prompt": [VOCAB_SIZE]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [1] * MAX_LENGTH}, "prompt"),
+        ({"prompt": ["1"] * 65}, "prompt"),
+        ({"prompt": ["1"] * 64, "n": 3}, "prompt"),
+        ({"model": None}, "model"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": "all"}, "logprobs"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["x"] * 17}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias.1"),
+        ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"stream": False, "stream_options": {}}, "stream_options"),
+        (
+            {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+            "stream_options.continuous_usage_stats",
+        ),
+        ({"cos": {"gama": 1}}, "cos.gama"),
+        ({"cos": {"gamma": 0}}, "cos.gamma"),
+        ({"cos": {"gamma": 9}}, "cos.gamma"),
+        ({"cos": {"gamma": [1, 2, 3]}}, "cos.gamma"),
+        ({"cos": {"kappa": 9, "strategy": "mixture"}}, "cos.kappa"),
+        ({"cos": {"strategy": "best"}}, "cos.strategy"),
+        ({"cos": {"combination": {"method": "weighted", "weights": [1]}}}, "cos.combination"),
+        ({"cos": {"combination": {"method": "weighted", "weights": [1, 1]}}}, "cos.combination"),
+        ({"cos": {"combination": {"method": "linear", "weights": [0, 0]}}}, "cos.combination"),
+        (
+            {"cos": {"combination": {"method": "contrastive", "mu": -1}}},
+            "cos.combination.mu",
+        ),
+        ({"cos": {"strategy": "mixture"}, "temperature": 0}, "temperature"),
+        ({"cos": {"strategy": "mixture"}, "logprobs": 1}, "logprobs"),
+        (
+            {"cos": {"strategy": "mixture", "combination": {"method": "contrastive"}}},
+            "cos.combination",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_malformed_requests_are_400(
+    live: Live, body: dict[str, Any], param: str, stream: bool
+) -> None:
+    response = live.post(**{"stream": stream, **body})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+    assert len(error["message"]) < 1000
+
+
+def test_error_messages_say_which_bound(live: Live) -> None:
+    assert "less_than_equal" in error_of(live.post(seed=2**63))["message"]
+    assert "greater_than_equal" in error_of(live.post(temperature=-1))["message"]
+    assert "limit 20" in error_of(live.post(logprobs=21))["message"]
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_is_not_supported_is_refused_by_name(live: Live, name: str) -> None:
+    response = live.post(**{name: {"some": "value"}})
+    assert response.status_code == 400
+    error = error_of(response)
+    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
+    assert live.post(**{name: None}).status_code == 200
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("field", ["temperature", "repetition_penalty", "unknown_field"])
+def test_numbers_are_finite(live: Live, number: str, field: str) -> None:
+    if (number, field) == ("1e999", "unknown_field"):
+        pytest.skip("an ignored number may overflow")
+    raw = f'{{"model": "table", "prompt": "1", "{field}": {number}}}'
+    headers = {"content-type": "application/json"}
+    assert live.http.post(URL, content=raw, headers=headers).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe",
+        b"[" * 100_000,
+        b'{"model":"table","prompt":"\\ud800"}',
+    ],
+)
+def test_what_is_no_json_object_is_400(live: Live, raw: bytes) -> None:
+    response = live.http.post(URL, content=raw, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert error_of(response)["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("content_type", ["text/plain", "application/x-www-form-urlencoded", None])
+def test_the_wrong_content_type_is_400(live: Live, content_type: str | None) -> None:
+    headers = {"content-type": content_type} if content_type else {}
+    response = live.http.post(URL, content=b'{"model":"table","prompt":"1"}', headers=headers)
+    assert response.status_code == 400
+    assert "application/json" in error_of(response)["message"]
+
+
+def test_input_is_not_echoed_at_length(live: Live) -> None:
+    secret = "x" * 100_000
+    for body in ({"prompt": {secret: 1}}, {"temperature": secret}, {"model": secret}):
+        assert len(live.post(**body).content) < 4 * MAX_INPUT_CHARS + 500
+    many = {"logit_bias": {str(i): "x" * 1000 for i in range(1000)}}
+    message = error_of(live.post(**many))["message"]
+    assert message.count(";") <= 2 * MAX_PROBLEMS
+    assert len(message) < MAX_PROBLEMS * (2 * MAX_INPUT_CHARS + 200)
+
+
+def test_context_length(live: Live) -> None:
+    error = error_of(live.post(prompt=[1] * MAX_LENGTH))
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 256" in error["message"]
+
+
+def test_unknown_model_is_404(live: Live) -> None:
+    response = live.post(model="gpt-4")
+    assert response.status_code == 404
+    error = error_of(response)
+    assert (error["param"], error["code"]) == ("model", "model_not_found")
+
+
+def test_unknown_route_is_404_and_wrong_method_405(live: Live) -> None:
+    assert error_of(live.http.get("/v1/nothing"))["type"] == "invalid_request_error"
+    assert live.http.get("/v1/nothing").status_code == 404
+    assert live.http.get("/v1/models/").status_code == 404
+    response = live.http.get(URL)
+    assert response.status_code == 405
+    assert response.headers["allow"] == "POST"
+    error_of(response)
+
+
+def test_a_large_body_is_413_declared_or_not(live: Live) -> None:
+    size = live.table.config.http.max_body_bytes + 1
+
+    def chunks():
+        for _ in range(size // 65536 + 1):
+            yield b" " * 65536
+
+    headers = {"content-type": "application/json"}
+    for content in (b" " * size, chunks()):
+        response = live.http.post(URL, content=content, headers=headers)
+        assert response.status_code == 413
+        assert error_of(response)["code"] == "request_too_large"
+
+
+def test_a_full_queue_is_429(start) -> None:
+    live = start(engine={"max_sequences": 1, "max_waiting": 2})
+    live.table.set_pace(0.02)
+    with live.http.stream(
+        "POST",
+        URL,
+        json={"model": "table", "prompt": "1", "n": 2, "stream": True, "max_tokens": 200},
+    ) as running:
+        assert running.status_code == 200
+        for stream in (False, True):
+            response = live.post(n=2, stream=stream)
+            assert response.status_code == 429
+            assert error_of(response)["code"] == "queue_full"
+            assert int(response.headers["retry-after"]) > 0
+    live.wait_idle()
+    assert live.table.value("cos_requests_rejected_total", reason="queue_full") == 2
+
+
+def test_a_request_that_can_never_fit_the_queue_is_400(start) -> None:
+    live = start(engine={"max_sequences": 1, "max_waiting": 2})
+    response = live.post(n=4)
+    assert response.status_code == 400
+    assert "limit 3" in error_of(response)["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (EngineOverloaded("full"), 429),
+        (EngineDraining("bye"), 503),
+        (EngineDead("dead"), 500),
+        (GenerationFailed("nan"), 500),
+        (RuntimeError("secret path /root"), 500),
+    ],
+)
+def test_errors_of_the_server(error: Exception, status: int) -> None:
+    code, body = describe(error)
+    assert code == status
+    assert "secret" not in body.error.message
+
+
+def test_request_ids_are_echoed_or_made(live: Live) -> None:
+    given = live.http.get("/health", headers={"x-request-id": "abc-1"})
+    assert given.headers["x-request-id"] == "abc-1"
+    for bad in ("x" * 129, "with space"):
+        made = live.http.get("/health", headers={"x-request-id": bad})
+        assert made.headers["x-request-id"].startswith("req-")
+    assert live.post(model="nope").headers["x-request-id"]
