@@ -44,24 +44,42 @@ class Batch:
 
 
 class ModelRunner(Protocol):
-    """One model and its KV memory. Everything that touches the model happens in `forward`.
+    """One model and its KV memory. Everything that touches the model happens in `forward`."""
 
-    Attributes:
-        name: of the configured member.
-        vocab_size: of the shared vocabulary; logits are cut to it.
-        max_length: longest sequence the model can consume, in tokens.
-        page_size: tokens in a page.
-        num_pages: pages of its KV memory, the never-used page 0 included.
-        device, dtype: of the logits.
-    """
+    @property
+    def name(self) -> str:
+        """Of the configured member."""
+        ...
 
-    name: str
-    vocab_size: int
-    max_length: int
-    page_size: int
-    num_pages: int
-    device: torch.device
-    dtype: torch.dtype
+    @property
+    def vocab_size(self) -> int:
+        """Of the shared vocabulary; logits are cut to it."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence the model can consume, in tokens."""
+        ...
+
+    @property
+    def page_size(self) -> int:
+        """Tokens in a page."""
+        ...
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of its KV memory, the never-used page 0 included."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Of the logits."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        ...
 
     def forward(self, batch: Batch) -> Tensor:
         """Consume the spans: write their KV into the pages and return logits.

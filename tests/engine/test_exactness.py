@@ -8,6 +8,8 @@ probability 3.4e-6, so any of the fewer than 250 here would fail with probabilit
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from server.core.combination import Combination
@@ -37,7 +39,7 @@ DEGENERATE = {
     "first-zero": Combination.weighted([0.0, 0.4, 0.6]),
     "plausible": Combination.contrastive(2, 0.5, plausibility=0.3),
 }
-SCHEDULES: dict[str, tuple[str, dict[str, object]]] = {
+SCHEDULES: dict[str, tuple[str, dict[str, Any]]] = {
     "standard": ("standard", {}),
     "speculative-1": ("speculative", {"gamma": 1}),
     "speculative-3": ("speculative", {"gamma": 3}),
@@ -45,13 +47,13 @@ SCHEDULES: dict[str, tuple[str, dict[str, object]]] = {
     "cos-3": ("cos", {"gamma": 3}),
     "cos-each-2": ("cos", {"gamma": 2, "each": True}),
 }
-MIXTURES: dict[str, dict[str, object]] = {
+MIXTURES: dict[str, dict[str, Any]] = {
     "kappa-0": {"kappa": 0},
     "kappa-1": {"kappa": 1},
     "kappa-2": {"kappa": 2, "gamma": 4},
     "kappa-3-short": {"kappa": 3, "gamma": 2},
 }
-WARPS = {
+WARPS: dict[str, dict[str, Any]] = {
     "plain": {},
     "hot": {"temperature": 1.7},
     "top-k": {"top_k": 2, "temperature": 0.8},
@@ -70,7 +72,6 @@ def make_lms(num_models: int, zero_share: float = 0.0) -> list[TableLM]:
 def decoding_of(schedule: str, combination: Combination) -> DecodingParams:
     strategy, options = SCHEDULES[schedule]
     gamma = options.get("gamma", 3)
-    assert isinstance(gamma, int)
     num_models = len(combination.weights)
     lengths = (gamma,) * num_models if options.get("each") else gamma
     return make_decoding(strategy, combination, lengths)
@@ -79,13 +80,13 @@ def decoding_of(schedule: str, combination: Combination) -> DecodingParams:
 def check_law(
     lms: list[TableLM],
     decoding: DecodingParams,
-    warp: dict[str, object] | None = None,
+    warp: dict[str, Any] | None = None,
     eos: frozenset[int] = frozenset(),
     num_samples: int = NUM_SAMPLES,
     combination: Combination | None = None,
 ) -> None:
     options = {"max_tokens": 4, **(warp or {})}
-    params = [SamplingParams(**options, seed=seed) for seed in range(num_samples)]  # type: ignore[arg-type]
+    params = [SamplingParams(**options, seed=seed) for seed in range(num_samples)]
     engine = make_engine(lms, eos=eos, max_sequences=500, max_step_tokens=4096)
     samples = decode(engine, PROMPT, params, decoding)
     law = exact_law(lms, combination or decoding.combination, params[0], PROMPT, eos)
@@ -136,14 +137,14 @@ def test_law_with_zeros_in_either_support(name: str, schedule: str) -> None:
 @pytest.mark.parametrize("name", ["weighted-2", "weighted-3", "last-only", "middle-zero"])
 def test_law_of_mixtures(name: str, mixture: str) -> None:
     combination = (COMBINATIONS | DEGENERATE)[name]
-    decoding = make_decoding("mixture", combination, **MIXTURES[mixture])  # type: ignore[arg-type]
+    decoding = make_decoding("mixture", combination, **MIXTURES[mixture])
     check_law(make_lms(len(combination.weights)), decoding)
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("warp", ["top-k", "top-p", "penalties"])
 def test_law_of_mixtures_under_warps(warp: str, mixture: str) -> None:
-    decoding = make_decoding("mixture", COMBINATIONS["weighted-2"], **MIXTURES[mixture])  # type: ignore[arg-type]
+    decoding = make_decoding("mixture", COMBINATIONS["weighted-2"], **MIXTURES[mixture])
     check_law(make_lms(2), decoding, dict(WARPS[warp]))
 
 
@@ -163,7 +164,7 @@ def test_law_of_each_sequence_on_shared_coins(name: str, mixture: str, member: i
     """
     combination = COMBINATIONS[name]
     lms = make_lms(len(combination.weights))
-    decoding = make_decoding("mixture", combination, shared_coins=True, **MIXTURES[mixture])  # type: ignore[arg-type]
+    decoding = make_decoding("mixture", combination, shared_coins=True, **MIXTURES[mixture])
     engine = make_engine(lms, max_step_tokens=4096, coin_seed=5)
     samples = []
     for batch in range(700):

@@ -165,7 +165,7 @@ def test_nobody_starves_beside_one_that_always_wants_model_0() -> None:
 
 def test_a_broken_distribution_fails_its_own_sequence_only() -> None:
     class Broken(TableLM):
-        def logits(self, prefix):  # type: ignore[no-untyped-def]
+        def logits(self, prefix):
             row = super().logits(prefix)
             return row * math.nan if 13 in prefix else row
 

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.sequence import Sequence, Status
+
+DECODING = DecodingParams("cos", Combination.weighted([0.5, 0.5]), (3, 2))
+
+
+def make_sequence(prompt: int = 4, verified: int = 0, pending: int = 0) -> Sequence:
+    params = SamplingParams(max_tokens=50)
+    sequence = Sequence.start("s", list(range(prompt)), params, DECODING)
+    for token in range(verified):
+        sequence.draw(100 + token)
+    for token in range(pending):
+        sequence.propose(200 + token, token % 2)
+    return sequence
+
+
+def test_zones() -> None:
+    sequence = make_sequence(prompt=4, verified=2, pending=3)
+    assert (sequence.num_prompt, sequence.num_verified, len(sequence)) == (4, 6, 9)
+    assert (sequence.num_generated, sequence.num_pending) == (2, 3)
+    sequence.accept(2)
+    assert (sequence.num_verified, sequence.proposers) == (8, [0])
+    assert sequence.stats.accepted == [1, 1]
+
+
+def test_recover_replaces_the_first_pending_token_and_rolls_back() -> None:
+    sequence = make_sequence(verified=1, pending=3)
+    sequence.num_seen = [8, 4]
+    sequence.resume_at = [8, 0]
+    sequence.accept(1)
+    sequence.recover(7)
+    assert sequence.token_ids == [0, 1, 2, 3, 100, 200, 7]
+    assert (sequence.num_seen, sequence.resume_at) == ([6, 4], [6, 0])
+    sequence.check()
+
+
+def test_forget_resumes_where_it_was() -> None:
+    sequence = make_sequence(verified=2, pending=1)
+    sequence.num_seen = [6, 5]
+    sequence.forget()
+    assert sequence.status is Status.WAITING
+    assert (sequence.num_seen, sequence.resume_at) == ([0, 0], [6, 5])
+    assert sequence.is_resuming
+    assert [sequence.num_unseen(k) for k in range(2)] == [6, 5]
+    sequence.num_seen = [6, 3]
+    sequence.forget()
+    assert sequence.resume_at == [6, 5]
+
+
+def test_finish_counts_what_it_drops() -> None:
+    sequence = make_sequence(verified=5, pending=2)
+    sequence.finish(7)
+    assert sequence.stats.num_discarded == 2
+    assert len(sequence) == 7
+    assert sequence.is_finished
+    assert sequence.proposers == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_counters_never_contradict_each_other(seed: int) -> None:
+    rng = random.Random(seed)
+    sequence = make_sequence()
+    while not sequence.is_full:
+        sequence.num_seen = [rng.randint(seen, len(sequence)) for seen in sequence.num_seen]
+        action = rng.randrange(4)
+        if action == 0:
+            sequence.propose(1, rng.randrange(2))
+        elif action == 1:
+            sequence.accept(rng.randint(0, sequence.num_pending))
+        elif action == 2 and sequence.num_pending:
+            sequence.recover(2)
+        elif not sequence.num_pending:
+            sequence.draw(3)
+        if rng.random() < 0.05:
+            sequence.forget()
+        sequence.check()

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from server.decoding.verify import INVALID, Verdict, sample, verify
+from tests.support.exact import Floats
+
+
+def oracle_sample(probs: Floats, u: float) -> int:
+    total, below = probs.sum(), 0.0
+    for token, p in enumerate(probs):
+        below += p
+        if p > 0 and below > u * total:
+            return token
+    return int(np.flatnonzero(probs)[-1])
+
+
+def oracle_verify(r, g, tokens, lengths, accept_u, recover_u):
+    """The plain loop: one window after another, one token after another."""
+    verdicts, row = [], 0
+    for length in lengths:
+        verdict = Verdict(length, None)
+        for i in range(row, row + length):
+            token = tokens[i]
+            if accept_u[i] >= min(1.0, r[i][token] / g[i][token]):
+                residual = np.maximum(r[i] - g[i], 0)
+                verdict = Verdict(i - row, oracle_sample(residual, recover_u[i]))
+                break
+        verdicts.append(verdict)
+        row += length
+    return verdicts
+
+
+def random_rows(rng: np.random.Generator, count: int, zero_share: float) -> Floats:
+    rows = rng.random((count, 7)) * (rng.random((count, 7)) > zero_share)
+    rows[np.arange(count), rng.integers(7, size=count)] += 0.3
+    rows /= rows.sum(1, keepdims=True)
+    return rows
+
+
+def test_vectorised_equals_the_plain_loop() -> None:
+    rng = np.random.default_rng(2)
+    for _ in range(300):
+        lengths = rng.integers(1, 5, size=rng.integers(1, 6)).tolist()
+        count = sum(lengths)
+        r, g = random_rows(rng, count, 0.4), random_rows(rng, count, 0.4)
+        tokens = [int(rng.choice(7, p=row)) for row in g]
+        accept_u, recover_u = rng.random(count) * 0.999, rng.random(count) * 0.999
+        tensors = [torch.tensor(x, dtype=torch.float32) for x in (r, g, accept_u, recover_u)]
+        verdicts = verify(tensors[0], tensors[1], tokens, lengths, tensors[2], tensors[3])
+        assert verdicts == oracle_verify(r, g, tokens, lengths, accept_u, recover_u)
+
+
+def test_equal_distributions_always_accept_and_disjoint_never() -> None:
+    u = torch.tensor([0.0, 1 - 2.0**-24])
+    p = torch.tensor([[0.25, 0.75], [0.25, 0.75]])
+    assert verify(p, p, [0, 1], [2], u, u) == [Verdict(2, None)]
+    other = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    mine = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    assert verify(other, mine, [0, 0], [1, 1], u, u) == [Verdict(0, 1), Verdict(0, 1)]
+
+
+def test_sampling_never_picks_a_token_without_mass() -> None:
+    probs = torch.tensor([[0.0, 0.5, 0.5, 0.0, 0.0]]).repeat(2, 1)
+    assert sample(probs, torch.tensor([0.0, 1 - 2.0**-24])) == [1, 2]
+    tiny = torch.full((1, 50000), 1e-9)
+    tiny[0, 0], tiny[0, -1] = 1.0, 0.0
+    assert sample(tiny, torch.tensor([1 - 2.0**-24]))[0] < 49999
+
+
+def test_rows_that_are_no_distribution_are_invalid() -> None:
+    rows = torch.tensor([[0.0, 0.0], [torch.nan, 0.5], [0.5, torch.inf], [0.5, 0.5]])
+    u = torch.full((4,), 0.3)
+    assert sample(rows, u) == [INVALID, INVALID, INVALID, 0]
+    good = torch.tensor([[0.5, 0.5]] * 4)
+    verdicts = verify(rows, good, [0, 0, 0, 0], [1, 1, 1, 1], u * 3, u)
+    assert [v.recovered for v in verdicts[1:2]] == [INVALID]
+    assert verdicts[0].recovered == INVALID

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.sequence import Sequence
+from server.decoding.warp import Warp
+from tests.support.exact import softmax, warped
+
+CPU = torch.device("cpu")
+DECODING = DecodingParams("standard", Combination.only(1, 0), (1,))
+EOS = frozenset({3})
+
+
+def place(prompt: list[int], made: list[int], **options: Any) -> tuple[Sequence, int]:
+    sequence = Sequence.start("s", prompt, SamplingParams(max_tokens=99, **options), DECODING)
+    for token in made:
+        sequence.draw(token)
+    return sequence, len(sequence)
+
+
+CASES: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.5},
+    {"top_k": 5},
+    {"top_k": 1},
+    {"top_p": 0.6},
+    {"top_p": 1e-6},
+    {"min_p": 0.2},
+    {"top_k": 9, "top_p": 0.7, "temperature": 1.5},
+    {"top_p": 0.9, "min_p": 0.1, "top_k": 30},
+    {"presence_penalty": 1.0, "frequency_penalty": -0.5},
+    {"repetition_penalty": 1.3},
+    {"logit_bias": ((4, 5.0), (0, -100.0)), "top_k": 3},
+    {"allowed_token_ids": (2, 7, 11)},
+    {"temperature": 0.0, "top_k": 2, "presence_penalty": 0.5},
+]
+
+
+@pytest.mark.parametrize("vocab_size", [40, 3000])
+def test_rows_equal_the_plain_loops(vocab_size: int) -> None:
+    """All cases in one batch, so that no row's warp leaks into another; 3000 exceeds the head."""
+    rng = np.random.default_rng(5)
+    logits = rng.normal(size=(len(CASES), vocab_size)).astype(np.float32)
+    prompt, made = [1, 4], [7, 4, 7]
+    places = [place(prompt, made, **case) for case in CASES]
+    probs = Warp(places, EOS, CPU).probs(torch.from_numpy(logits))
+    for row, (sequence, _) in enumerate(places):
+        expected = softmax(warped(logits[row].astype(float), sequence.params, prompt, made))
+        assert probs[row].numpy() == pytest.approx(expected, abs=2e-6)
+        assert ((probs[row].numpy() > 0) == (expected > 0)).all()
+
+
+def test_pending_tokens_count_for_penalties() -> None:
+    sequence, _ = place([1], [2], frequency_penalty=1.0)
+    sequence.propose(2, 0)
+    logits = torch.zeros(2, 5)
+    warp = Warp([(sequence, 2), (sequence, 3)], EOS, CPU)
+    assert warp(logits)[:, 2].tolist() == [-1.0, -2.0]
+    assert logits.abs().sum() == 0
+
+
+def test_min_tokens_masks_every_way_to_stop() -> None:
+    early = place([1], [2], min_tokens=2, stop_token_ids=frozenset({5}))
+    late = place([1], [2, 2], min_tokens=2, stop_token_ids=frozenset({5}))
+    ignoring = place([1], [2], min_tokens=2, ignore_eos=True, stop_token_ids=frozenset({5}))
+    masked = Warp([early, late, ignoring], EOS, CPU)(torch.zeros(3, 6)).isinf()
+    assert masked[:, [3, 5]].tolist() == [[True, True], [False, False], [False, True]]
+
+
+def test_greedy_rows_are_one_hot_and_broken_ones_stay_broken() -> None:
+    places = [place([1], []), place([1], [], temperature=0.0), place([1], [], temperature=0.0)]
+    probs = torch.tensor([[0.2, 0.8], [0.4, 0.6], [torch.nan, torch.nan]])
+    sharp = Warp(places, EOS, CPU).sharpen(probs)
+    assert sharp[:2].tolist() == [pytest.approx([0.2, 0.8]), [0.0, 1.0]]
+    assert sharp[2].isnan().any()

@@ -1,0 +1,122 @@
+"""The engine over real transformers models: float32, CPU, random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from server.config import parse_config
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.engine.engine import Engine, EngineLimits
+from server.runner.loader import LoadedModels, load_models
+from tests.support.engines import generated, make_decoding, run
+from tests.support.tiny_models import make_triple
+
+PROMPTS = [[5, 9, 200, 31], [7] * 23, [100, 3], list(range(40, 55))]
+COMBINATIONS = {
+    "weighted": Combination.weighted([0.2, 0.4, 0.4]),
+    "contrastive": Combination.contrastive(3, 0.2),
+    "linear": Combination.linear([0.3, -0.1, 0.8]),
+}
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return make_triple(tmp_path_factory.mktemp("models"))
+
+
+def load(directories: tuple[Path, ...], kv_memory: str = "16MiB") -> LoadedModels:
+    return load_models(
+        parse_config(
+            {
+                "served_model_name": "tiny",
+                "models": [{"name": f"m{k}", "path": str(d)} for k, d in enumerate(directories)],
+                "combination": {"method": "weighted", "weights": [0.2, 0.4, 0.4]},
+                "engine": {"kv_memory": kv_memory, "max_length": 96, "page_size": 4},
+            }
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def models(directories: tuple[Path, ...]) -> LoadedModels:
+    return load(directories)
+
+
+def make_engine(models: LoadedModels, steps: list[StepStats] | None = None) -> Engine:
+    return Engine(
+        models.runners,
+        models.tokenizer.backend_tokenizer,
+        models.eos_token_ids,
+        EngineLimits(max_step_tokens=32),
+        on_step=steps.append if steps is not None else None,
+    )
+
+
+def sequences_of(decoding: DecodingParams, temperature: float) -> list[Sequence]:
+    return [
+        Sequence.start(
+            f"s{i}",
+            prompt,
+            SamplingParams(max_tokens=40, temperature=temperature, seed=i, ignore_eos=True),
+            decoding,
+        )
+        for i, prompt in enumerate(PROMPTS * 4)
+    ]
+
+
+def texts(engine: Engine, sequences: list[Sequence]) -> list[tuple[int, ...]]:
+    deltas = run(engine, sequences)
+    engine.scheduler.check_integrity()
+    return [generated(deltas[sequence.id]) for sequence in sequences]
+
+
+def transformers_greedy(
+    directories: tuple[Path, ...], combination: Combination, prompt: list[int], count: int
+) -> tuple[int, ...]:
+    """The combined argmax by plain full forwards, no cache and none of the product's code."""
+    members = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in directories]
+    made: list[int] = []
+    for _ in range(count):
+        ids = torch.tensor([[*prompt, *made]])
+        with torch.inference_mode():
+            rows = [member(ids).logits[0, -1] for member in members]
+        if combination.method == "weighted":
+            rows = [row.softmax(-1) for row in rows]
+        mix = sum(w * row for w, row in zip(combination.weights, rows, strict=True))
+        assert isinstance(mix, torch.Tensor)
+        made.append(int(mix.argmax()))
+    return tuple(made)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_greedy_output_is_that_of_standard_and_of_transformers(
+    name: str, directories: tuple[Path, ...], models: LoadedModels
+) -> None:
+    combination = COMBINATIONS[name]
+    standard = texts(make_engine(models), sequences_of(make_decoding("standard", combination), 0.0))
+    assert standard[0] == transformers_greedy(directories, combination, PROMPTS[0], 40)
+    for strategy, gamma in (("speculative", 5), ("cos", 1), ("cos", 4), ("cos", (3, 2, 2))):
+        decoding = make_decoding(strategy, combination, gamma)
+        steps: list[StepStats] = []
+        assert texts(make_engine(models, steps), sequences_of(decoding, 0.0)) == standard
+        assert sum(step.num_proposed for step in steps) > 0
+
+
+@pytest.mark.parametrize("strategy", ["standard", "cos", "mixture"])
+def test_seeded_text_is_the_same_alone_in_a_batch_and_across_preemption(
+    strategy: str, directories: tuple[Path, ...], models: LoadedModels
+) -> None:
+    decoding = make_decoding(strategy, COMBINATIONS["weighted"], gamma=3, kappa=1)
+    alone = [texts(make_engine(models), [s])[0] for s in sequences_of(decoding, 1.0)]
+    assert texts(make_engine(models), sequences_of(decoding, 1.0)) == alone
+    steps: list[StepStats] = []
+    small = load(directories, kv_memory="300KiB")
+    assert texts(make_engine(small, steps), sequences_of(decoding, 1.0)) == alone
+    assert sum(step.num_preempted for step in steps) > 0
