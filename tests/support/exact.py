@@ -20,7 +20,8 @@ Law = dict[tuple[int, ...], float]
 
 def softmax(logits: Floats) -> Floats:
     weights = np.exp(logits - logits.max())
-    return weights / weights.sum()
+    probs: Floats = weights / weights.sum()
+    return probs
 
 
 def warped(
@@ -65,7 +66,7 @@ def target(
     raw = [lm.logits([*prompt, *made]) for lm in lms]
     if combination.method == "weighted":
         parts = [softmax(warped(row, params, prompt, made)) for row in raw]
-        r = np.sum([w * p for w, p in zip(combination.weights, parts, strict=True)], axis=0)
+        r: Floats = np.sum([w * p for w, p in zip(combination.weights, parts, strict=True)], axis=0)
     else:
         with np.errstate(invalid="ignore"):
             mix = np.sum(
@@ -81,7 +82,8 @@ def target(
             mix = np.where(p < combination.plausibility * p.max(), -np.inf, mix)
         r = softmax(warped(mix, params, prompt, made))
     if params.is_greedy:
-        return np.eye(len(r))[int(np.argmax(r))]
+        one_hot: Floats = np.eye(len(r))[int(np.argmax(r))]
+        return one_hot
     return r
 
 
