@@ -1,0 +1,141 @@
+"""Deployment files agree with each other and with the code; nothing here needs Docker."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from server import __version__
+from server.config import HttpConfig, load_config
+from server.metrics import Metrics
+
+ROOT = Path(__file__).parents[1]
+DASHBOARDS = sorted((ROOT / "docker" / "grafana" / "dashboards").glob("*.json"))
+RULES = ROOT / "docker" / "prometheus" / "rules.yml"
+_SAMPLE_SUFFIXES = ("_bucket", "_sum", "_count")
+
+
+def read_yaml(path: str) -> Any:
+    return yaml.safe_load((ROOT / path).read_text(encoding="utf-8"))
+
+
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = read_yaml("docker-compose.yml")["services"]
+    return found
+
+
+def exported_metrics() -> set[str]:
+    """Names as they are scraped, all series of an app with an engine."""
+    metrics = Metrics(load_config(ROOT / "configs" / "default.yaml"))
+    metrics.engine.watch(lambda: 0, lambda: 0)
+    metrics.engine.watch_pages(lambda: (0, 0), (1, 1))
+    described = re.findall(r"^# TYPE (\S+) (\S+)$", metrics.render().decode(), re.MULTILINE)
+    names = {name for name, kind in described if kind != "histogram"}
+    histograms = {name for name, kind in described if kind == "histogram"}
+    return names | {name + suffix for name in histograms for suffix in _SAMPLE_SUFFIXES}
+
+
+def queried_metrics(expression: str) -> set[str]:
+    return set(re.findall(r"(?<![\w:])cos_\w+", expression))
+
+
+def expressions(dashboard: Path) -> Iterator[str]:
+    for panel in json.loads(dashboard.read_text(encoding="utf-8"))["panels"]:
+        for target in panel.get("targets", []):
+            yield target["expr"]
+
+
+def test_images_are_pinned():
+    for name, service in services().items():
+        assert re.search(r":v?\d+\.\d+\.\d+", service["image"]), name
+    assert f":{__version__}-" in services()["server"]["image"]
+
+
+def test_ports_are_published_on_loopback_only():
+    ports = [port for service in services().values() for port in service["ports"]]
+    assert len(ports) == 3
+    assert all(port.startswith("127.0.0.1:") for port in ports)
+
+
+def test_mounted_files_exist():
+    for service in services().values():
+        for volume in service["volumes"]:
+            source = volume.split(":")[0]
+            assert not source.startswith("./") or (ROOT / source).exists(), source
+
+
+def test_grace_period_is_longer_than_the_drain():
+    grace = int(services()["server"]["stop_grace_period"].removesuffix("s"))
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert grace > load_config(path).http.drain_seconds + 5
+
+
+def test_prometheus_scrapes_the_server():
+    [job] = read_yaml("docker/prometheus/prometheus.yml")["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == [f"server:{HttpConfig().port}"]
+
+
+def test_gpu_override_changes_services_that_exist():
+    override = read_yaml("docker-compose.gpu.yml")["services"]
+    assert set(override) <= set(services())
+    assert override["server"]["build"]["args"]["VARIANT"] == "cuda"
+
+
+def test_dockerfile_keeps_its_promises():
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    runtime = text[text.index(" AS runtime") :]
+    assert "USER 10001" in runtime
+    assert "/ready" in runtime[runtime.index("HEALTHCHECK") :]
+    assert 'ENTRYPOINT ["cos-server", "serve"' in runtime
+    assert not re.search(r"apt-get|gcc|build-essential", runtime)
+
+
+def test_dockerfile_copies_what_the_context_holds():
+    allowed = (ROOT / ".dockerignore").read_text(encoding="utf-8").split()
+    copied = re.findall(
+        r"^COPY (?!--from)(?:--\S+ )*(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE
+    )
+    assert copied
+    for source in " ".join(copied).split():
+        assert f"!{source}" in allowed, source
+        assert (ROOT / source).exists(), source
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboard_queries_only_exported_metrics(path: Path):
+    queried = {name for expression in expressions(path) for name in queried_metrics(expression)}
+    assert queried
+    assert queried <= exported_metrics()
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboard_takes_its_source_and_interval_from_grafana(path: Path):
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
+    sources = {panel["datasource"]["uid"] for panel in dashboard["panels"] if "targets" in panel}
+    assert sources == {"${datasource}"}
+    for expression in expressions(path):
+        assert "rate(" not in expression or "[$__rate_interval]" in expression
+        assert "/" not in expression or "> 0" in expression  # no division by nothing
+
+
+def test_default_source_of_dashboards_is_provisioned():
+    [source] = read_yaml("docker/grafana/provisioning/datasources/prometheus.yml")["datasources"]
+    for path in DASHBOARDS:
+        variables = json.loads(path.read_text(encoding="utf-8"))["templating"]["list"]
+        [variable] = [each for each in variables if each["type"] == "datasource"]
+        assert variable["current"]["value"] == source["uid"]
+
+
+def test_rules_query_only_exported_metrics_and_each_other():
+    groups = yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"]
+    rules = [rule for group in groups for rule in group["rules"]]
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    for rule in rules:
+        assert queried_metrics(rule["expr"]) <= exported_metrics()
+        assert set(re.findall(r"cos:\w+(?::\w+)*", rule["expr"])) <= recorded
