@@ -5,7 +5,7 @@ PYTHON ?= python3
 CONFIG ?= configs/default.yaml
 # Options of `cos-server bench` and `pytest`, as in: make bench ARGS="--concurrency 1,4"
 ARGS ?=
-# Extra pip options for PyTorch alone, such as --index-url with the address of its CPU wheels.
+# Extra pip options for PyTorch, such as --extra-index-url with the address of its CPU wheels.
 TORCH_PIP_ARGS ?=
 
 VENV := .venv
