@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -12,18 +13,19 @@ from server.api.disconnect import ClientDisconnected, while_connected
 from server.api.errors import ERROR_RESPONSES, describe
 from server.api.generation import Generation, make_generation
 from server.api.protocol import Completion, CompletionChoice, CompletionRequest, StreamOptions
-from server.api.reply import Reply, decode, merge
+from server.api.reply import DeltaStream, Reply, decode, merge
 from server.api.route import StrictJsonRoute
 from server.api.service import service_of
 from server.api.sse import DONE, EventStream, event
+from server.core.output import TokenDelta
 from server.errors import EngineError
+
+logger = logging.getLogger(__name__)
 
 ENDPOINT = "completions"
 _CLIENT_GONE = 499  # nobody reads it; it tells such requests apart in the metrics
 
 router = APIRouter(route_class=StrictJsonRoute, tags=["completions"])
-
-Choices = AsyncGenerator[list[CompletionChoice]]
 
 
 @router.post("/v1/completions", response_model=Completion, responses=ERROR_RESPONSES)
@@ -31,19 +33,18 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     """Complete one prompt or several, streamed or at once."""
     service = service_of(request)
     generation = await make_generation(body, service, f"cmpl-{secrets.token_hex(12)}")
-    _, codec = service.require()
-    reply = Reply(generation, codec)
-    choices = decode(generation, reply, service, ENDPOINT)
+    reply = Reply(generation, service.codec)
+    deltas = decode(generation, reply, service, ENDPOINT)
     writer = _Writer(generation, reply, service.config.served_model_name)
     try:
         if not body.stream:
-            return await while_connected(request, _whole(choices, writer))
+            return await while_connected(request, _whole(deltas, writer))
         # Waiting for the first tokens before answering 200: early errors are real statuses.
-        first = await while_connected(request, _first(choices))
+        first = await while_connected(request, _first(deltas))
     except ClientDisconnected:
         return Response(status_code=_CLIENT_GONE)
-    events = _events(first, choices, writer, body.stream_options or StreamOptions())
-    return EventStream(events, choices.aclose, service.config.http.ping_seconds)
+    events = _events(first, deltas, writer, body.stream_options or StreamOptions())
+    return EventStream(events, deltas.aclose, service.config.http.ping_seconds)
 
 
 class _Writer:
@@ -63,7 +64,11 @@ class _Writer:
             cos=self.reply.report(),
         )
 
-    def chunk(self, choice: CompletionChoice, options: StreamOptions) -> Completion:
+    def chunk(self, delta: TokenDelta, options: StreamOptions) -> Completion | None:
+        """None for tokens whose text is held back for now."""
+        choice = self.reply.take(delta)
+        if not (choice.text or choice.finish_reason or choice.logprobs):
+            return None
         chunk = Completion(**self._head, object="text_completion", choices=[choice])
         if options.include_usage:
             # null in every chunk but the last, unless asked for: as OpenAI's document has it.
@@ -71,42 +76,39 @@ class _Writer:
         return chunk
 
 
-async def _whole(choices: Choices, writer: _Writer) -> Response:
+async def _whole(deltas: DeltaStream, writer: _Writer) -> Response:
     parts: list[list[CompletionChoice]] = [[] for _ in range(writer.num_choices)]
-    async with aclosing(choices):
-        async for batch in choices:
-            for choice in batch:
+    async with aclosing(deltas):
+        async for batch in deltas:
+            for delta in batch:
+                choice = writer.reply.take(delta)
                 parts[choice.index].append(choice)
     body = writer.completion([merge(index, each) for index, each in enumerate(parts)])
     return Response(body.model_dump_json(), media_type="application/json")
 
 
-async def _first(choices: Choices) -> list[CompletionChoice]:
-    return await anext(choices)
+async def _first(deltas: DeltaStream) -> list[TokenDelta]:
+    return await anext(deltas)
 
 
 async def _events(
-    first: list[CompletionChoice], choices: Choices, writer: _Writer, options: StreamOptions
+    first: list[TokenDelta], deltas: DeltaStream, writer: _Writer, options: StreamOptions
 ) -> AsyncGenerator[bytes]:
     try:
         if chunks := _chunks(first, writer, options):
             yield chunks
-        async for batch in choices:
+        async for batch in deltas:
             if chunks := _chunks(batch, writer, options):
                 yield chunks
         if options.include_usage:
             yield event(writer.completion([]))
-    except EngineError as error:
+    except Exception as error:
+        if not isinstance(error, EngineError):
+            logger.exception("%s failed", writer.reply.id)
         yield event(describe(error)[1])
     yield DONE
 
 
-def _chunks(batch: list[CompletionChoice], writer: _Writer, options: StreamOptions) -> bytes:
-    return b"".join(
-        event(writer.chunk(choice, options)) for choice in batch if _says_something(choice)
-    )
-
-
-def _says_something(choice: CompletionChoice) -> bool:
-    """False for tokens whose text is held back for now."""
-    return bool(choice.text or choice.finish_reason or choice.logprobs)
+def _chunks(batch: list[TokenDelta], writer: _Writer, options: StreamOptions) -> bytes:
+    chunks = (writer.chunk(delta, options) for delta in batch)
+    return b"".join(event(chunk) for chunk in chunks if chunk is not None)

@@ -55,7 +55,8 @@ async def make_generation(
         RequestError: the request cannot be served as it is.
         EngineDraining, EngineDead: no request can be served now.
     """
-    engine, codec = service.require()
+    service.check_ready()
+    codec, max_length = service.codec, service.engine.max_length
     service.check_model(request.model)
     check_supported(request)
     check_limits(request, service.config)
@@ -63,10 +64,8 @@ async def make_generation(
     decoding = service.decoding.resolve(request)
     prompts = await _prompt_ids(request, codec)
     for index, prompt in enumerate(prompts):
-        check_prompt(
-            prompt, engine.max_length, "prompt" if len(prompts) == 1 else f"prompt.{index}"
-        )
-    sequences = _fan_out(request, prompts, decoding, engine.max_length, completion_id)
+        check_prompt(prompt, max_length, "prompt" if len(prompts) == 1 else f"prompt.{index}")
+    sequences = _fan_out(request, prompts, decoding, max_length, completion_id)
     num_prompt_tokens = sum(map(len, prompts))
     return Generation(
         completion_id, int(time.time()), num_prompt_tokens, tuple(sequences), decoding

@@ -49,12 +49,12 @@ async def get_model(request: Request, name: str) -> ModelCard:
 
 
 def _card(service: Service) -> ModelCard:
-    engine, _ = service.require()
+    service.check_ready()
     config = service.config
     return ModelCard(
         id=config.served_model_name,
         created=service.started_at,
         root=config.served_model_name,
-        max_model_len=engine.max_length,
+        max_model_len=service.engine.max_length,
         members=[model.name for model in config.models],
     )

@@ -35,13 +35,8 @@ class Reply:
         self._num_tokens = 0
 
     def take(self, delta: TokenDelta) -> CompletionChoice:
-        """Count a delta and give it the client's shape.
-
-        Raises:
-            GenerationFailed: the delta says that its sequence has failed.
-        """
-        if delta.finish_reason in ("error", "cancelled"):
-            raise GenerationFailed(delta.error or "the request was cancelled")
+        """Count a delta that is no failure, and give it the client's shape."""
+        assert delta.finish_reason not in ("error", "cancelled")
         index = self._indices[delta.sequence_id]
         self._num_tokens += len(delta.token_ids)
         if delta.stats is not None:
@@ -56,6 +51,10 @@ class Reply:
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
         )
+
+    @property
+    def id(self) -> str:
+        return self._generation.id
 
     def index(self, delta: TokenDelta) -> int:
         return self._indices[delta.sequence_id]
@@ -97,22 +96,26 @@ class Reply:
 
 async def decode(
     generation: Generation, reply: Reply, service: Service, endpoint: str
-) -> AsyncGenerator[list[CompletionChoice]]:
+) -> DeltaStream:
     """Decode all sequences of a request; closing the generator aborts what is left.
 
+    The consumer must let `reply` take each delta before it asks for more.
+
     Raises:
+        GenerationFailed: one sequence has failed, and with it the request.
         EngineError: the engine took nothing, or failed on the way.
     """
-    engine, _ = service.require()
     started = time.monotonic()
     with service.metrics.request(endpoint, generation.num_prompt_tokens) as observed:
         try:
-            stream = cast(DeltaStream, engine.stream(generation.sequences))
+            stream = cast(DeltaStream, service.engine.stream(generation.sequences))
             async with aclosing(stream):
                 async for deltas in stream:
                     for delta in deltas:
+                        if delta.finish_reason in ("error", "cancelled"):
+                            raise GenerationFailed(delta.error or "the request was cancelled")
                         observed.tokens(reply.index(delta), len(delta.token_ids))
-                    yield [reply.take(delta) for delta in deltas]
+                    yield deltas
             observed.finish(reply.finish_reason)
         finally:
             usage = reply.usage()

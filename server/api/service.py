@@ -62,8 +62,20 @@ class Service:
         """Sequences whose end has not been delivered."""
         return 0 if self._engine is None else self._engine.num_open
 
-    def require(self) -> tuple[AsyncEngine, Codec]:
-        """The engine and its codec, for a new request.
+    @property
+    def engine(self) -> AsyncEngine:
+        """Only after `check_ready` has passed."""
+        assert self._engine is not None
+        return self._engine
+
+    @property
+    def codec(self) -> Codec:
+        """Only after `check_ready` has passed."""
+        assert self._codec is not None
+        return self._codec
+
+    def check_ready(self) -> None:
+        """Whether a new request may be served.
 
         Raises:
             EngineDraining: the server is starting or shutting down.
@@ -76,9 +88,6 @@ class Service:
                 raise EngineDraining("the server is shutting down")
             case "loading":
                 raise EngineDraining("the models are still loading")
-        assert self._engine is not None
-        assert self._codec is not None
-        return self._engine, self._codec
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound for any name but the one that is served."""

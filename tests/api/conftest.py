@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from tests.support.api import MODEL, TableApp, make_table_app
 from tests.support.live_server import run_server, wait_until
@@ -40,6 +41,15 @@ class Live:
         self.table.engine.scheduler.check_integrity()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> Iterator[None]:
+    """Table LMs' tensors are tiny: on a busy machine a second thread is all waiting."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 @pytest.fixture(scope="session")
 def live() -> Iterator[Live]:
     """Two models, the default limits; shared, so tests leave it as they found it."""
@@ -52,8 +62,8 @@ def paced(live: Live) -> Iterator[Live]:
     """The same server, slow enough to be interrupted."""
     live.table.set_pace(0.02)
     yield live
-    live.table.set_pace(0)
     live.wait_idle()
+    live.table.set_pace(0)
 
 
 @pytest.fixture

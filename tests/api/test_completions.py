@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from server.decoding.rng import derive_seed
@@ -154,7 +156,9 @@ def test_impossible_alternatives_have_a_finite_logprob(live: Live) -> None:
         ),
     ],
 )
-def test_effective_decoding_is_reported(live: Live, asked: dict, expected: dict) -> None:
+def test_effective_decoding_is_reported(
+    live: Live, asked: dict[str, Any], expected: dict[str, Any]
+) -> None:
     report = live.complete(max_tokens=12, ignore_eos=True, cos=asked)["cos"]
     assert {key: report[key] for key in expected} == expected
 
@@ -169,7 +173,7 @@ def test_figures_of_the_report_add_up(live: Live) -> None:
 
 @pytest.mark.parametrize(("body", "shared"), [({}, True), ({"n": 2}, False), ({"seed": 1}, False)])
 def test_coins_are_shared_by_default_where_nobody_can_tell(
-    live: Live, body: dict, shared: bool
+    live: Live, body: dict[str, Any], shared: bool
 ) -> None:
     options = {"strategy": "mixture"}
     assert live.complete(cos=options, **body)["cos"]["shared_coins"] is shared

@@ -47,7 +47,8 @@ class PacedRunner(TableRunner):
     failure: Exception | None = None
 
     def forward(self, batch: Batch) -> Tensor:
-        time.sleep(self.seconds)
+        if self.seconds:
+            time.sleep(self.seconds)
         if self.failure is not None:
             raise self.failure
         return super().forward(batch)
