@@ -1,16 +1,16 @@
-"""`python -m scripts.distill {generate,train,plot}`."""
+"""`python -m scripts.distill {generate,train,shortlist,plot}`."""
 
 from __future__ import annotations
 
 import argparse
 
-from scripts.distill import generate, train
+from scripts.distill import generate, shortlist, train
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m scripts.distill", description=__doc__)
     commands = parser.add_subparsers(required=True)
-    for name, module in (("generate", generate), ("train", train)):
+    for name, module in (("generate", generate), ("train", train), ("shortlist", shortlist)):
         command = commands.add_parser(name, help=(module.__doc__ or "").splitlines()[0])
         module.add_arguments(command)
         command.set_defaults(run=module.run)

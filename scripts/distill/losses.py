@@ -44,11 +44,12 @@ class VocabularySampler:
         self._num_rare = min(num_rare, len(self._rare))
 
     def draw(self, generator: torch.Generator) -> Vocabulary:
+        correction = self._head.new_zeros(len(self._frequent_rows) + self._num_rare)
+        if not self._num_rare:
+            return Vocabulary(self._frequent_rows, correction)
         order = torch.randint(len(self._rare), (self._num_rare,), generator=generator)
         rare = self._rare[order.to(self._rare.device)]
-        correction = self._head.new_zeros(len(self._frequent_rows) + len(rare))
-        if self._num_rare:
-            correction[len(self._frequent_rows) :] = math.log(len(self._rare) / self._num_rare)
+        correction[len(self._frequent_rows) :] = math.log(len(self._rare) / self._num_rare)
         return Vocabulary(torch.cat([self._frequent_rows, self._head[rare]]), correction)
 
 

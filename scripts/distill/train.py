@@ -27,6 +27,7 @@ from scripts.distill.losses import (
     distillation_loss,
     overlap,
 )
+from scripts.distill.shortlist import frequent_tokens
 from server.default_pair.build import layer_index, take_layers
 
 CHECKPOINT = "checkpoint.pt"
@@ -131,15 +132,6 @@ def start_student(expert: LlamaForCausalLM, layers: tuple[int, ...]) -> LlamaFor
     student.tie_weights()
     student.model.embed_tokens.weight.requires_grad_(False)
     return student
-
-
-def frequent_tokens(shards: list[Shard], head: Tensor, count: int) -> Tensor:
-    """The tokens with the largest total probability under the expert."""
-    mass = torch.zeros(len(head))
-    for shard in shards:
-        for hidden in shard.hidden[::4].split(512):
-            mass += (hidden.to(head.dtype) @ head.T).float().softmax(-1).sum(0).cpu()
-    return mass.topk(min(count, len(head))).indices
 
 
 class Trainer:
