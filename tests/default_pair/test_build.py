@@ -118,7 +118,8 @@ def test_a_failed_build_leaves_the_old_directory(source, tmp_path, monkeypatch):
 
 
 def test_progress_counts_every_step(source, expert, tmp_path):
-    steps, totals = [], []
+    steps: list[int] = []
+    totals: list[int] = []
     build.build_pair(tmp_path, progress=build.Progress(totals.append, lambda: steps.append(1)))
     assert totals == [len(expert.state) + 2]
     assert len(steps) == 2  # the stand-in reads no tensors

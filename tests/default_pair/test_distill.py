@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from scripts.distill import prompts, train
+from scripts.distill import plot, prompts, train
 from scripts.distill.corpus import load_shard, save_shard, shard_path
 from scripts.distill.expert import Writer
 from scripts.distill.losses import LossWeights, VocabularySampler, distillation_loss
@@ -196,3 +196,18 @@ def test_documented_functions_end_with_their_docstring():
     functions = prompts.load_functions()
     assert len(functions) > 100
     assert all(text.startswith("def ") and text.rstrip()[-1] in "\"'" for text in functions)
+
+
+def test_curves_take_the_later_entry_of_a_repeated_step(tmp_path):
+    rows = [
+        {"step": 1, "loss": 3.0, "tokens": 5e5},
+        {"step": 2, "loss": 2.5, "tokens": 5e5},
+        {"step": 2, "loss": 2.0, "tokens": 5e5},
+        {"step": 2, "dev_beta": 0.4, "dev_agreement": 0.3},
+    ]
+    (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    curves = plot.read_curves(tmp_path / "log.jsonl")
+    assert curves.loss == [3.0, 2.0]
+    assert curves.tokens == [0.5, 1.0]
+    assert (curves.dev_tokens, curves.dev_overlap) == ([1.0], [0.4])
+    assert plot.smooth([1.0, 3.0]) == [1.0, 2.0]
