@@ -24,13 +24,17 @@ from server import __version__
 from server.api import completions, health, models
 from server.api.codec import Codec, Tokenizer
 from server.api.errors import install_error_handlers
-from server.api.middleware import BodyLimitMiddleware, RequestIdMiddleware
+from server.api.middleware import (
+    BodyLimitMiddleware,
+    HttpMetricsMiddleware,
+    RequestIdMiddleware,
+)
 from server.api.service import Service
 from server.api.sse import outlive_shutdown_signals
 from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, EngineLimits
-from server.metrics import HttpMetricsMiddleware, Metrics
+from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 

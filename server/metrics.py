@@ -25,7 +25,6 @@ from prometheus_client import (
     Info,
     generate_latest,
 )
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import __version__
 from server.config import ServerConfig
@@ -98,6 +97,12 @@ class HttpMetrics:
             buckets=_SECONDS,
             registry=registry,
         )
+
+    def observe(self, route: str, method: str, status: int, seconds: float) -> None:
+        """`route` is a template: a raw path would be an unbounded label."""
+        method = method if method in _METHODS else "other"
+        self.requests.labels(route, method, str(status)).inc()
+        self.seconds.labels(route, method).observe(seconds)
 
 
 class RequestMetrics:
@@ -365,35 +370,6 @@ class RequestObserver:
         self._metrics.first_token.observe(now - self._started)
         self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
         self._metrics.total_prompt_tokens.inc(self._num_prompt_tokens)
-
-
-class HttpMetricsMiddleware:
-    """Counts HTTP requests by route template; a raw path would be an unbounded label."""
-
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
-        self._app = app
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500  # what an exception becomes further out
-
-        async def watch(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        started = time.perf_counter()
-        try:
-            await self._app(scope, receive, watch)
-        finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            self._metrics.requests.labels(route, method, str(status)).inc()
-            self._metrics.seconds.labels(route, method).observe(time.perf_counter() - started)
 
 
 def _entry(read: Callable[[], tuple[int, ...]], index: int) -> float:

@@ -18,7 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.service import Service
-from server.app import create_app
+from server.app import Load, create_app
 from server.config import HttpConfig, ServerConfig
 from server.errors import ConfigError, CosError, EngineDead
 
@@ -29,8 +29,12 @@ _FLUSH_SECONDS = 5
 _POLL_SECONDS = 0.05
 
 
-def serve(config: ServerConfig) -> int:
+def serve(config: ServerConfig, load: Load | None = None) -> int:
     """Serve until the end; returns the exit code.
+
+    Args:
+        config: the whole configuration.
+        load: makes the engine; loads the configured models if not given.
 
     Raises:
         ConfigError: the port cannot be had, or the models cannot be loaded.
@@ -41,7 +45,7 @@ def serve(config: ServerConfig) -> int:
         failures.append(error)
         server.should_exit = True
 
-    app = create_app(config, on_failure=fail)
+    app = create_app(config, load=load, on_failure=fail)
     server = DrainingServer(app, config.http)
     with _bind(config.http) as listener:
         host, port = listener.getsockname()[:2]
@@ -75,6 +79,7 @@ class DrainingServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
+                ws="none",
                 http="h11",  # keeps a small limit on the size of headers
                 log_config=None,
                 access_log=False,

@@ -7,7 +7,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
 from tests.support.api import MODEL, TableApp, make_table_app
 from tests.support.live_server import run_server, wait_until
@@ -39,15 +38,6 @@ class Live:
     def wait_idle(self) -> None:
         wait_until(lambda: self.table.is_idle)
         self.table.engine.scheduler.check_integrity()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def one_torch_thread() -> Iterator[None]:
-    """Table LMs' tensors are tiny: on a busy machine a second thread is all waiting."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 @pytest.fixture(scope="session")

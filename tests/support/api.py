@@ -45,12 +45,13 @@ class PacedRunner(TableRunner):
 
     seconds = 0.0
     failure: Exception | None = None
+    fail_after: int | None = None
 
     def forward(self, batch: Batch) -> Tensor:
         if self.seconds:
             time.sleep(self.seconds)
-        if self.failure is not None:
-            raise self.failure
+        if self.failure is not None or self.num_forwards == self.fail_after:
+            raise self.failure or RuntimeError("told to fail")
         return super().forward(batch)
 
 

@@ -1,0 +1,103 @@
+"""The whole stack over real transformers models: files, loader, tokenizer, engine, HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.config import parse_config
+from tests.support.live_server import run_server
+from tests.support.sse import parse, texts
+from tests.support.tiny_models import MAX_LENGTH, TURN_END, VOCAB_SIZE, make_pair
+
+MODEL = "org/tiny"
+PROMPT = "def value(self): return number"
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    members = make_pair(tmp_path_factory.mktemp("pair"))
+    config = parse_config(
+        {
+            "served_model_name": MODEL,
+            "models": [{"name": path.name, "path": str(path)} for path in members],
+            "combination": {"method": "weighted", "weights": [0.4, 0.6]},
+            "engine": {"kv_memory": "8MiB"},
+        }
+    )
+    with run_server(create_app(config)) as url, httpx.Client(base_url=url, timeout=30) as client:
+        yield client
+
+
+def complete(http: httpx.Client, **body: Any) -> dict[str, Any]:
+    defaults = {"model": MODEL, "prompt": PROMPT, "max_tokens": 24, "temperature": 0}
+    response = http.post("/v1/completions", json={**defaults, **body})
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_models(http: httpx.Client) -> None:
+    [card] = http.get("/v1/models").json()["data"]
+    assert (card["id"], card["max_model_len"]) == (MODEL, MAX_LENGTH)
+    assert http.get(f"/v1/models/{MODEL}").json() == card
+
+
+@pytest.mark.parametrize("strategy", ["cos", "speculative"])
+def test_greedy_text_and_logprobs_are_those_of_standard(http: httpx.Client, strategy: str) -> None:
+    body = {"logprobs": 3, "ignore_eos": True}
+    expected = complete(http, cos={"strategy": "standard"}, **body)["choices"][0]
+    found = complete(http, cos={"strategy": strategy}, **body)["choices"][0]
+    assert found["text"] == expected["text"]
+    for key in ("tokens", "text_offset"):
+        assert found["logprobs"][key] == expected["logprobs"][key]
+    assert found["logprobs"]["token_logprobs"] == pytest.approx(
+        expected["logprobs"]["token_logprobs"], abs=1e-4
+    )
+
+
+def test_a_stream_of_many_bytes_is_valid_utf8_and_whole(http: httpx.Client) -> None:
+    body = {"seed": 3, "temperature": 1.5, "max_tokens": 200, "ignore_eos": True, "n": 2}
+    whole = complete(http, **body)
+    defaults = {"model": MODEL, "prompt": PROMPT, "stream": True}
+    response = http.post("/v1/completions", json={**defaults, **body})
+    expected = {choice["index"]: choice["text"] for choice in whole["choices"]}
+    assert texts(parse(response.content)) == expected
+
+
+def test_text_and_token_ids_of_a_prompt_agree(http: httpx.Client) -> None:
+    num_tokens = complete(http)["usage"]["prompt_tokens"]
+    assert 0 < num_tokens < len(PROMPT)
+    assert complete(http, prompt=list(range(97, 101)))["usage"]["prompt_tokens"] == 4
+
+
+def test_special_tokens_are_left_out_unless_asked_for(http: httpx.Client) -> None:
+    end = str(VOCAB_SIZE - 3)
+    body = {"logit_bias": {end: 100}, "ignore_eos": True, "max_tokens": 3}
+    assert complete(http, **body)["choices"][0]["text"] == ""
+    shown = complete(http, skip_special_tokens=False, **body)["choices"][0]
+    assert set(shown["text"].replace("<|", " <|").split()) <= {
+        TURN_END,
+        "<|im_start|>",
+        "<|endoftext|>",
+    }
+
+
+def test_metrics_tell_of_the_models(http: httpx.Client) -> None:
+    complete(http)
+    text = http.get("/metrics").text
+    lines = {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+        for line in text.splitlines()
+        if not line.startswith("#")
+    }
+    for member in ("member-0", "member-1"):
+        assert lines[f'cos_model_forward_passes_total{{model="{member}"}}'] > 0
+        assert lines[f'cos_kv_pages{{model="{member}"}}'] > 0
+        assert lines[f'cos_kv_pages_used{{model="{member}"}}'] == 0
+    assert lines["cos_generated_tokens_total"] > 0
+    assert lines["cos_decode_seconds_total"] > 0

@@ -1,0 +1,36 @@
+"""A server process over table LMs: python -m tests.support.table_server '{"pace": 0.02, ...}'.
+
+Options: pace, seconds of a forward; fail_after, forwards until the engine breaks; the rest are
+sections of the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import Any
+
+from server.app import Parts
+from server.engine.async_engine import AsyncEngine
+from server.metrics import Metrics
+from server.serve import serve
+from tests.support.api import VOCAB_SIZE, DigitTokenizer, make_config, make_engine
+
+
+def run(pace: float = 0.0, fail_after: int | None = None, **sections: Any) -> int:
+    logging.basicConfig(level="INFO")
+    config = make_config(**sections)
+
+    def load() -> Parts:
+        engine, runners = make_engine(config, Metrics(config))
+        for runner in runners:
+            runner.seconds = pace
+            runner.fail_after = fail_after
+        return Parts(AsyncEngine(engine), DigitTokenizer(), VOCAB_SIZE)
+
+    return serve(config, load)
+
+
+if __name__ == "__main__":
+    sys.exit(run(**json.loads(sys.argv[1])))

@@ -1,0 +1,98 @@
+"""The command line: one clear line for what is wrong, and exit codes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from server import __version__
+from server.__main__ import main
+
+CONFIG = {
+    "served_model_name": "test",
+    "models": [{"name": "a", "path": "no/such/a"}, {"name": "b", "path": "no/such/b"}],
+    "combination": {"method": "weighted", "weights": [0.5, 0.5]},
+    "http": {"port": 0},
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(CONFIG))
+    return path
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    lines = capsys.readouterr().err.splitlines()
+    [line] = [line for line in lines if line.startswith("cos-server: error: ")]
+    assert not any("Traceback" in line for line in lines)
+    return line
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["--version"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out == f"cos-server {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [[], ["serve"], ["check"], ["nonsense"]])
+def test_bad_arguments_are_code_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+
+
+def test_check_accepts_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "--config", str(config)]) == 0
+    assert capsys.readouterr().out == f"{config}: ok\n"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["decoding.gama=3"], "decoding.gama: unknown key; did you mean 'gamma'?"),
+        (["decoding.gamma=99"], "gamma 99 is above max_gamma 8"),
+        (["combination.weights=[1]"], "combination: 1 weights for 2 models"),
+        (["combination.weights=[0.5, 0.6]"], "weights must sum to 1"),
+        (["nonsense"], "expected key.path=value"),
+    ],
+)
+def test_check_names_what_is_wrong(
+    config: Path, capsys: pytest.CaptureFixture[str], overrides: list[str], named: str
+) -> None:
+    options = [word for override in overrides for word in ("--set", override)]
+    assert main(["check", "--config", str(config), *options]) == 2
+    assert named in error_line(capsys)
+
+
+@pytest.mark.parametrize("command", [["check", "--load"], ["serve"]])
+def test_models_that_cannot_be_loaded_are_code_2(
+    config: Path, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    assert main([*command, "--config", str(config)]) == 2
+    assert "no/such/a" in error_line(capsys)
+
+
+def test_a_missing_file_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--config", "no/such.yaml"]) == 2
+    assert "no/such.yaml: No such file or directory" in error_line(capsys)
+
+
+def test_a_taken_port_is_code_2(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--config", str(config), "--port", str(port)]) == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in error_line(capsys)
+
+
+def test_bench_has_its_own_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "--help"])
+    assert end.value.code == 0
+    assert "--concurrency" in capsys.readouterr().out

@@ -1,0 +1,137 @@
+"""Metrics: what a step and a request add to which series."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from server.core.stats import StepStats
+from server.errors import EngineOverloaded
+from server.metrics import REJECTIONS, Metrics
+from tests.support.api import make_config
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics(make_config())
+
+
+def value(metrics: Metrics, name: str, **labels: str) -> float:
+    found = metrics.registry.get_sample_value(name, labels)
+    assert found is not None, f"no series {name} {labels}"
+    return found
+
+
+def test_known_series_start_at_0(metrics: Metrics) -> None:
+    for name in ("m0", "m1"):
+        assert value(metrics, "cos_spec_draft_tokens_total", proposer=name) == 0
+        assert value(metrics, "cos_model_forward_passes_total", model=name) == 0
+        at = {"proposer": name, "position": "7"}
+        assert value(metrics, "cos_spec_accepted_tokens_per_position_total", **at) == 0
+    for reason in REJECTIONS:
+        assert value(metrics, "cos_requests_rejected_total", reason=reason) == 0
+
+
+def test_two_apps_share_nothing() -> None:
+    first, second = Metrics(make_config()), Metrics(make_config())
+    first.reject("validation")
+    assert value(second, "cos_requests_rejected_total", reason="validation") == 0
+
+
+def test_a_step(metrics: Metrics) -> None:
+    metrics.observe_step(
+        StepStats(
+            model=1,
+            num_sequences=3,
+            num_decoding=2,
+            num_tokens=10,
+            num_prefill_tokens=4,
+            forward_seconds=0.2,
+            step_seconds=0.5,
+            num_proposed=2,
+            num_bonus=1,
+            verified_by_offset=[(0, 0, True), (0, 1, True), (0, 0, False), (1, 2, True)],
+            num_recovered=1,
+            num_drawn=2,
+            num_generated=6,
+            num_discarded=1,
+            num_preempted=1,
+        )
+    )
+    assert value(metrics, "cos_spec_draft_tokens_total", proposer="m1") == 2
+    assert value(metrics, "cos_spec_accepted_tokens_total", proposer="m0") == 2
+    assert value(metrics, "cos_spec_accepted_tokens_total", proposer="m1") == 1
+    first = {"proposer": "m0", "position": "0"}
+    assert value(metrics, "cos_spec_verified_tokens_per_position_total", **first) == 2
+    assert value(metrics, "cos_spec_accepted_tokens_per_position_total", **first) == 1
+    assert value(metrics, "cos_spec_bonus_tokens_total", model="m1") == 1
+    assert value(metrics, "cos_spec_recovered_tokens_total") == 1
+    assert value(metrics, "cos_spec_drawn_tokens_total") == 2
+    assert value(metrics, "cos_spec_discarded_tokens_total") == 1
+    assert value(metrics, "cos_generated_tokens_total") == 6
+    assert value(metrics, "cos_preemptions_total") == 1
+    assert value(metrics, "cos_model_forward_passes_total", model="m1") == 1
+    assert value(metrics, "cos_model_forward_seconds_total", model="m1") == 0.2
+    tokens = "cos_model_forward_tokens_total"
+    assert value(metrics, tokens, model="m1", phase="prefill") == 4
+    assert value(metrics, tokens, model="m1", phase="decode") == 6
+    assert value(metrics, "cos_decode_seconds_total") == pytest.approx(0.3)
+    assert value(metrics, "cos_batch_size_sum") == 3
+
+
+def test_positions_are_bounded(metrics: Metrics) -> None:
+    before = len(metrics.render().splitlines())
+    metrics.observe_step(StepStats(0, verified_by_offset=[(0, 10_000, True)]))
+    assert len(metrics.render().splitlines()) == before
+
+
+def test_tokens_that_come_together_share_their_time(metrics: Metrics) -> None:
+    with metrics.request("completions", 5) as observed:
+        assert value(metrics, "cos_requests_waiting") == 1
+        observed.tokens(0, 0)
+        assert value(metrics, "cos_time_to_first_token_seconds_count") == 0
+        observed.tokens(0, 2)
+        assert value(metrics, "cos_requests_waiting") == 0
+        assert value(metrics, "cos_requests_running") == 1
+        observed.tokens(0, 4)
+        observed.tokens(1, 1)
+        observed.finish("stop")
+    assert value(metrics, "cos_requests_running") == 0
+    assert value(metrics, "cos_time_to_first_token_seconds_count") == 1
+    assert value(metrics, "cos_inter_token_seconds_count") == 4
+    assert value(metrics, "cos_prompt_tokens_total") == 5
+    assert value(metrics, "cos_request_generation_tokens_sum") == 7
+    finished = "cos_requests_finished_total"
+    assert value(metrics, finished, endpoint="completions", reason="stop") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(asyncio.CancelledError(), "cancelled"), (GeneratorExit(), "cancelled"), (OSError(), "error")],
+)
+def test_every_end_is_counted(metrics: Metrics, error: BaseException, reason: str) -> None:
+    with pytest.raises(type(error)), metrics.request("completions", 1):
+        raise error
+    finished = "cos_requests_finished_total"
+    assert value(metrics, finished, endpoint="completions", reason=reason) == 1
+    assert value(metrics, "cos_requests_waiting") == 0
+
+
+def test_a_refused_request_has_not_finished(metrics: Metrics) -> None:
+    with pytest.raises(EngineOverloaded), metrics.request("completions", 1):
+        raise EngineOverloaded("full")
+    assert value(metrics, "cos_request_duration_seconds_count") == 0
+    assert value(metrics, "cos_requests_waiting") == 0
+
+
+def test_pages_and_queue_are_read_when_asked(metrics: Metrics) -> None:
+    used = [1, 2]
+    metrics.engine.watch_pages(lambda: tuple(used), (10, 20))
+    metrics.engine.watch(lambda: 3, lambda: 4)
+    assert value(metrics, "cos_kv_pages_used", model="m1") == 2
+    assert value(metrics, "cos_kv_pages", model="m1") == 20
+    used[1] = 7
+    assert value(metrics, "cos_kv_pages_used", model="m1") == 7
+    assert value(metrics, "cos_sequences_running") == 3
+    assert value(metrics, "cos_sequences_waiting") == 4

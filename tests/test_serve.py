@@ -1,0 +1,132 @@
+"""Real processes, real signals."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.support.api import MODEL
+from tests.support.live_server import wait_until
+from tests.support.sse import parse
+
+BODY = {"model": MODEL, "prompt": "1", "stream": True, "ignore_eos": True}
+
+
+@dataclass
+class Process:
+    """A server process and what it has said."""
+
+    popen: subprocess.Popen[str]
+    lines: list[str] = field(default_factory=list)
+    http: httpx.Client = field(default_factory=httpx.Client)
+
+    def find_url(self) -> str | None:
+        assert self.popen.poll() is None, self.lines
+        match = re.search(r"listening on (http://\S+?),", "".join(self.lines))
+        return match and match[1]
+
+    def is_ready(self) -> bool:
+        return self.http.get("/ready").status_code == 200
+
+
+@contextmanager
+def process(**options: Any) -> Iterator[Process]:
+    command = [sys.executable, "-m", "tests.support.table_server", json.dumps(options)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as popen:
+        server = Process(popen)
+
+        def read() -> None:
+            assert popen.stderr is not None
+            for line in popen.stderr:
+                server.lines.append(line)
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        try:
+            wait_until(lambda: server.find_url() is not None, 30)
+            server.http = httpx.Client(base_url=server.find_url() or "", timeout=20)
+            wait_until(server.is_ready, 20)
+            yield server
+        finally:
+            popen.kill()
+            popen.wait()
+            reader.join()
+            server.http.close()
+
+
+@contextmanager
+def running_stream(server: Process, **body: Any) -> Iterator[Iterator[bytes]]:
+    """A stream whose first tokens have come."""
+    with server.http.stream("POST", "/v1/completions", json=BODY | body) as response:
+        pieces = response.iter_raw()
+        first = next(pieces)
+
+        def all_pieces() -> Iterator[bytes]:
+            yield first
+            yield from pieces
+
+        yield all_pieces()
+
+
+HTTP = {"port": 0}
+
+
+def test_drain_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    with process(pace=0.02, http=HTTP) as server:
+        with running_stream(server, max_tokens=60) as pieces:
+            server.popen.send_signal(signal.SIGTERM)
+            wait_until(lambda: not server.is_ready())
+            with httpx.Client(base_url=server.http.base_url) as other:
+                refused = other.post("/v1/completions", json=BODY)
+                assert refused.status_code == 503
+                assert refused.json()["error"]["code"] == "unavailable"
+                assert other.get("/ready").json()["phase"] == "draining"
+                assert other.get("/health").status_code == 200
+            chunks = parse(b"".join(pieces))
+        assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.popen.wait(10) == 0
+    assert not any("Traceback" in line for line in server.lines)
+
+
+def test_what_is_unfinished_at_the_end_of_the_drain_gets_an_error() -> None:
+    http = {**HTTP, "drain_seconds": 0.3}
+    with process(pace=0.05, http=http) as server:
+        with running_stream(server, max_tokens=200) as pieces:
+            server.popen.send_signal(signal.SIGTERM)
+            *chunks, last = parse(b"".join(pieces))
+        assert chunks
+        assert last["error"]["code"] == "unavailable"
+        assert server.popen.wait(10) == 0
+
+
+def test_a_second_signal_aborts() -> None:
+    with process(pace=0.05, http=HTTP) as server:
+        with running_stream(server, max_tokens=200) as pieces:
+            server.popen.send_signal(signal.SIGTERM)
+            wait_until(lambda: not server.is_ready())
+            started = time.monotonic()
+            server.popen.send_signal(signal.SIGINT)
+            *_, last = parse(b"".join(pieces))
+        assert last["error"]["code"] == "unavailable"
+        assert server.popen.wait(10) == 0
+        assert time.monotonic() - started < 5
+
+
+def test_a_broken_engine_ends_the_process_with_code_1() -> None:
+    with process(fail_after=20, pace=0.01, http=HTTP) as server:
+        with running_stream(server, max_tokens=200) as pieces:
+            *_, last = parse(b"".join(pieces))
+        assert last["error"]["code"] == "engine_dead"
+        assert server.popen.wait(10) == 1
+    assert any("the engine has failed" in line for line in server.lines)
