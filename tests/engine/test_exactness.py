@@ -153,33 +153,33 @@ def test_law_of_single() -> None:
     check_law(make_lms(2), make_decoding("single", only), combination=only)
 
 
-@pytest.mark.parametrize("member", range(3))
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("name", ["weighted-2", "weighted-3"])
-def test_law_of_each_sequence_on_shared_coins(name: str, mixture: str, member: int) -> None:
+def test_law_of_each_sequence_on_shared_coins(name: str, mixture: str) -> None:
     """Sequences of a batch depend on each other, so one of each batch is sampled.
 
-    The other two keep the stream of coins busy: they start at other positions, and their
-    rejections and lengths decide when coins are looked at.
+    The other one keeps the stream of coins busy: its rejections and its end decide when coins are
+    looked at. Members that disagree and long windows make a coin that is chosen by its value show:
+    rejoining at the last coin looked at, not the first fresh one, gives z > 10 here.
     """
     combination = COMBINATIONS[name]
-    lms = make_lms(len(combination.weights))
+    num_models = len(combination.weights)
+    lms = [TableLM(seed=11 + k, vocab_size=2, spread=3.0) for k in range(num_models)]
     decoding = make_decoding("mixture", combination, shared_coins=True, **MIXTURES[mixture])
-    engine = make_engine(lms, max_step_tokens=4096, coin_seed=5)
+    engine = make_engine(lms, coin_seed=5)
     samples = []
-    for batch in range(700):
+    for batch in range(600):
         sequences = [
             Sequence.start(
                 f"{batch}-{k}",
-                PROMPT[: 3 - k] if k != member else PROMPT,
-                SamplingParams(max_tokens=4 if k == member else 2 + 3 * k, seed=batch * 3 + k),
+                [0] * (1 + k),
+                SamplingParams(max_tokens=7, seed=2 * batch + k),
                 decoding,
             )
-            for k in range(3)
+            for k in range(2)
         ]
-        deltas = run(engine, sequences)
-        samples.append(generated(deltas[f"{batch}-{member}"]))
-    law = exact_law(lms, combination, SamplingParams(max_tokens=4), PROMPT)
+        samples.append(generated(run(engine, sequences)[f"{batch}-1"]))
+    law = exact_law(lms, combination, SamplingParams(max_tokens=7), [0, 0])
     assert chi_square_z(samples, law) < Z_LIMIT
 
 
