@@ -16,6 +16,7 @@ from server.errors import ConfigError
 from server.runner import self_check
 from server.runner.architecture import check_architecture, native_max_length, pin_rope
 from server.runner.memory import KvNeed, free_bytes, num_pages
+from server.runner.packed_linear import pack_linears
 from server.runner.source import ModelSource
 from server.runner.torch_runner import TorchRunner
 from server.runner.vocabulary import end_of_text_ids, shared_vocab_size
@@ -136,6 +137,11 @@ def _load_runner(
     started = time.perf_counter()
     pin_rope(member.name, model, max_length)
     reference = self_check.reference_logits(model, vocab_size)
+    if member.dtype == "auto" and device.type == "cpu":
+        packed, considered = pack_linears(model)
+        report(
+            f"{member.name}: {packed / max(1, considered):.0%} of linear weights kept in 16 bits"
+        )
     store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
     runner = TorchRunner(member.name, model, vocab_size, max_length, store)
     self_check.self_check(runner, reference)

@@ -234,3 +234,14 @@ def test_broken_gguf(tmp_path):
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(100))
     assert "m0: cannot read" in refusal(config_of(path))
+
+
+@pytest.mark.parametrize(("dtype", "share"), [("auto", "100%"), ("float32", None)])
+def test_weights_from_sixteen_bits_are_packed(llama, dtype, share):
+    weights = load_file(llama / "model.safetensors")
+    halved = {name: weight.bfloat16().half().float() for name, weight in weights.items()}
+    save_file(halved, llama / "model.safetensors", metadata={"format": "pt"})
+    lines: list[str] = []
+    load_models(config_of(llama, dtype=dtype), lines.append)
+    told = [line for line in lines if "16 bits" in line]
+    assert told == ([f"m0: {share} of linear weights kept in 16 bits"] if share else [])

@@ -1,0 +1,49 @@
+"""16-bit storage changes no weight, and leaves alone what it would change."""
+
+import pytest
+import torch
+from torch import nn
+
+from server.runner.packed_linear import PackedLinear, is_exact, pack_linears
+from tests.support.tiny_models import make_model
+
+
+def exact_linear(bias=True):
+    linear = nn.Linear(24, 40, bias=bias).requires_grad_(False)
+    linear.weight.copy_(linear.weight.half())
+    return linear
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (1, 7, 24), (1, 0, 24)])
+def test_packed_equals_plain(bias, shape):
+    linear = exact_linear(bias)
+    x = torch.randn(shape)
+    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e-9, 70000.0, 1.0 + 2**-20, float("nan")])
+def test_what_float16_cannot_hold_is_not_exact(value):
+    weight = torch.ones(3, 3)
+    assert is_exact(weight)
+    weight[1, 1] = value
+    assert not is_exact(weight)
+
+
+def test_only_exact_layers_are_replaced():
+    model = make_model().requires_grad_(False)
+    layer = model.model.layers[0]
+    layer.mlp.up_proj.weight.copy_(layer.mlp.up_proj.weight.half())
+    packed, considered = pack_linears(model)
+    assert isinstance(layer.mlp.up_proj, PackedLinear)
+    assert type(layer.mlp.gate_proj) is nn.Linear
+    assert packed == 32 * 64
+    assert considered > 10 * packed
+
+
+def test_quantised_kinds_are_left_alone():
+    class Quantised(nn.Linear):
+        pass
+
+    model = nn.Sequential(Quantised(4, 4))
+    assert pack_linears(model) == (0, 0)
