@@ -34,6 +34,7 @@ from server.api.sse import outlive_shutdown_signals
 from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, EngineLimits
+from server.errors import CosError
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -165,6 +166,8 @@ class _Life:
             parts = await _in_daemon_thread(self._load)
             codec = Codec(parts.tokenizer, parts.vocab_size)
         except Exception as error:
+            if not isinstance(error, CosError):
+                logger.exception("loading failed")
             self._fail(error)
             return
         parts.engine.start()
@@ -178,10 +181,9 @@ class _Life:
 
     def _fail(self, error: BaseException) -> None:
         self._service.failure = error
+        logger.error("cannot serve: %s", error)
         if self._on_failure is not None:
             self._on_failure(error)
-        else:
-            logger.error("cannot serve any more", exc_info=error)
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:

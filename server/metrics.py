@@ -320,6 +320,7 @@ class RequestObserver:
 
     def __init__(self, metrics: RequestMetrics, endpoint: str, num_prompt_tokens: int) -> None:
         self.reason = "error"
+        self.seconds = 0.0
         self._metrics = metrics
         self._endpoint = endpoint
         self._num_prompt_tokens = num_prompt_tokens
@@ -356,12 +357,14 @@ class RequestObserver:
         traceback: TracebackType | None,
     ) -> None:
         (self._metrics.running if self._last else self._metrics.waiting).dec()
+        self.seconds = time.perf_counter() - self._started
         if isinstance(error, EngineOverloaded | EngineDraining) and not self._last:
-            return  # refused: counted where the answer is made
+            self.reason = "refused"  # counted where the answer is made
+            return
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             self.reason = "cancelled"
         self._metrics.finished.labels(self._endpoint, self.reason).inc()
-        self._metrics.duration.observe(time.perf_counter() - self._started)
+        self._metrics.duration.observe(self.seconds)
         self._metrics.generation_tokens.observe(self._num_tokens)
 
     def _start(self, now: float) -> None:

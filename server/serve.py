@@ -49,7 +49,8 @@ def serve(config: ServerConfig, load: Load | None = None) -> int:
     server = DrainingServer(app, config.http)
     with _bind(config.http) as listener:
         host, port = listener.getsockname()[:2]
-        logger.info("listening on http://%s:%d, loading models", host, port)
+        address = f"[{host}]" if ":" in host else host
+        logger.info("listening on http://%s:%d, loading models", address, port)
         server.run(sockets=[listener])
     return _exit_code(failures)
 

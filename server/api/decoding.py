@@ -17,6 +17,8 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, proposal_lengths
 from server.errors import ConfigError, RequestError
 
+_MAX_WEIGHT = 100  # beyond it float32 logits overflow
+
 
 def make_combination(config: CombinationConfig, num_models: int) -> Combination:
     """Raises ValueError where it does not fit `num_models` models."""
@@ -76,7 +78,12 @@ class DecodingDefaults:
         if options.combination is None:
             return self._combination
         try:
-            return make_combination(options.combination, len(self._names))
+            combination = make_combination(options.combination, len(self._names))
+            if max(map(abs, combination.weights)) > _MAX_WEIGHT:
+                raise ValueError(
+                    f"weights must lie within {_MAX_WEIGHT}, got {combination.weights}"
+                )
+            return combination
         except ValueError as error:
             raise RequestError(f"cos.combination: {error}", param="cos.combination") from error
 
@@ -126,7 +133,7 @@ def _mixture_problem(
     """(field, what it would have to be) where a mixture is not the law that was asked for."""
     if combination.method != "weighted":
         return "cos.combination", f"combination method weighted, got {combination.method}"
-    if request.temperature == 0:
+    if request.effective_temperature == 0:
         return "temperature", "a temperature above 0: greedy text is not a mixture's"
     if request.logprobs is not None:
         return "logprobs", "no logprobs: a token's models need not all have scored it"

@@ -33,6 +33,7 @@ from server.errors import (
 
 logger = logging.getLogger(__name__)
 
+REQUEST_ID = "x-request-id"
 MAX_PROBLEMS = 10
 MAX_INPUT_CHARS = 200
 
@@ -153,7 +154,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:
     # Starlette raises it again after this answer, so that the traceback reaches the log.
-    return error_response(*describe(error))
+    # It is sent from outside of all middlewares, so the request id has to be put on here.
+    request_id = request.scope.get("state", {}).get(REQUEST_ID)
+    headers = {REQUEST_ID: request_id} if request_id else {}
+    return error_response(*describe(error), headers)
 
 
 def _problem(item: dict[str, Any]) -> str:

@@ -65,7 +65,7 @@ async def make_generation(
     prompts = await _prompt_ids(request, codec)
     for index, prompt in enumerate(prompts):
         check_prompt(prompt, max_length, "prompt" if len(prompts) == 1 else f"prompt.{index}")
-    sequences = _fan_out(request, prompts, decoding, max_length, completion_id)
+    sequences = _fan_out(request, prompts, decoding, service, completion_id)
     num_prompt_tokens = sum(map(len, prompts))
     return Generation(
         completion_id, int(time.time()), num_prompt_tokens, tuple(sequences), decoding
@@ -98,14 +98,14 @@ def _fan_out(
     request: CompletionRequest,
     prompts: list[list[int]],
     decoding: DecodingParams,
-    max_length: int,
+    service: Service,
     completion_id: str,
 ) -> Iterator[Sequence]:
-    n = request.n or 1
+    n, max_length, vocab_size = request.n or 1, service.engine.max_length, service.codec.vocab_size
     for i, prompt in enumerate(prompts):
         max_tokens = min(_max_tokens(request), max_length - len(prompt))
         for k in range(n):
-            params = _sampling_params(request, max_tokens, k)
+            params = _sampling_params(request, max_tokens, k, vocab_size)
             yield Sequence.start(f"{completion_id}-{i * n + k}", prompt, params, decoding)
 
 
@@ -113,7 +113,9 @@ def _max_tokens(request: CompletionRequest) -> int:
     return DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
 
 
-def _sampling_params(request: CompletionRequest, max_tokens: int, choice: int) -> SamplingParams:
+def _sampling_params(
+    request: CompletionRequest, max_tokens: int, choice: int, vocab_size: int
+) -> SamplingParams:
     """Parameters of one choice; null takes the default of OpenAI, or of SamplingParams."""
     is_seeded = request.seed is not None
     seed = derive_seed(request.seed, choice) if request.seed is not None else secrets.randbits(63)
@@ -121,8 +123,8 @@ def _sampling_params(request: CompletionRequest, max_tokens: int, choice: int) -
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=min(request.min_tokens or 0, max_tokens),
-        temperature=_default(request.temperature, 1.0),
-        top_k=max(0, request.top_k or 0),
+        temperature=request.effective_temperature,
+        top_k=min(max(0, request.top_k or 0), vocab_size),
         top_p=_default(request.top_p, 1.0),
         min_p=_default(request.min_p, 0.0),
         presence_penalty=_default(request.presence_penalty, 0.0),

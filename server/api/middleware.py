@@ -10,10 +10,9 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import envelope, error_response
+from server.api.errors import REQUEST_ID, envelope, error_response
 from server.metrics import HttpMetrics
 
-REQUEST_ID = "x-request-id"
 # A body above the limit is read and dropped up to so many times the limit: a connection that is
 # closed with data unread is reset, and its client would never see the answer.
 _DISCARDED = 4
@@ -32,6 +31,7 @@ class RequestIdMiddleware:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _PRINTABLE.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+        scope.setdefault("state", {})[REQUEST_ID] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":

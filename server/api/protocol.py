@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidato
 from server.config import CombinationConfig, StrategyName
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_LOWEST_TEMPERATURE = 1e-5
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
@@ -97,14 +98,16 @@ class CompletionRequest(Body):
     logprobs: int | None = Field(
         None, ge=0, description="Alternatives to report for each token, its own one besides."
     )
-    temperature: Finite | None = Field(None, ge=0, le=2, description="1 if null; 0 is greedy.")
+    temperature: Finite | None = Field(
+        None, ge=0, le=2, description="1 if null; 0, and what is below 1e-5, is greedy."
+    )
     top_p: Finite | None = Field(None, gt=0, le=1, description="Nucleus mass.")
     top_k: int | None = Field(None, ge=-1, description="0 and -1 keep all tokens.")
     min_p: Finite | None = Field(None, ge=0, le=1, description="Fraction of the top probability.")
     presence_penalty: Finite | None = Field(None, ge=-2, le=2, description="OpenAI's.")
     frequency_penalty: Finite | None = Field(None, ge=-2, le=2, description="OpenAI's.")
     repetition_penalty: Finite | None = Field(
-        None, gt=0, le=100, description="Over prompt and generated tokens; 1 is none."
+        None, ge=0.01, le=100, description="Over prompt and generated tokens; 1 is none."
     )
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token id to bias."
@@ -121,6 +124,12 @@ class CompletionRequest(Body):
     seed: Int64 | None = Field(None, description="Same request and seed, same text.")
     user: str | None = Field(None, description="Accepted and ignored.")
     cos: CosOptions | None = Field(None, description="Collaborative decoding of this request.")
+
+    @property
+    def effective_temperature(self) -> float:
+        """1 if null; what would overflow the logits is as good as greedy, and counts as 0."""
+        temperature = 1.0 if self.temperature is None else float(self.temperature)
+        return temperature if temperature >= _LOWEST_TEMPERATURE else 0.0
 
 
 class Usage(BaseModel):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import AsyncGenerator, Sequence as Row
 from contextlib import aclosing
 from typing import cast
@@ -17,6 +16,7 @@ from server.api.service import Service
 from server.core.output import TokenDelta
 from server.core.sequence import SequenceStats
 from server.errors import GenerationFailed
+from server.metrics import RequestObserver
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +105,9 @@ async def decode(
         GenerationFailed: one sequence has failed, and with it the request.
         EngineError: the engine took nothing, or failed on the way.
     """
-    started = time.monotonic()
-    with service.metrics.request(endpoint, generation.num_prompt_tokens) as observed:
-        try:
+    observed = service.metrics.request(endpoint, generation.num_prompt_tokens)
+    try:
+        with observed:
             stream = cast(DeltaStream, service.engine.stream(generation.sequences))
             async with aclosing(stream):
                 async for deltas in stream:
@@ -117,16 +117,21 @@ async def decode(
                         observed.tokens(reply.index(delta), len(delta.token_ids))
                     yield deltas
             observed.finish(reply.finish_reason)
-        finally:
-            usage = reply.usage()
-            logger.info(
-                "%s %s: %d prompt tokens, %d generated in %.2f s",
-                generation.id,
-                observed.reason,
-                usage.prompt_tokens,
-                usage.completion_tokens,
-                time.monotonic() - started,
-            )
+    finally:
+        _log_end(generation.id, observed, reply)
+
+
+def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> None:
+    """One line for each request; never its text."""
+    usage = reply.usage()
+    logger.info(
+        "%s %s: %d prompt and %d generated tokens in %.2f s",
+        completion_id,
+        observed.reason,
+        usage.prompt_tokens,
+        usage.completion_tokens,
+        observed.seconds,
+    )
 
 
 def merge(index: int, parts: Row[CompletionChoice]) -> CompletionChoice:

@@ -188,6 +188,28 @@ def test_a_configured_mixture_falls_back_where_it_cannot_serve(start) -> None:
         assert live.complete(**body)["cos"]["strategy"] == "cos"
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"temperature": 1e-300},
+        {"temperature": 1e-4, "logit_bias": {"1": 100}},
+        {"top_p": 1e-300},
+        {"top_k": 2**70},
+        {"min_p": 1},
+        {"repetition_penalty": 0.01},
+        {"repetition_penalty": 100, "presence_penalty": 2, "frequency_penalty": -2},
+        {"logit_bias": {str(i): -100 for i in range(VOCAB_SIZE)}},
+        {"max_tokens": 2**70, "stop": "1"},
+        {"seed": -(2**63), "n": 2},
+        {"cos": {"combination": {"method": "linear", "weights": [100, -100]}}},
+        {"cos": {"combination": {"method": "weighted", "weights": [1e-300, 1]}}},
+        {"cos": {"strategy": "mixture", "kappa": 0}, "seed": -5},
+    ],
+)
+def test_extremes_are_served(live: Live, body: dict[str, Any]) -> None:
+    assert live.complete(**body)["usage"]["completion_tokens"] > 0
+
+
 def test_unknown_fields_are_ignored(live: Live) -> None:
     assert live.complete(user="me", no_such_field=[1], best_of=1, echo=False, suffix=None)
 
