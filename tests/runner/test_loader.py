@@ -211,7 +211,7 @@ def test_gguf(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", model, tokenizer)
     loaded = load_models(config_of(path))
     assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
-    assert loaded.eos_token_ids == {tokenizer.eos_token_id}
+    assert tokenizer.eos_token_id in loaded.eos_token_ids
     ids = tokenizer.encode("the return of été")
     assert loaded.tokenizer.encode("the return of été") == ids
     ours = loaded.runners[0].forward(Batch((Span([3, 1], 0, ids, len(ids)),)))

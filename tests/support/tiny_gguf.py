@@ -62,6 +62,9 @@ def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerFast
     writer.add_token_types([CONTROL if token in special else NORMAL for token in tokens])
     writer.add_token_merges(_merges(merges))
     writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_bos_token_id(tokenizer.pad_token_id)  # some readers demand one
+    writer.add_unk_token_id(tokenizer.pad_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(tokenizer.chat_template)
 
 
