@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 from pathlib import Path
 
 from rich.console import Console
 
 from server.bench.prompts import BUNDLED, load_prompts
-from server.bench.report import make_document, markdown_table, read_summaries, terminal_table
+from server.bench.report import make_document, markdown_table, read_summaries, terminal_tables
 from server.bench.session import Target, measure
 from server.bench.settings import Settings
 from server.bench.strategy_spec import parse_combination, parse_concurrency, parse_strategies
 from server.bench.summary import summarise
 from server.errors import ConfigError, CosError
+
+_TABLE_WIDTH = 110
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -62,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """0; 1 where a request failed or the server could not be asked; 2 for wrong options."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per request at INFO
     errors = Console(stderr=True, soft_wrap=True)
     try:
         return _print_tables(args.table) if args.table else _measure(args, errors)
@@ -83,7 +87,10 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     target = Target(args.base_url, args.model, args.timeout)
     server, results = asyncio.run(measure(target, settings, console))
     summaries = summarise(results)
-    Console().print(terminal_table(summaries))
+    # Rather broken by a narrow terminal than with figures cut off.
+    output = Console(width=max(Console().width, _TABLE_WIDTH))
+    for table in terminal_tables(summaries):
+        output.print(table)
     if args.out is not None:
         document = make_document(settings, server, results, summaries)
         args.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
+from rich.console import JustifyMethod
 from rich.table import Table
 
 from server.bench.closed_loop import BlockResult
@@ -30,6 +33,16 @@ COLUMNS = (
     "tokens/forward",
     "× standard",
     "decode only",
+)
+_NARROW_COLUMNS = (
+    "strategy",
+    "tokens/s",
+    "TTFT ms\np50 / p99",
+    "ms/token\np50 / p99",
+    "accep-\ntance",
+    "tokens/\nforward",
+    "× standard\n(rounds)",
+    "decode\nonly",
 )
 
 
@@ -74,14 +87,17 @@ def read_summaries(path: Path) -> list[Summary]:
         raise ConfigError(f"{path}: no result of this benchmark: {error}") from error
 
 
-def terminal_table(summaries: Iterable[Summary]) -> Table:
-    table = Table(title="cos-server bench")
-    for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index in (0, 2) else "right")
-    for summary in summaries:
-        failed = summary.num_errors > 0
-        table.add_row(*cells(summary), style="red" if failed else None)
-    return table
+def terminal_tables(summaries: Iterable[Summary]) -> Iterator[Table]:
+    """One for each prompt set and concurrency; narrow, for terminals."""
+    for (name, concurrency), rows in groupby(summaries, lambda s: (s.prompt_set, s.concurrency)):
+        title = f"{name}, {concurrency} in flight"
+        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for index, column in enumerate(_NARROW_COLUMNS):
+            justify: JustifyMethod = "right" if index else "left"
+            table.add_column(column, justify=justify, no_wrap=True)
+        for row in rows:
+            table.add_row(*cells(row)[2:], style="red" if row.num_errors else None)
+        yield table
 
 
 def markdown_table(summaries: Iterable[Summary]) -> str:

@@ -36,7 +36,9 @@ def test_results_of_a_run(tmp_path, capsys):
     assert cos["decode_ratio"] > 1.2  # it sends two tokens where standard sends one
     assert cos["acceptance"] == [0.5, None]
     assert cos["tokens_per_forward"] == [1.0, 2.0]
-    assert "cos-server bench" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.count("in flight") == 2
+    assert "× standard" in shown
 
 
 def test_what_is_asked_of_the_server():
