@@ -26,6 +26,7 @@ from server.api.codec import Codec, Tokenizer
 from server.api.errors import install_error_handlers
 from server.api.middleware import (
     BodyLimitMiddleware,
+    CatchAllMiddleware,
     HttpMetricsMiddleware,
     RequestIdMiddleware,
 )
@@ -95,6 +96,7 @@ def create_app(
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.
+    app.add_middleware(CatchAllMiddleware)
     app.add_middleware(
         BodyLimitMiddleware,
         max_bytes=config.http.max_body_bytes,

@@ -109,6 +109,9 @@ class RequestMetrics:
     """Requests for text, from acceptance to their last token."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=registry)
+
         self.finished = Counter(
             "cos_requests_finished",
             "Accepted requests that ended; length if any choice reached its token limit.",
@@ -129,41 +132,28 @@ class RequestMetrics:
             "Accepted requests without a token yet: queued, or reading their prompt.",
             registry=registry,
         )
-        self.first_token = Histogram(
+        self.total_prompt_tokens = Counter(
+            "cos_prompt_tokens", "Prompt tokens of requests that got a token.", registry=registry
+        )
+        self.first_token = histogram(
             "cos_time_to_first_token_seconds",
             "From acceptance to the first token of any choice.",
-            buckets=_SECONDS,
-            registry=registry,
+            _SECONDS,
         )
-        self.inter_token = Histogram(
+        self.inter_token = histogram(
             "cos_inter_token_seconds",
             "Time between tokens of a choice: n tokens that come together after dt count as n "
             "observations of dt / n.",
-            buckets=_TOKEN_SECONDS,
-            registry=registry,
+            _TOKEN_SECONDS,
         )
-        self.duration = Histogram(
-            "cos_request_duration_seconds",
-            "From acceptance to the end, however it ended.",
-            buckets=_SECONDS,
-            registry=registry,
+        self.duration = histogram(
+            "cos_request_duration_seconds", "From acceptance to the end.", _SECONDS
         )
-        self.prompt_tokens = Histogram(
-            "cos_request_prompt_tokens",
-            "Tokens of all prompts of a request.",
-            buckets=_TOKENS,
-            registry=registry,
+        self.prompt_tokens = histogram(
+            "cos_request_prompt_tokens", "Tokens of all prompts of a request.", _TOKENS
         )
-        self.generation_tokens = Histogram(
-            "cos_request_generation_tokens",
-            "Tokens of all choices of a request.",
-            buckets=_TOKENS,
-            registry=registry,
-        )
-        self.total_prompt_tokens = Counter(
-            "cos_prompt_tokens",
-            "Prompt tokens of requests that got a token.",
-            registry=registry,
+        self.generation_tokens = histogram(
+            "cos_request_generation_tokens", "Tokens of all choices of a request.", _TOKENS
         )
         for endpoint in ENDPOINTS:
             for reason in FINISH_REASONS:

@@ -33,7 +33,6 @@ from server.errors import (
 
 logger = logging.getLogger(__name__)
 
-REQUEST_ID = "x-request-id"
 MAX_PROBLEMS = 10
 MAX_INPUT_CHARS = 200
 
@@ -115,11 +114,10 @@ def error_response(
 
 
 def install_error_handlers(app: FastAPI) -> None:
-    """Everything that can leave a route or the router ends in the envelope."""
+    """Whatever a route or the router raises on purpose; the rest is CatchAllMiddleware's."""
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     app.add_exception_handler(CosError, _on_cos_error)
-    app.add_exception_handler(Exception, _on_unexpected)
 
 
 async def _on_cos_error(request: Request, error: Exception) -> Response:
@@ -150,14 +148,6 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     }.get(error.status_code, str(error.detail))
     type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
     return error_response(error.status_code, envelope(message, type_), error.headers)
-
-
-async def _on_unexpected(request: Request, error: Exception) -> Response:
-    # Starlette raises it again after this answer, so that the traceback reaches the log.
-    # It is sent from outside of all middlewares, so the request id has to be put on here.
-    request_id = request.scope.get("state", {}).get(REQUEST_ID)
-    headers = {REQUEST_ID: request_id} if request_id else {}
-    return error_response(*describe(error), headers)
 
 
 def _problem(item: dict[str, Any]) -> str:

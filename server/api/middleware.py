@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import secrets
 import time
@@ -10,9 +11,12 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.api.errors import REQUEST_ID, envelope, error_response
+from server.api.errors import describe, envelope, error_response
 from server.metrics import HttpMetrics
 
+logger = logging.getLogger(__name__)
+
+REQUEST_ID = "x-request-id"
 # A body above the limit is read and dropped up to so many times the limit: a connection that is
 # closed with data unread is reset, and its client would never see the answer.
 _DISCARDED = 4
@@ -31,7 +35,6 @@ class RequestIdMiddleware:
             return
         given = Headers(scope=scope).get(REQUEST_ID, "")
         request_id = given if _PRINTABLE.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-        scope.setdefault("state", {})[REQUEST_ID] = request_id
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -39,6 +42,32 @@ class RequestIdMiddleware:
             await send(message)
 
         await self._app(scope, receive, send_with_id)
+
+
+class CatchAllMiddleware:
+    """Makes an unexpected error a 500 that says nothing of itself; the innermost.
+
+    Starlette's own would raise it again after its answer, and uvicorn then drops the connection.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
+
+        async def watch(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watch)
+        except Exception as error:
+            if scope["type"] != "http" or has_started:
+                raise
+            logger.exception("unexpected error in %s", scope["path"])
+            await error_response(*describe(error))(scope, receive, send)
 
 
 class HttpMetricsMiddleware:
