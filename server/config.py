@@ -36,7 +36,9 @@ class ModelConfig(Section):
     path: str = Field(description="Directory, GGUF file or hub id of the weights.", min_length=1)
     device: str = Field("auto", description="torch device, or auto: cuda if present, else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        "auto", description="Weights' dtype; auto is float32 on CPU, bfloat16 on GPU."
+        "auto",
+        description="Weights' dtype; auto is bfloat16 on GPU; on CPU float32, with weights kept in "
+        "16 bits where that is exact.",
     )
 
 

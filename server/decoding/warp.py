@@ -59,7 +59,8 @@ class Warp:
             floor = logits.amax(-1, keepdim=True) + self._min_p.log()
             logits = logits.masked_fill(logits < floor, -torch.inf)
         if self._top_k is not None or self._top_p is not None:
-            logits = logits.masked_fill(logits < self._threshold(logits), -torch.inf)
+            threshold = _threshold(logits, self._top_k, self._top_p, self._is_truncated, _HEAD)
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
         return logits
 
     def probs(self, logits: Tensor) -> Tensor:
@@ -76,32 +77,42 @@ class Warp:
         one_hot = torch.where(probs.gather(1, best).isnan(), torch.nan, one_hot)
         return torch.where(self.is_greedy[:, None], one_hot, probs)
 
-    def _threshold(self, logits: Tensor) -> Tensor:
-        """Smallest logit that top-k and top-p keep, [R, 1]; ties at it are kept."""
-        vocab_size = logits.shape[-1]
-        width = min(vocab_size, max(_HEAD, 0 if self._top_k is None else int(self._top_k.max())))
-        ordered = logits.topk(width).values
-        keep = self._keep(logits, ordered)
-        if width < vocab_size and bool((keep[:, -1:] & self._is_truncated).any()):
-            ordered = logits.sort(descending=True).values
-            keep = self._keep(logits, ordered)
-        last = keep.sum(-1, keepdim=True).clamp_min(1) - 1
-        return torch.where(self._is_truncated, ordered.gather(1, last), -torch.inf)
 
-    def _keep(self, logits: Tensor, ordered: Tensor) -> Tensor:
-        """Which of the `ordered` logits [R, width] (best first) survive; a prefix of each row."""
-        keep = torch.ones_like(ordered, dtype=torch.bool)
-        total = logits.logsumexp(-1, keepdim=True)
-        if self._top_k is not None:
-            limit = torch.where(self._top_k == 0, logits.shape[-1], self._top_k)
-            keep = torch.arange(ordered.shape[-1], device=ordered.device) < limit
-            # The mass that top-p counts is relative to what top-k left.
-            within = ordered.masked_fill(~keep, -torch.inf).logsumexp(-1, keepdim=True)
-            total = torch.where(self._top_k == 0, total, within)
-        if self._top_p is not None:
-            probs = (ordered - total).exp()
-            keep = keep & ((probs.cumsum(-1) - probs < self._top_p) | (self._top_p >= 1))
-        return keep
+def _threshold(
+    logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, is_truncated: Tensor, width: int
+) -> Tensor:
+    """Smallest logit that top-k and top-p keep, [R, 1]; ties at it are kept.
+
+    Looks at the `width` largest logits of each row, and at whole rows only where they keep more.
+    """
+    vocab_size = logits.shape[-1]
+    width = min(vocab_size, max(width, 0 if top_k is None else int(top_k.max())))
+    ordered = logits.topk(width).values
+    keep = _keep(logits, ordered, top_k, top_p)
+    last = keep.sum(-1, keepdim=True).clamp_min(1) - 1
+    threshold = torch.where(is_truncated, ordered.gather(1, last), -torch.inf)
+    if width < vocab_size:
+        rows = (keep[:, -1:] & is_truncated).flatten().nonzero().flatten()
+        if len(rows):
+            columns = [None if column is None else column[rows] for column in (top_k, top_p)]
+            threshold[rows] = _threshold(logits[rows], *columns, is_truncated[rows], vocab_size)
+    return threshold
+
+
+def _keep(logits: Tensor, ordered: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """Which of the `ordered` logits [R, width] (best first) survive; a prefix of each row."""
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    total = logits.logsumexp(-1, keepdim=True)
+    if top_k is not None:
+        limit = torch.where(top_k == 0, logits.shape[-1], top_k)
+        keep = torch.arange(ordered.shape[-1], device=ordered.device) < limit
+        # The mass that top-p counts is relative to what top-k left.
+        within = ordered.masked_fill(~keep, -torch.inf).logsumexp(-1, keepdim=True)
+        total = torch.where(top_k == 0, total, within)
+    if top_p is not None:
+        probs = (ordered - total).exp()
+        keep = keep & ((probs.cumsum(-1) - probs < top_p) | (top_p >= 1))
+    return keep
 
 
 def _column(values: Row[float], neutral: float, device: torch.device) -> Tensor | None:
