@@ -94,8 +94,9 @@ def _threshold(
     if width < vocab_size:
         rows = (keep[:, -1:] & is_truncated).flatten().nonzero().flatten()
         if len(rows):
-            columns = [None if column is None else column[rows] for column in (top_k, top_p)]
-            threshold[rows] = _threshold(logits[rows], *columns, is_truncated[rows], vocab_size)
+            threshold[rows] = _threshold(
+                logits[rows], _pick(top_k, rows), _pick(top_p, rows), is_truncated[rows], vocab_size
+            )
     return threshold
 
 
@@ -113,6 +114,10 @@ def _keep(logits: Tensor, ordered: Tensor, top_k: Tensor | None, top_p: Tensor |
         probs = (ordered - total).exp()
         keep = keep & ((probs.cumsum(-1) - probs < top_p) | (top_p >= 1))
     return keep
+
+
+def _pick(column: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if column is None else column[rows]
 
 
 def _column(values: Row[float], neutral: float, device: torch.device) -> Tensor | None:
