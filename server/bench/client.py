@@ -81,17 +81,19 @@ class ChunkClock:
         self._last = started
 
     def take(self, event: dict[str, Any], now: float) -> None:
-        """Raises RequestFailed where the event is an error."""
+        """Raises RequestFailed where the event is an error or its usage cannot be read."""
         if (error := event.get("error")) is not None:
             raise RequestFailed(f"error event: {error}")
         self._row.cos = event.get("cos") or self._row.cos
-        usage = event.get("usage")
-        if usage is None:
+        if (usage := event.get("usage")) is None:
             return
-        self._row.num_prompt_tokens = usage["prompt_tokens"]
-        num_new = usage["completion_tokens"] - self._row.num_tokens
-        if num_new > 0:
-            self._count(num_new, now)
+        try:
+            num_prompt, num_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+        except (LookupError, TypeError, ValueError):
+            raise RequestFailed(f"usage without token counts: {usage}") from None
+        self._row.num_prompt_tokens = num_prompt
+        if num_tokens > self._row.num_tokens:
+            self._count(num_tokens - self._row.num_tokens, now)
 
     def _count(self, num_new: int, now: float) -> None:
         row = self._row

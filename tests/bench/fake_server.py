@@ -21,7 +21,7 @@ class FakeServer:
 
     Attributes:
         requests: bodies of the completions asked for, in order of arrival.
-        fail: strategy whose requests fail, and how: "status", "event" or "cut".
+        fail: strategy whose requests fail, and how: "status", "event", "cut" or "usage".
     """
 
     def __init__(self, fail: tuple[str, str] | None = None, step_seconds: float = 0.0) -> None:
@@ -67,6 +67,8 @@ class FakeServer:
         for done in range(width, max_tokens + width, width):
             await asyncio.sleep(self._step_seconds)
             yield _event({"usage": _usage(min(done, max_tokens)), "choices": [{"text": "x"}]})
+            if how == "usage":
+                yield _event({"usage": {"tokens": 3}, "choices": []})
             if how == "event":
                 yield _event({"error": {"message": "broken"}})
             if how == "cut":

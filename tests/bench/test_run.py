@@ -63,7 +63,7 @@ def test_concurrency_is_kept_and_not_exceeded():
     assert fake.max_in_flight == 3
 
 
-@pytest.mark.parametrize("how", ["status", "event", "cut"])
+@pytest.mark.parametrize("how", ["status", "event", "cut", "usage"])
 def test_failed_requests_are_counted_and_end_in_exit_code_1(how, tmp_path, capsys):
     out = tmp_path / "result.json"
     with serve(FakeServer(fail=("cos", how))) as url:
