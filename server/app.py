@@ -183,8 +183,9 @@ class _Life:
 
     def _fail(self, error: BaseException) -> None:
         self._service.failure = error
-        logger.error("cannot serve: %s", error)
-        if self._on_failure is not None:
+        if self._on_failure is None:
+            logger.error("cannot serve: %s", error)
+        else:
             self._on_failure(error)
 
 

@@ -71,7 +71,6 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 _STATUS: dict[type[CosError], tuple[int, str, str | None]] = {
     EngineOverloaded: (429, "rate_limit_error", "queue_full"),
     EngineDraining: (503, "server_error", "unavailable"),
-    EngineDead: (500, "server_error", "engine_dead"),
     GenerationFailed: (500, "server_error", "generation_failed"),
 }
 _RETRY_AFTER = {429: "1", 503: "5"}
@@ -88,6 +87,9 @@ def describe(error: Exception) -> tuple[int, ErrorEnvelope]:
     if isinstance(error, RequestError):
         body = envelope(str(error), "invalid_request_error", error.param, error.code)
         return error.status, body
+    if isinstance(error, EngineDead):
+        # Why is for the log: it is some exception's text, paths and all.
+        return 500, envelope("the engine has failed", "server_error", code="engine_dead")
     if isinstance(error, CosError):
         status, type_, code = _STATUS.get(type(error), (500, "server_error", None))
         return status, envelope(str(error), type_, code=code)

@@ -250,7 +250,7 @@ def test_a_request_that_can_never_fit_the_queue_is_400(start) -> None:
     [
         (EngineOverloaded("full"), 429),
         (EngineDraining("bye"), 503),
-        (EngineDead("dead"), 500),
+        (EngineDead("the engine has failed: secret"), 500),
         (GenerationFailed("nan"), 500),
         (RuntimeError("secret path /root"), 500),
     ],
