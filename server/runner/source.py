@@ -83,10 +83,13 @@ class ModelSource:
             raise ConfigError(f"model {self.name}: {self.path} is a file but not .gguf")
         if self._local.is_dir():
             self._check_directory()
-        elif not self._gguf and (
-            self.path.count("/") != 1 or self.path.startswith((".", "/", "~"))
-        ):
+        elif not self._gguf and not self._may_be_hub_id():
             raise ConfigError(f"model {self.name}: no directory or GGUF file at {self.path}")
+
+    def _may_be_hub_id(self) -> bool:
+        """Whether the path reads organisation/name and is no path into a folder that is here."""
+        is_relative = not self.path.startswith((".", "/", "~"))
+        return is_relative and self.path.count("/") == 1 and not self._local.parent.is_dir()
 
     def _check_directory(self) -> None:
         def has(*patterns: str) -> bool:

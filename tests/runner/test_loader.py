@@ -121,6 +121,8 @@ def test_fewer_rows_than_tokens(tmp_path):
 def test_missing_path(tmp_path):
     assert "no directory or GGUF file" in refusal(config_of(tmp_path / "nowhere"))
     assert "no directory or GGUF file" in refusal(config_of("models/a/b"))
+    # Two parts read like a hub id, but the first is a folder of this checkout.
+    assert "no directory or GGUF file" in refusal(config_of("tests/nowhere"))
 
 
 def test_file_that_is_no_gguf(llama):
