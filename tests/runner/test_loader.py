@@ -118,11 +118,13 @@ def test_fewer_rows_than_tokens(tmp_path):
     assert "316 embedding rows for a tokenizer of 320" in refusal(config_of(path))
 
 
-def test_missing_path(tmp_path):
+def test_missing_path(tmp_path, monkeypatch):
     assert "no directory or GGUF file" in refusal(config_of(tmp_path / "nowhere"))
     assert "no directory or GGUF file" in refusal(config_of("models/a/b"))
-    # Two parts read like a hub id, but the first is a folder of this checkout.
-    assert "no directory or GGUF file" in refusal(config_of("tests/nowhere"))
+    # Two parts read like a hub id, but the first is a folder that is here.
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "no directory or GGUF file" in refusal(config_of("models/nowhere"))
 
 
 def test_file_that_is_no_gguf(llama):
