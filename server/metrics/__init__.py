@@ -1,0 +1,99 @@
+"""Prometheus metrics, and the only importers of prometheus_client.
+
+Base units, `_total` on counters, ratios left to PromQL, every label bounded by the configuration,
+known label sets present from the start. `observe_step` runs on the engine thread, everything else
+on the event loop's; prometheus_client's own locks make that safe.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from importlib.metadata import version
+
+from prometheus_client import (
+    CONTENT_TYPE_PLAIN_0_0_4,
+    CollectorRegistry,
+    Gauge,
+    Info,
+    generate_latest,
+)
+
+from server import __version__
+from server.config import ServerConfig
+from server.core.stats import StepStats
+from server.metrics.engine import EngineMetrics
+from server.metrics.http import HttpMetrics
+from server.metrics.requests import (
+    ENDPOINTS,
+    FINISH_REASONS,
+    REJECTIONS,
+    RequestMetrics,
+    RequestObserver,
+)
+from server.metrics.speculation import SpeculationMetrics
+
+__all__ = [
+    "CONTENT_TYPE",
+    "ENDPOINTS",
+    "FINISH_REASONS",
+    "REJECTIONS",
+    "HttpMetrics",
+    "Metrics",
+    "RequestObserver",
+]
+
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+
+class Metrics:
+    """All series of one app, in a registry of its own."""
+
+    def __init__(self, config: ServerConfig, registry: CollectorRegistry | None = None) -> None:
+        names = tuple(model.name for model in config.models)
+        self.registry = registry = registry or CollectorRegistry()
+        self.http = HttpMetrics(registry)
+        self.requests = RequestMetrics(registry)
+        self.speculation = SpeculationMetrics(registry, names, config.decoding.max_gamma)
+        self.engine = EngineMetrics(registry, names)
+        _describe(registry, config)
+
+    def observe_step(self, stats: StepStats) -> None:
+        """Count one engine step."""
+        self.speculation.observe(stats)
+        self.engine.observe(stats)
+
+    def request(self, endpoint: str, num_prompt_tokens: int) -> RequestObserver:
+        """A context that watches one accepted request."""
+        return RequestObserver(self.requests, endpoint, num_prompt_tokens)
+
+    def reject(self, reason: str) -> None:
+        """Count a request that was refused before any work; `reason` is one of REJECTIONS."""
+        self.requests.rejected.labels(reason).inc()
+
+    def render(self) -> bytes:
+        """The text format, of type CONTENT_TYPE."""
+        return generate_latest(self.registry)
+
+
+def _describe(registry: CollectorRegistry, config: ServerConfig) -> None:
+    """What runs: versions and the configured decoding."""
+    Info("cos_build", "Versions.", registry=registry).info(
+        {
+            "version": __version__,
+            "python": platform.python_version(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        }
+    )
+    Info("cos_engine", "The configured decoding.", registry=registry).info(
+        {
+            "served_model": config.served_model_name,
+            "models": ",".join(model.name for model in config.models),
+            "method": config.combination.method,
+            "strategy": config.decoding.strategy,
+            "gamma": str(config.decoding.gamma),
+        }
+    )
+    started = Gauge("cos_start_time_seconds", "Unix time of the start.", registry=registry)
+    started.set(time.time())

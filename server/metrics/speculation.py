@@ -1,0 +1,71 @@
+"""Proposals and what became of them."""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+
+from prometheus_client import CollectorRegistry, Counter
+
+from server.core.stats import StepStats
+
+
+class SpeculationMetrics:
+    """Proposals and what became of them; bonus tokens count as proposals of their model."""
+
+    def __init__(self, registry: CollectorRegistry, names: tuple[str, ...], max_gamma: int) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        position = "place in the pending tail, 0-based"
+        self.proposed = counter(
+            "cos_spec_draft_tokens", "Tokens proposed, bonus tokens included.", "proposer"
+        )
+        self.accepted = counter(
+            "cos_spec_accepted_tokens", "Proposed tokens that were accepted.", "proposer"
+        )
+        self.verified_at = counter(
+            "cos_spec_verified_tokens_per_position",
+            f"Proposed tokens that were verified, by {position}: the denominator of acceptance "
+            "there. Those behind a rejection never are.",
+            "proposer",
+            "position",
+        )
+        self.accepted_at = counter(
+            "cos_spec_accepted_tokens_per_position",
+            f"Proposed tokens that were accepted, by {position}.",
+            "proposer",
+            "position",
+        )
+        self.bonus = counter(
+            "cos_spec_bonus_tokens",
+            "Tokens a model proposed right after scoring proposals of others.",
+            "model",
+        )
+        self.recovered = counter("cos_spec_recovered_tokens", "Tokens taken after a rejection.")
+        self.drawn = counter("cos_spec_drawn_tokens", "Tokens taken with nothing proposed.")
+        self.discarded = counter(
+            "cos_spec_discarded_tokens", "Verified tokens cut off by the end of the text."
+        )
+        self._names = names
+        # The longest tail: a whole proposal, and a bonus of every other model.
+        self._positions = [str(i) for i in range(max_gamma + len(names))]
+        for name in names:
+            for family in (self.proposed, self.accepted, self.bonus):
+                family.labels(name)
+            for index in self._positions:
+                self.verified_at.labels(name, index)
+                self.accepted_at.labels(name, index)
+
+    def observe(self, stats: StepStats) -> None:
+        name = self._names[stats.model]
+        self.proposed.labels(name).inc(stats.num_proposed)
+        self.bonus.labels(name).inc(stats.num_bonus)
+        for (proposer, offset, accepted), count in Tally(stats.verified_by_offset).items():
+            index = self._positions[min(offset, len(self._positions) - 1)]
+            self.verified_at.labels(self._names[proposer], index).inc(count)
+            if accepted:
+                self.accepted_at.labels(self._names[proposer], index).inc(count)
+                self.accepted.labels(self._names[proposer]).inc(count)
+        self.recovered.inc(stats.num_recovered)
+        self.drawn.inc(stats.num_drawn)
+        self.discarded.inc(stats.num_discarded)
