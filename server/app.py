@@ -23,6 +23,7 @@ from fastapi import FastAPI
 from server import __version__
 from server.api import completions, health, models
 from server.api.codec import Codec, Tokenizer
+from server.api.decoding import make_combination
 from server.api.errors import install_error_handlers
 from server.api.middleware import (
     BodyLimitMiddleware,
@@ -34,6 +35,7 @@ from server.api.service import Service
 from server.api.sse import outlive_shutdown_signals
 from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
+from server.engine.calibration import calibrate
 from server.engine.engine import Engine, EngineLimits
 from server.errors import CosError
 from server.metrics import Metrics
@@ -79,6 +81,7 @@ def create_app(
     """
     metrics = metrics or Metrics(config)
     service = Service(config, metrics)
+    metrics.engine.watch_phase(lambda: service.phase)
     if engine is not None:
         assert tokenizer is not None
         load = partial(Parts, engine, tokenizer, tokenizer.get_vocab_size())
@@ -135,8 +138,15 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         coin_seed=secrets.randbits(63),
     )
     metrics.engine.watch_pages(
-        engine.scheduler.pages_used, tuple(runner.num_pages - 1 for runner in loaded.runners)
+        engine.scheduler.pages_used,
+        tuple(runner.num_pages - 1 for runner in loaded.runners),
+        tuple(runner.store.bytes_per_token * runner.page_size for runner in loaded.runners),
     )
+    if config.engine.calibrate:
+        combination = make_combination(config.combination, len(config.models))
+        if (baseline := calibrate(engine, combination)) is not None:
+            engine.baseline = baseline
+            metrics.speedup.calibrated(baseline)
     return Parts(AsyncEngine(engine), tokenizer, loaded.vocab_size)
 
 

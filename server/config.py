@@ -121,6 +121,11 @@ class EngineConfig(Section):
     )
     page_size: int = Field(16, ge=1, le=256, description="Tokens in one page of KV memory.")
     max_waiting: int = Field(256, ge=1, description="Sequences that may wait before refusal.")
+    calibrate: bool = Field(
+        True,
+        description="Time standard decoding at start, some seconds, so that metrics can estimate "
+        "the speedup over it.",
+    )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; all cores if null.")
 
     @field_validator("kv_memory")

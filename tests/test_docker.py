@@ -13,6 +13,7 @@ import yaml
 
 from server import __version__
 from server.config import HttpConfig, load_config
+from server.engine.calibration import Baseline
 from server.metrics import Metrics
 
 ROOT = Path(__file__).parents[1]
@@ -34,7 +35,9 @@ def exported_metrics() -> set[str]:
     """Names as they are scraped, all series of an app with an engine."""
     metrics = Metrics(load_config(ROOT / "configs" / "default.yaml"))
     metrics.engine.watch(lambda: 0, lambda: 0)
-    metrics.engine.watch_pages(lambda: (0, 0), (1, 1))
+    metrics.engine.watch_pages(lambda: (0, 0), (1, 1), (1, 1))
+    metrics.engine.watch_phase(lambda: "ready")
+    metrics.speedup.calibrated(Baseline((1,), ((1.0,), (1.0,)), (1.0,)))
     described = re.findall(r"^# TYPE (\S+) (\S+)$", metrics.render().decode(), re.MULTILINE)
     names = {name for name, kind in described if kind != "histogram"}
     histograms = {name for name, kind in described if kind == "histogram"}

@@ -6,10 +6,16 @@ import asyncio
 
 import pytest
 
-from server.core.stats import StepStats
+from server.core.combination import Combination
+from server.core.stats import Delivery, StepStats
+from server.engine.calibration import Baseline
 from server.errors import EngineOverloaded
 from server.metrics import REJECTIONS, Metrics
 from tests.support.api import make_config
+from tests.support.engines import make_decoding
+
+COS = make_decoding("cos", Combination.weighted((0.5, 0.5)), gamma=4)
+STANDARD = make_decoding("standard", Combination.weighted((0.5, 0.5)))
 
 
 @pytest.fixture
@@ -26,7 +32,9 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
 def test_known_series_start_at_0(metrics: Metrics) -> None:
     for name in ("m0", "m1"):
         assert value(metrics, "cos_spec_draft_tokens_total", proposer=name) == 0
-        assert value(metrics, "cos_model_forward_passes_total", model=name) == 0
+        for phase in ("prefill", "propose", "score"):
+            forwards = {"model": name, "phase": phase}
+            assert value(metrics, "cos_model_forward_passes_total", **forwards) == 0
         at = {"proposer": name, "position": "7"}
         assert value(metrics, "cos_spec_accepted_tokens_per_position_total", **at) == 0
     for reason in REJECTIONS:
@@ -54,7 +62,9 @@ def test_a_step(metrics: Metrics) -> None:
             verified_by_offset=[(0, 0, True), (0, 1, True), (0, 0, False), (1, 2, True)],
             num_recovered=1,
             num_drawn=2,
-            num_generated=6,
+            tails=[3, 1],
+            deliveries=[Delivery(COS, 5, has_first=True), Delivery(STANDARD, 1, has_first=False)],
+            baseline_seconds=1.5,
             num_discarded=1,
             num_preempted=1,
         )
@@ -69,10 +79,16 @@ def test_a_step(metrics: Metrics) -> None:
     assert value(metrics, "cos_spec_recovered_tokens_total") == 1
     assert value(metrics, "cos_spec_drawn_tokens_total") == 2
     assert value(metrics, "cos_spec_discarded_tokens_total") == 1
-    assert value(metrics, "cos_generated_tokens_total") == 6
+    generated = "cos_generated_tokens_total"
+    assert value(metrics, generated, method="weighted", strategy="cos") == 5
+    assert value(metrics, generated, method="weighted", strategy="standard") == 1
+    assert value(metrics, "cos_spec_tail_tokens_count") == 2
+    assert value(metrics, "cos_spec_tail_tokens_sum") == 4
+    assert value(metrics, "cos_spec_gamma_count") == 1
+    assert value(metrics, "cos_spec_gamma_sum") == 4
     assert value(metrics, "cos_preemptions_total") == 1
-    assert value(metrics, "cos_model_forward_passes_total", model="m1") == 1
-    assert value(metrics, "cos_model_forward_seconds_total", model="m1") == 0.2
+    assert value(metrics, "cos_model_forward_passes_total", model="m1", phase="score") == 1
+    assert value(metrics, "cos_model_forward_seconds_total", model="m1", phase="score") == 0.2
     tokens = "cos_model_forward_tokens_total"
     assert value(metrics, tokens, model="m1", phase="prefill") == 4
     assert value(metrics, tokens, model="m1", phase="decode") == 6
@@ -127,11 +143,33 @@ def test_a_refused_request_has_not_finished(metrics: Metrics) -> None:
 
 def test_pages_and_queue_are_read_when_asked(metrics: Metrics) -> None:
     used = [1, 2]
-    metrics.engine.watch_pages(lambda: tuple(used), (10, 20))
+    metrics.engine.watch_pages(lambda: tuple(used), (10, 20), (512, 1024))
     metrics.engine.watch(lambda: 3, lambda: 4)
     assert value(metrics, "cos_kv_pages_used", model="m1") == 2
     assert value(metrics, "cos_kv_pages", model="m1") == 20
+    assert value(metrics, "cos_kv_page_bytes", model="m1") == 1024
     used[1] = 7
     assert value(metrics, "cos_kv_pages_used", model="m1") == 7
     assert value(metrics, "cos_sequences_running") == 3
     assert value(metrics, "cos_sequences_waiting") == 4
+
+
+def test_whether_requests_are_taken(metrics: Metrics) -> None:
+    phase = "loading"
+    metrics.engine.watch_phase(lambda: phase)
+    assert value(metrics, "cos_ready") == value(metrics, "cos_draining") == 0
+    phase = "ready"
+    assert value(metrics, "cos_ready") == 1
+    phase = "draining"
+    assert value(metrics, "cos_ready") == 0
+    assert value(metrics, "cos_draining") == 1
+
+
+def test_no_baseline_before_calibration(metrics: Metrics) -> None:
+    assert "cos_baseline" not in metrics.render().decode()
+    metrics.speedup.calibrated(Baseline((1, 2), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02)))
+    assert value(metrics, "cos_baseline_step_seconds", model="m1", batch="2") == 0.4
+    assert value(metrics, "cos_baseline_rest_seconds", batch="1") == 0.01
+    metrics.observe_step(StepStats(0, num_tokens=4, step_seconds=2.0, baseline_seconds=1.5))
+    assert value(metrics, "cos_baseline_estimated_seconds_total") == 1.5
+    assert value(metrics, "cos_decode_seconds_total") == 2

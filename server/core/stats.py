@@ -3,6 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from server.core.sampling_params import DecodingParams
+
+Phase = Literal["prefill", "propose", "score"]
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """Tokens that one step added to one client's text, its end minded."""
+
+    decoding: DecodingParams
+    num_tokens: int
+    has_first: bool
+
+    @property
+    def num_decoded(self) -> int:
+        """Without the first token of the text: that one comes with the prompt."""
+        return self.num_tokens - self.has_first
 
 
 @dataclass(slots=True)
@@ -19,8 +38,10 @@ class StepStats:
         num_bonus: those of them that follow a verification of other models' proposals.
         verified_by_offset: [(proposer, offset, accepted)] for each verification; offset is the
             place of the token in its pending tail, 0-based.
+        tails: tokens that were pending where a verification began, one entry for each.
         num_recovered, num_drawn: tokens taken after a rejection, and with nothing proposed.
-        num_generated: tokens delivered to clients, the end of the text minded.
+        deliveries: what clients got.
+        baseline_seconds: what standard decoding of it would have taken; None if that is unknown.
         num_discarded: verified tokens cut off by the end of the text.
         num_preempted: sequences preempted to make room for this step.
         num_running, num_waiting: after the step.
@@ -37,11 +58,27 @@ class StepStats:
     num_proposed: int = 0
     num_bonus: int = 0
     verified_by_offset: list[tuple[int, int, bool]] = field(default_factory=list)
+    tails: list[int] = field(default_factory=list)
     num_recovered: int = 0
     num_drawn: int = 0
-    num_generated: int = 0
+    deliveries: list[Delivery] = field(default_factory=list)
+    baseline_seconds: float | None = None
     num_discarded: int = 0
     num_preempted: int = 0
     num_running: int = 0
     num_waiting: int = 0
     pages_used: tuple[int, ...] = ()
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens delivered to clients."""
+        return sum(delivery.num_tokens for delivery in self.deliveries)
+
+    @property
+    def phase(self) -> Phase:
+        """What most of the step was for."""
+        if 2 * self.num_prefill_tokens > self.num_tokens:
+            return "prefill"
+        if self.num_proposed - self.num_bonus > len(self.tails):
+            return "propose"
+        return "score"

@@ -62,8 +62,10 @@ class Advancer:
         scores: ScoreStore,
         strategies: Strategies,
         eos_token_ids: frozenset[int],
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._runners = runners
+        self._clock = clock
         self._scores = scores
         self._strategies = strategies
         self._eos = eos_token_ids
@@ -105,18 +107,19 @@ class Advancer:
                 stats.num_decoding += 1
                 sequence.stats.forwards[plan.model] += 1
         batch = Batch(tuple(spans))
-        started = time.perf_counter()
+        started = self._clock()
         logits = self._runners[plan.model].forward(batch)
         if rows:
             self._scores.write(plan.model, rows, logits)
         stats.num_tokens = batch.num_tokens
-        stats.forward_seconds = time.perf_counter() - started
+        stats.forward_seconds = self._clock() - started
 
     def _verify(self, sequences: Iterable[Sequence], outcome: Outcome) -> set[Sequence]:
         """Decide pending tokens; returns the sequences that had any to decide."""
         windows = [(s, count) for s in sequences if (count := self._num_verifiable(s))]
         if not windows:
             return set()
+        outcome.stats.tails += [s.num_pending for s, _ in windows]
         places = [(s, s.num_verified + offset) for s, count in windows for offset in range(count)]
         verdicts = verify(
             self._target(places),
@@ -169,7 +172,7 @@ class Advancer:
             return
         places = [(sequence, len(sequence)) for sequence in ready]
         warp = Warp(places, self._eos, self._device)
-        proposal = warp.sharpen(warp.probs(self._read(model, places)))
+        proposal = warp.distribution(self._read(model, places))
         tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
         for sequence, token_id in zip(ready, tokens, strict=True):
             if token_id == INVALID:
@@ -220,7 +223,7 @@ class Advancer:
 
         def evaluate(proposer: int, group: list[Place]) -> Tensor:
             warp = Warp(group, self._eos, self._device)
-            return warp.sharpen(warp.probs(self._read(proposer, group)))
+            return warp.distribution(self._read(proposer, group))
 
         return self._by_key(places, _proposer, evaluate)
 

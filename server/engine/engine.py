@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence as Row
 from dataclasses import dataclass
+from typing import Protocol
 
 from server.cache.page_pool import PagePool
 from server.cache.score_store import ScoreStore
 from server.core.output import FinishReason, TokenDelta, TokenLogprob
 from server.core.sequence import Sequence
-from server.core.stats import StepStats
+from server.core.stats import Delivery, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine.advance import Advancer, Outcome
 from server.engine.detokenizer import Decoder, TextStream
@@ -37,6 +38,14 @@ class _End:
     stop_reason: str | int | None = None
 
 
+class BaselineEstimate(Protocol):
+    """What standard decoding costs; see `engine.calibration`."""
+
+    def estimate(self, deliveries: Row[Delivery], batch: int) -> float:
+        """Seconds it takes for what was delivered, `batch` sequences decoding at once."""
+        ...
+
+
 class Engine:
     """Decodes sequences over one set of models, one advance a step."""
 
@@ -49,19 +58,23 @@ class Engine:
         *,
         on_step: Callable[[StepStats], None] | None = None,
         coin_seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`coin_seed` seeds the coins that sequences of strategy mixture share."""
+        self.on_step = on_step
+        self.clock = clock
+        self.baseline: BaselineEstimate | None = None
         self.limits = limits
         self.num_models = len(runners)
+        self.vocab_size = runners[0].vocab_size
         self.max_length = min(runner.max_length for runner in runners)
         self._decoder = decoder
         self._eos = eos_token_ids
-        self._on_step = on_step
         strategies = Strategies(SharedCoins(coin_seed))
         scores = ScoreStore(
             limits.max_sequences,
             limits.max_gamma + len(runners),
-            runners[0].vocab_size,
+            self.vocab_size,
             [runner.dtype for runner in runners],
             [runner.device for runner in runners],
         )
@@ -73,7 +86,7 @@ class Engine:
             max_step_tokens=limits.max_step_tokens,
             max_gamma=limits.max_gamma,
         )
-        self._advancer = Advancer(runners, scores, strategies, eos_token_ids)
+        self._advancer = Advancer(runners, scores, strategies, eos_token_ids, clock)
         self._texts: dict[Sequence, TextStream] = {}
         self._sequences: dict[str, Sequence] = {}
 
@@ -98,13 +111,14 @@ class Engine:
 
     def step(self) -> list[TokenDelta]:
         """One advance of one model; returns what it added to whom."""
-        started = time.perf_counter()
+        started = self.clock()
         plan = self.scheduler.plan()
         if plan is None:
             return []
         outcome = self._advancer.advance(plan)
+        batch = self.scheduler.num_decoding
         deltas = self._finish(plan.sequences, outcome)
-        self._observe(outcome.stats, plan.num_preempted, started)
+        self._observe(outcome.stats, batch, plan.num_preempted, started)
         return deltas
 
     def _finish(self, sequences: Iterable[Sequence], outcome: Outcome) -> list[TokenDelta]:
@@ -134,7 +148,7 @@ class Engine:
         elif end is not None:
             text += stream.flush()
         kept = end.num_tokens if end is not None else count
-        stats.num_generated += kept
+        stats.deliveries.append(Delivery(sequence.decoding, kept, start == sequence.num_prompt))
         stats.num_discarded += count - kept
         if end is not None:
             self._release(sequence, start + kept)
@@ -180,12 +194,14 @@ class Engine:
         del self._sequences[sequence.id]
         del self._texts[sequence]
 
-    def _observe(self, stats: StepStats, num_preempted: int, started: float) -> None:
-        if self._on_step is None:
+    def _observe(self, stats: StepStats, batch: int, num_preempted: int, started: float) -> None:
+        if self.on_step is None:
             return
+        if self.baseline is not None:
+            stats.baseline_seconds = self.baseline.estimate(stats.deliveries, batch)
         stats.num_preempted = num_preempted
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages_used()
-        stats.step_seconds = time.perf_counter() - started
-        self._on_step(stats)
+        stats.step_seconds = self.clock() - started
+        self.on_step(stats)

@@ -73,6 +73,15 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
+    @property
+    def num_decoding(self) -> int:
+        """Running sequences that are past their prompts."""
+        return sum(not sequence.is_resuming for sequence in self.running)
+
+    def num_fitting(self, num_tokens: int) -> int:
+        """Sequences of `num_tokens` tokens that the free pages of all models hold."""
+        return min(pool.num_free // pool.pages_for(num_tokens) for pool in self._pools)
+
     def add(self, sequence: Sequence) -> None:
         self.waiting.append(sequence)
 

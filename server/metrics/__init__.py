@@ -32,6 +32,7 @@ from server.metrics.requests import (
     RequestObserver,
 )
 from server.metrics.speculation import SpeculationMetrics
+from server.metrics.speedup import SpeedupMetrics
 
 __all__ = [
     "CONTENT_TYPE",
@@ -56,12 +57,14 @@ class Metrics:
         self.requests = RequestMetrics(registry)
         self.speculation = SpeculationMetrics(registry, names, config.decoding.max_gamma)
         self.engine = EngineMetrics(registry, names)
+        self.speedup = SpeedupMetrics(registry, names)
         _describe(registry, config)
 
     def observe_step(self, stats: StepStats) -> None:
         """Count one engine step."""
         self.speculation.observe(stats)
         self.engine.observe(stats)
+        self.speedup.observe(stats)
 
     def request(self, endpoint: str, num_prompt_tokens: int) -> RequestObserver:
         """A context that watches one accepted request."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter as Tally
 
-from prometheus_client import CollectorRegistry, Counter
+from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from server.core.stats import StepStats
 
@@ -46,6 +46,18 @@ class SpeculationMetrics:
         self.discarded = counter(
             "cos_spec_discarded_tokens", "Verified tokens cut off by the end of the text."
         )
+        self.tails = Histogram(
+            "cos_spec_tail_tokens",
+            "Tokens pending where a verification began; one observation for each cycle.",
+            buckets=range(1, max_gamma + len(names)),
+            registry=registry,
+        )
+        self.gamma = Histogram(
+            "cos_spec_gamma",
+            "Proposal length of the first model, of texts whose strategy proposes.",
+            buckets=range(1, max_gamma + 1),
+            registry=registry,
+        )
         self._names = names
         # The longest tail: a whole proposal, and a bonus of every other model.
         self._positions = [str(i) for i in range(max_gamma + len(names))]
@@ -66,6 +78,11 @@ class SpeculationMetrics:
             if accepted:
                 self.accepted_at.labels(self._names[proposer], index).inc(count)
                 self.accepted.labels(self._names[proposer]).inc(count)
+        for length in stats.tails:
+            self.tails.observe(length)
+        for delivery in stats.deliveries:
+            if delivery.has_first and delivery.decoding.strategy not in ("standard", "single"):
+                self.gamma.observe(delivery.decoding.gamma[0])
         self.recovered.inc(stats.num_recovered)
         self.drawn.inc(stats.num_drawn)
         self.discarded.inc(stats.num_discarded)

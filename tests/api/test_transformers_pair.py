@@ -96,8 +96,11 @@ def test_metrics_tell_of_the_models(http: httpx.Client) -> None:
         if not line.startswith("#")
     }
     for member in ("member-0", "member-1"):
-        assert lines[f'cos_model_forward_passes_total{{model="{member}"}}'] > 0
+        prefill = f'cos_model_forward_passes_total{{model="{member}",phase="prefill"}}'
+        assert lines[prefill] > 0
         assert lines[f'cos_kv_pages{{model="{member}"}}'] > 0
         assert lines[f'cos_kv_pages_used{{model="{member}"}}'] == 0
-    assert lines["cos_generated_tokens_total"] > 0
+    assert lines['cos_generated_tokens_total{method="weighted",strategy="cos"}'] > 0
     assert lines["cos_decode_seconds_total"] > 0
+    assert lines["cos_baseline_estimated_seconds_total"] > 0
+    assert lines['cos_baseline_step_seconds{batch="1",model="member-0"}'] > 0

@@ -1,0 +1,54 @@
+"""Both sides of the estimated speedup; their ratio is left to PromQL."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge
+
+from server.core.stats import StepStats
+from server.engine.calibration import Baseline
+
+
+class SpeedupMetrics:
+    """Seconds that decoding took, and that standard decoding of the same tokens would have."""
+
+    def __init__(self, registry: CollectorRegistry, names: tuple[str, ...]) -> None:
+        self.decode_seconds = Counter(
+            "cos_decode_seconds",
+            "Wall time of engine steps spent decoding, waste included; a step that also reads "
+            "prompts counts by its share of decoding tokens.",
+            registry=registry,
+        )
+        self.baseline_seconds: Counter | None = None
+        self._registry = registry
+        self._names = names
+
+    def observe(self, stats: StepStats) -> None:
+        num_decode_tokens = stats.num_tokens - stats.num_prefill_tokens
+        self.decode_seconds.inc(stats.step_seconds * num_decode_tokens / max(1, stats.num_tokens))
+        if self.baseline_seconds is not None and stats.baseline_seconds is not None:
+            self.baseline_seconds.inc(stats.baseline_seconds)
+
+    def calibrated(self, baseline: Baseline) -> None:
+        """Export what was timed; without it there are no such series, rather than ones of 1."""
+        self.baseline_seconds = Counter(
+            "cos_baseline_estimated_seconds",
+            "Estimated time of standard decoding for the same tokens, without the first of each "
+            "text, which comes with the prompt.",
+            registry=self._registry,
+        )
+        forward = Gauge(
+            "cos_baseline_step_seconds",
+            "Forward of one token of each of `batch` sequences, timed at start.",
+            ("model", "batch"),
+            registry=self._registry,
+        )
+        rest = Gauge(
+            "cos_baseline_rest_seconds",
+            "Everything else of a round of standard decoding: combining, drawing, text.",
+            ("batch",),
+            registry=self._registry,
+        )
+        for index, batch in enumerate(baseline.batches):
+            rest.labels(str(batch)).set(baseline.rest_seconds[index])
+            for name, seconds in zip(self._names, baseline.forward_seconds, strict=True):
+                forward.labels(name, str(batch)).set(seconds[index])

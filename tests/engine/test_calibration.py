@@ -1,0 +1,137 @@
+"""The baseline of the estimated speedup, with forwards that take exactly what a test says."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from torch import Tensor
+
+from server.core.combination import Combination
+from server.core.sampling_params import SamplingParams
+from server.core.stats import Delivery, StepStats
+from server.engine.calibration import Baseline, calibrate
+from server.engine.engine import Engine, EngineLimits
+from server.runner.base import Batch
+from tests.support.engines import decode, make_decoding
+from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
+
+BOTH = Combination.weighted((0.5, 0.5))
+
+
+class Clock:
+    """Stands still unless a runner moves it."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class ClockedRunner(TableRunner):
+    """Takes `base` seconds and `each` for every token."""
+
+    def __init__(self, clock: Clock, seed: int, base: float, each: float, num_pages: int = 4096):
+        super().__init__(TableLM(seed), num_pages=num_pages, max_length=256)
+        self._pages = np.zeros_like(self._pages)  # contexts that count as read
+        self._clock, self._base, self._each = clock, base, each
+
+    def forward(self, batch: Batch) -> Tensor:
+        self._clock.now += self._base + self._each * batch.num_tokens
+        return super().forward(batch)
+
+
+def make_engine(
+    *seconds: tuple[float, float], num_pages: int = 4096, max_sequences: int = 8
+) -> tuple[Engine, list[StepStats]]:
+    clock = Clock()
+    runners = [ClockedRunner(clock, k, *each, num_pages) for k, each in enumerate(seconds)]
+    steps: list[StepStats] = []
+    limits = EngineLimits(max_sequences=max_sequences)
+    decoder = DigitDecoder()
+    engine = Engine(runners, decoder, frozenset(), limits, on_step=steps.append, clock=clock)
+    return engine, steps
+
+
+def test_a_table_of_forwards() -> None:
+    engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
+    baseline = calibrate(engine, BOTH)
+    assert baseline is not None
+    assert baseline.batches == (1, 2, 4, 8)
+    assert baseline.forward_seconds[0] == pytest.approx((0.011, 0.012, 0.014, 0.018))
+    assert baseline.forward_seconds[1] == pytest.approx((0.11, 0.12, 0.14, 0.18))
+    assert baseline.rest_seconds == pytest.approx((0, 0, 0, 0))
+    assert not steps, "calibration is no traffic"
+    assert engine.scheduler.pages_used() == (0, 0)
+    engine.scheduler.check_integrity()
+
+
+def test_models_that_the_combination_does_not_need_are_timed_too() -> None:
+    engine, _ = make_engine((0.01, 0), (0.05, 0), (0.1, 0))
+    baseline = calibrate(engine, Combination.contrastive(3, 0.1))
+    assert baseline is not None
+    assert [seconds[0] for seconds in baseline.forward_seconds] == pytest.approx([0.01, 0.05, 0.1])
+
+
+def test_memory_bounds_the_batch() -> None:
+    engine, _ = make_engine((0.01, 0), (0.1, 0), num_pages=120)
+    baseline = calibrate(engine, BOTH)
+    assert baseline is not None
+    assert baseline.batches == (1, 2)
+
+
+def test_no_memory_is_no_estimate() -> None:
+    engine, _ = make_engine((0.01, 0), (0.1, 0), num_pages=8)
+    assert calibrate(engine, BOTH) is None
+
+
+def test_slow_models_are_timed_at_few_batches() -> None:
+    engine, _ = make_engine((0.2, 0), (1.0, 0))
+    baseline = calibrate(engine, BOTH)
+    assert baseline is not None
+    assert baseline.batches == (1,)
+
+
+def test_between_and_beyond_what_was_timed() -> None:
+    baseline = Baseline((1, 2, 4), ((1.0, 2.0, 6.0), (10.0, 10.0, 10.0)), (0.0, 0.0, 0.0))
+    assert baseline.token_seconds((0,), 3) == pytest.approx(4 / 3)
+    assert baseline.token_seconds((0,), 5) == pytest.approx(8 / 5)
+    assert baseline.token_seconds((0, 1), 2) == pytest.approx(12 / 2)
+
+
+def test_the_first_token_of_a_text_is_not_decoding() -> None:
+    baseline = Baseline((1,), ((1.0,), (2.0,)), (0.5,))
+    decoding = make_decoding("cos", BOTH)
+    deliveries = [Delivery(decoding, 3, has_first=True), Delivery(decoding, 1, has_first=False)]
+    assert baseline.estimate(deliveries, 1) == pytest.approx(3 * 3.5)
+
+
+@pytest.mark.parametrize("num_sequences", [1, 3, 8])
+def test_standard_decoding_is_as_fast_as_itself(num_sequences: int) -> None:
+    engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
+    engine.baseline = calibrate(engine, BOTH)
+    params = [SamplingParams(max_tokens=20, seed=seed) for seed in range(num_sequences)]
+    decode(engine, [0, 1, 2], params, make_decoding("standard", BOTH))
+    decoding = [step for step in steps if step.num_prefill_tokens == 0]
+    estimated = sum(step.baseline_seconds or 0.0 for step in steps)
+    assert estimated == pytest.approx(sum(step.step_seconds for step in decoding))
+
+
+def test_scoring_many_for_the_price_of_one_is_faster() -> None:
+    engine, steps = make_engine((0.001, 0), (0.1, 0))
+    same = TableLM(7, spread=0.1)  # flat enough that most proposals are accepted
+    for runner in engine._advancer._runners:
+        runner._lm = same  # type: ignore[attr-defined]
+    engine.baseline = calibrate(engine, BOTH)
+    params = [SamplingParams(max_tokens=40, seed=seed) for seed in range(4)]
+    decode(engine, [0, 1, 2], params, make_decoding("speculative", BOTH, gamma=4))
+    decoding = [step for step in steps if step.num_prefill_tokens == 0]
+    estimated = sum(step.baseline_seconds or 0.0 for step in steps)
+    assert estimated / sum(step.step_seconds for step in decoding) > 2
+    assert {step.phase for step in decoding} == {"propose", "score"}
+
+
+def test_without_calibration_there_is_no_estimate() -> None:
+    engine, steps = make_engine((0.01, 0), (0.1, 0))
+    decode(engine, [0, 1], [SamplingParams(max_tokens=4)], make_decoding("cos", BOTH))
+    assert steps
+    assert all(step.baseline_seconds is None for step in steps)
