@@ -25,7 +25,7 @@ _FLOOR = -1e4
 def combine(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
     """The target distribution r, float32 [R, V]; greedy rows are one-hot."""
     if combination.is_logit_level:
-        return warp.sharpen(warp.probs(mix_logits(scores, combination)))
+        return warp.distribution(mix_logits(scores, combination))
     total: Tensor | None = None
     for model in combination.scorers:
         part = warp.probs(scores(model))

@@ -36,8 +36,9 @@ class Warp:
             p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or p.min_tokens
             for p in params
         )
-        self.is_greedy = torch.tensor([p.is_greedy for p in params], device=device)
+        self._is_greedy = torch.tensor([p.is_greedy for p in params], device=device)[:, None]
         self._any_greedy = any(p.is_greedy for p in params)
+        self._all_greedy = all(p.is_greedy for p in params)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)
         self._temperature = torch.tensor(temperature, device=device)[:, None]
@@ -68,14 +69,19 @@ class Warp:
         return self(logits).softmax(-1)
 
     def sharpen(self, probs: Tensor) -> Tensor:
-        """Replace greedy rows of [R, V] by the one-hot of their argmax."""
+        """Replace greedy rows of [R, V], probabilities or logits, by the one-hot of their argmax."""
         if not self._any_greedy:
             return probs
         best = probs.argmax(-1, keepdim=True)
-        one_hot = torch.zeros_like(probs).scatter_(1, best, 1.0)
-        # A row of NaN stays one: it must fail loudly, not decode as token 0.
-        one_hot = torch.where(probs.gather(1, best).isnan(), torch.nan, one_hot)
-        return torch.where(self.is_greedy[:, None], one_hot, probs)
+        # A row of NaN, or of -inf only, becomes NaN: it must fail loudly, not decode as token 0.
+        mass = torch.where(probs.gather(1, best).isfinite(), 1.0, torch.nan)
+        one_hot = torch.zeros_like(probs).scatter_(1, best, mass)
+        return one_hot if self._all_greedy else torch.where(self._is_greedy, one_hot, probs)
+
+    def distribution(self, logits: Tensor) -> Tensor:
+        """What a token is drawn from, given logits [R, V] of one model or of their mix."""
+        # The softmax does not move the argmax.
+        return self.sharpen(self(logits) if self._all_greedy else self.probs(logits))
 
 
 def _threshold(

@@ -188,8 +188,8 @@ def test_contradicting_supports_fail_clearly() -> None:
     lms = [TableLM(seed=k, vocab_size=2, zero_share=1.0) for k in (1, 2)]
     rows = [softmax(lm.logits([0])) for lm in lms]
     assert rows[0] @ rows[1] == 0
-    sequence = Sequence.start(
-        "s", [0], SamplingParams(), make_decoding("cos", Combination.linear([1.0, 1.0]))
-    )
-    deltas = run(make_engine(lms), [sequence])
-    assert deltas["s"][-1].finish_reason == "error"
+    decoding = make_decoding("cos", Combination.linear([1.0, 1.0]))
+    for temperature in (1.0, 0.0):
+        sequence = Sequence.start("s", [0], SamplingParams(temperature=temperature), decoding)
+        deltas = run(make_engine(lms), [sequence])
+        assert deltas["s"][-1].finish_reason == "error"
