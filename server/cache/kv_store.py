@@ -24,6 +24,8 @@ class KVStore:
         self.page_size = page_size
         self._keys: dict[int, Tensor] = {}
         self._values: dict[int, Tensor] = {}
+        # The same memory by slot, [num_pages * page_size, kv_heads, head_dim].
+        self._slots: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def num_layers(self) -> int:
@@ -47,8 +49,9 @@ class KVStore:
         """Store keys [T, kv_heads, head_dim] and values of one layer at `slots` [T] int64."""
         if layer not in self._keys:
             self._allocate(layer, keys[0], values[0])
-        self._keys[layer].flatten(0, 1).index_copy_(0, slots, keys)
-        self._values[layer].flatten(0, 1).index_copy_(0, slots, values)
+        stored_keys, stored_values = self._slots[layer]
+        stored_keys.index_copy_(0, slots, keys)
+        stored_values.index_copy_(0, slots, values)
 
     def read(self, layer: int, slots: slice | Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer at `slots`.
@@ -60,7 +63,7 @@ class KVStore:
         Returns:
             [L, kv_heads, head_dim] each, views; or [B, L, kv_heads, head_dim] each, copies.
         """
-        keys, values = self._keys[layer].flatten(0, 1), self._values[layer].flatten(0, 1)
+        keys, values = self._slots[layer]
         if isinstance(slots, slice):
             return keys[slots], values[slots]
         flat = slots.flatten()
@@ -72,6 +75,7 @@ class KVStore:
     def _allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
         self._keys[layer] = self._zeros(keys)
         self._values[layer] = self._zeros(values)
+        self._slots[layer] = (self._keys[layer].flatten(0, 1), self._values[layer].flatten(0, 1))
 
     def _zeros(self, like: Tensor) -> Tensor:
         """[num_pages, page_size, *like.shape] of `like`'s dtype and device."""

@@ -67,11 +67,15 @@ class PagedAttention:
         """Queries [T, heads, d], keys and values [T, kv_heads, d] -> [T, heads, value dim]."""
         assert self.plan is not None, "attention is called outside of TorchRunner.forward"
         self.store.write(layer, self.plan.slots, keys, values)
-        outputs = [
-            _attend_group(group, queries[group.rows], self.store, layer, style)
-            for group in self.plan.groups
-        ]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        groups = self.plan.groups
+        if len(groups) == 1:
+            return _attend_group(groups[0], queries, self.store, layer, style)
+        return torch.cat(
+            [
+                _attend_group(group, queries[group.rows], self.store, layer, style)
+                for group in groups
+            ]
+        )
 
 
 def _attend(

@@ -1,22 +1,19 @@
-"""Loads the members: read, check, compare vocabularies, size the KV memory."""
+"""Loads the members: compare vocabularies, load each one, size the KV memory."""
 
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from server.cache.kv_store import KVStore
-from server.config import ModelConfig, ServerConfig
+from server.config import ServerConfig
 from server.errors import ConfigError
-from server.runner import self_check
-from server.runner.architecture import check_architecture, native_max_length, pin_rope
+from server.runner.architecture import check_architecture, native_max_length
+from server.runner.member import MemberLoader
 from server.runner.memory import KvNeed, free_bytes, num_pages
-from server.runner.packed_linear import pack_linears
 from server.runner.source import ModelSource
 from server.runner.torch_runner import TorchRunner
 from server.runner.vocabulary import end_of_text_ids, shared_vocab_size
@@ -45,13 +42,16 @@ class LoadedModels:
 
 
 def load_models(
-    config: ServerConfig, on_progress: Callable[[str], None] | None = None
+    config: ServerConfig,
+    on_progress: Callable[[str], None] | None = None,
+    fast: bool = True,
 ) -> LoadedModels:
     """Load all members of `config`.
 
     Args:
         config: the whole configuration; models and engine are read.
         on_progress: called with one line at each phase, besides the log.
+        fast: use the forwards written out for some models; False: transformers' own, always.
 
     Raises:
         ConfigError: anything wrong with a path, a file, the pair or the machine; one clear line.
@@ -66,7 +66,7 @@ def load_models(
     max_length = _max_length(sources, configs, config.engine.max_length)
     tokenizer, vocab_size = _shared_vocabulary(sources, report)
     runners = tuple(
-        _load_runner(source, member, max_length, vocab_size, report)
+        MemberLoader(source, member, max_length, vocab_size, report).load(fast)
         for source, member in zip(sources, config.models, strict=True)
     )
     _allocate(runners, config, max_length, report)
@@ -115,57 +115,6 @@ def _shared_vocabulary(
     size = shared_vocab_size(names, [tokenizer.get_vocab() for tokenizer in tokenizers])
     report(f"vocabulary: {size} tokens, shared by {', '.join(names)}")
     return tokenizers[-1], size
-
-
-def _load_runner(
-    source: ModelSource, member: ModelConfig, max_length: int, vocab_size: int, report: _Reporter
-) -> TorchRunner:
-    device = _device(member)
-    dtype = _dtype(member, device)
-    report(f"{member.name}: loading {member.path}")
-    started = time.perf_counter()
-    model = source.model(dtype, device)
-    rows = model.get_input_embeddings().weight.shape[0]
-    if rows < vocab_size:
-        raise ConfigError(
-            f"model {member.name}: {rows} embedding rows for a tokenizer of {vocab_size} tokens"
-        )
-    report(
-        f"{member.name}: {model.num_parameters() / 1e6:.1f} M parameters, "
-        f"{str(dtype).removeprefix('torch.')} on {device}, {time.perf_counter() - started:.1f} s"
-    )
-    started = time.perf_counter()
-    pin_rope(member.name, model, max_length)
-    reference = self_check.reference_logits(model, vocab_size)
-    if member.dtype == "auto" and device.type == "cpu":
-        packed, considered = pack_linears(model)
-        report(
-            f"{member.name}: {packed / max(1, considered):.0%} of linear weights kept in 16 bits"
-        )
-    store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
-    runner = TorchRunner(member.name, model, vocab_size, max_length, store)
-    self_check.self_check(runner, reference)
-    report(f"{member.name}: self-check passed, {time.perf_counter() - started:.1f} s")
-    return runner
-
-
-def _device(member: ModelConfig) -> torch.device:
-    if member.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(member.device)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).split("\n")[0]
-        raise ConfigError(f"model {member.name}: device {member.device!r}: {reason}") from error
-    return device
-
-
-def _dtype(member: ModelConfig, device: torch.device) -> torch.dtype:
-    automatic = "float32" if device.type == "cpu" else "bfloat16"
-    dtype = getattr(torch, automatic if member.dtype == "auto" else member.dtype)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
 
 
 def _allocate(

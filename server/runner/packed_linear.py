@@ -1,4 +1,4 @@
-"""Linear layers of float32 CPU models with their weights kept in 16 bits.
+"""Linear layers and embeddings of float32 CPU models with their weights kept in 16 bits.
 
 A forward over few tokens is bound by reading the weights, and half the bytes take less time.
 Weights trained in bfloat16 or float16 mostly are float16 numbers already, so that nothing is lost;
@@ -8,7 +8,10 @@ exactly is left alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -34,29 +37,63 @@ class PackedLinear(nn.Module):
         return output
 
 
+class HalfEmbedding(nn.Module):
+    """An embedding kept in float16: only the rows looked up become float32.
+
+    Besides a packed head that shares its table this is the only copy of it.
+    """
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        """`embedding` is float32 and `is_exact`; it is copied, not kept."""
+        super().__init__()
+        # No parameter: transformers takes a model's dtype from the first of them.
+        self.table = embedding.weight.detach().half()
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """Int64 [...] -> float32 [..., dim]."""
+        return F.embedding(token_ids, self.table).float()
+
+
 def is_exact(weight: Tensor) -> bool:
     """Does float16 hold every number of `weight`?"""
     return bool(torch.equal(weight.half().float(), weight))
 
 
-@torch.no_grad()
-def pack_linears(model: nn.Module) -> tuple[int, int]:
-    """Replace every plain nn.Linear of a float32 CPU `model` whose weight allows it.
+@dataclass(slots=True)
+class PackingReport:
+    """Weights of plain linear layers: all that were considered, and those now in 16 bits."""
 
-    Returns:
-        Weights packed and weights considered; none are packed where the kernel is missing.
-    """
-    packed = considered = 0
+    packed: int = 0
+    considered: int = 0
+
+
+@torch.no_grad()
+def pack_linear(linear: nn.Linear, report: PackingReport) -> nn.Module:
+    """The packed form of a float32 CPU layer, or the layer itself where there is none."""
+    report.considered += linear.weight.numel()
+    if not is_exact(linear.weight):
+        return linear
+    try:
+        packed = PackedLinear(linear)
+    except RuntimeError:
+        return linear
+    report.packed += linear.weight.numel()
+    return packed
+
+
+def pack_embedding(embedding: nn.Embedding) -> nn.Module:
+    """The same table in float16 where that is exact, or `embedding` itself."""
+    return HalfEmbedding(embedding) if is_exact(embedding.weight) else embedding
+
+
+def pack_weights(model: nn.Module) -> PackingReport:
+    """Pack every plain nn.Linear and nn.Embedding of a float32 CPU `model` that allows it."""
+    report = PackingReport()
     for parent in list(model.modules()):
-        for name, linear in list(parent.named_children()):
-            if type(linear) is not nn.Linear:  # quantised kinds derive from it
-                continue
-            considered += linear.weight.numel()
-            if not is_exact(linear.weight):
-                continue
-            try:
-                setattr(parent, name, PackedLinear(linear))
-            except RuntimeError:
-                return packed, considered
-            packed += linear.weight.numel()
-    return packed, considered
+        for name, module in list(parent.named_children()):
+            # Quantised kinds, and those that scale or shift, derive from the plain ones.
+            if type(module) is nn.Linear:
+                setattr(parent, name, pack_linear(module, report))
+            elif type(module) is nn.Embedding and module.max_norm is None:
+                setattr(parent, name, pack_embedding(module))
+    return report

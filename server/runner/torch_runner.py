@@ -1,6 +1,12 @@
-"""Runs any decoder-only transformers model over paged KV memory, eagerly."""
+"""Runs any decoder-only transformers model over paged KV memory, eagerly.
+
+The body of a runner computes the logits of a plan: transformers' own forward, or one written out
+for models of a known shape.
+"""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +18,32 @@ from server.runner.base import Batch
 from server.runner.plan import ForwardPlan, make_plan
 
 
+class Body(Protocol):
+    """Weights and the order in which they are applied."""
+
+    def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
+        """Logits [num_kept, rows of the head]; keys and values go through `attention`."""
+        ...
+
+
+class TransformersBody:
+    """The forward that transformers has for the model, any architecture it lets us attend for."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
+        """See Body; `attention` is attached to the model."""
+        output = self._model(
+            input_ids=plan.token_ids,
+            position_ids=plan.position_ids,
+            use_cache=False,
+            logits_to_keep=plan.keep,
+        )
+        logits: Tensor = output.logits[0]
+        return logits
+
+
 class TorchRunner:
     """A ModelRunner; see its attributes. Not thread-safe: one thread at a time may forward.
 
@@ -20,9 +52,24 @@ class TorchRunner:
     """
 
     def __init__(
-        self, name: str, model: PreTrainedModel, vocab_size: int, max_length: int, store: KVStore
+        self,
+        name: str,
+        model: PreTrainedModel,
+        vocab_size: int,
+        max_length: int,
+        store: KVStore,
+        body: Body | None = None,
     ) -> None:
-        """`model` is in eval mode on its device; it attends through this runner from now on."""
+        """`model` is in eval mode on its device; it attends through this runner from now on.
+
+        Args:
+            name: of the configured member.
+            model: read for its config, device and dtype, and run unless `body` is given.
+            vocab_size: logits are cut to it.
+            max_length: in tokens.
+            store: KV memory.
+            body: computes the logits instead of `model`.
+        """
         self.name = name
         self.model = model
         self.vocab_size = vocab_size
@@ -30,7 +77,9 @@ class TorchRunner:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self._attention = PagedAttention(store)
-        self._attention.attach(model)
+        if body is None:
+            self._attention.attach(model)
+        self._body = body or TransformersBody(model)
 
     @property
     def store(self) -> KVStore:
@@ -57,13 +106,7 @@ class TorchRunner:
     def _run(self, plan: ForwardPlan) -> Tensor:
         self._attention.plan = plan
         try:
-            output = self.model(
-                input_ids=plan.token_ids,
-                position_ids=plan.position_ids,
-                use_cache=False,
-                logits_to_keep=plan.keep,
-            )
+            logits = self._body(plan, self._attention)
         finally:
             self._attention.plan = None
-        logits: Tensor = output.logits[0, :, : self.vocab_size]
-        return logits.to(self.dtype)
+        return logits[:, : self.vocab_size].to(self.dtype)

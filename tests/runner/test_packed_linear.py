@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from server.runner.packed_linear import PackedLinear, is_exact, pack_linears
+from server.runner.packed_linear import (
+    HalfEmbedding,
+    PackedLinear,
+    PackingReport,
+    is_exact,
+    pack_weights,
+)
 from tests.support.tiny_models import make_model
 
 
@@ -34,16 +40,36 @@ def test_only_exact_layers_are_replaced():
     model = make_model().requires_grad_(False)
     layer = model.model.layers[0]
     layer.mlp.up_proj.weight.copy_(layer.mlp.up_proj.weight.half())
-    packed, considered = pack_linears(model)
+    report = pack_weights(model)
     assert isinstance(layer.mlp.up_proj, PackedLinear)
     assert type(layer.mlp.gate_proj) is nn.Linear
-    assert packed == 32 * 64
-    assert considered > 10 * packed
+    assert type(model.model.embed_tokens) is nn.Embedding
+    assert report.packed == 32 * 64
+    assert report.considered > 10 * report.packed
+
+
+@torch.no_grad()
+def test_tied_table_is_kept_in_sixteen_bits():
+    model = make_model("qwen2").requires_grad_(False)
+    table = model.model.embed_tokens.weight
+    table.copy_(table.half())
+    plain = model.model.embed_tokens(torch.tensor([[3, 0, 3]]))
+    pack_weights(model)
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, HalfEmbedding)
+    assert isinstance(model.lm_head, PackedLinear)
+    assert not any(parameter.shape == table.shape for parameter in model.parameters())
+    assert model.dtype == torch.float32
+    assert torch.equal(embedding(torch.tensor([[3, 0, 3]])), plain)
 
 
 def test_quantised_kinds_are_left_alone():
     class Quantised(nn.Linear):
         pass
 
-    model = nn.Sequential(Quantised(4, 4))
-    assert pack_linears(model) == (0, 0)
+    class Scaled(nn.Embedding):
+        pass
+
+    model = nn.Sequential(Quantised(4, 4), Scaled(4, 4))
+    assert pack_weights(model) == PackingReport(0, 0)
+    assert [type(module) for module in model] == [Quantised, Scaled]

@@ -1,0 +1,130 @@
+"""Loads one member: read it, make the fastest runner of it, prove that runner right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from server.cache.kv_store import KVStore
+from server.config import ModelConfig
+from server.errors import ConfigError
+from server.runner import self_check
+from server.runner.architecture import pin_rope
+from server.runner.llama_body import LlamaBody, is_llama_shaped
+from server.runner.packed_linear import PackingReport, pack_weights
+from server.runner.source import ModelSource
+from server.runner.torch_runner import Body, TorchRunner
+
+
+class MemberLoader:
+    """Makes the runner of one member, over a little store for the self-check."""
+
+    def __init__(
+        self,
+        source: ModelSource,
+        member: ModelConfig,
+        max_length: int,
+        vocab_size: int,
+        report: Callable[[str], None],
+    ) -> None:
+        """`report` takes one line for each phase."""
+        self._source = source
+        self._name = member.name
+        self._max_length = max_length
+        self._vocab_size = vocab_size
+        self._report = report
+        self._device = _device(member)
+        self._dtype = _dtype(member, self._device)
+        self._packs = member.dtype == "auto" and self._device.type == "cpu"
+
+    def load(self, fast: bool) -> TorchRunner:
+        """A runner that passed the self-check.
+
+        Args:
+            fast: use the forward written out for models of this shape, if there is one.
+
+        Raises:
+            ConfigError: the member cannot be read, or gives wrong logits here.
+        """
+        model = self._read()
+        started = time.perf_counter()
+        reference = self_check.reference_logits(model, self._vocab_size)
+        runner = None
+        if fast and is_llama_shaped(model):
+            runner = self._try_fast(model, reference)
+            if runner is None:
+                model = self._read()  # the first one gave its weights away
+        if runner is None:
+            runner = self._load_generic(model, reference)
+        self._report(f"{self._name}: self-check passed, {time.perf_counter() - started:.1f} s")
+        return runner
+
+    def _try_fast(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner | None:
+        """None where the written-out forward gives other logits."""
+        body = LlamaBody(model, packed=self._packs)
+        runner = self._runner(model, body)
+        try:
+            self_check.self_check(runner, reference)
+        except ConfigError as error:
+            self._report(f"{self._name}: falling back to the forward of transformers: {error}")
+            return None
+        self._report_packing(body.packing)
+        return runner
+
+    def _load_generic(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
+        if self._packs:
+            self._report_packing(pack_weights(model))
+        runner = self._runner(model, None)
+        self_check.self_check(runner, reference)
+        return runner
+
+    def _runner(self, model: PreTrainedModel, body: Body | None) -> TorchRunner:
+        store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
+        return TorchRunner(self._name, model, self._vocab_size, self._max_length, store, body)
+
+    def _read(self) -> PreTrainedModel:
+        """The model with its rotary frequencies pinned."""
+        self._report(f"{self._name}: loading {self._source.path}")
+        started = time.perf_counter()
+        model = self._source.model(self._dtype, self._device)
+        rows = model.get_input_embeddings().weight.shape[0]
+        if rows < self._vocab_size:
+            raise ConfigError(
+                f"model {self._name}: {rows} embedding rows for a tokenizer of "
+                f"{self._vocab_size} tokens"
+            )
+        dtype = str(self._dtype).removeprefix("torch.")
+        self._report(
+            f"{self._name}: {model.num_parameters() / 1e6:.1f} M parameters, {dtype} on "
+            f"{self._device}, {time.perf_counter() - started:.1f} s"
+        )
+        pin_rope(self._name, model, self._max_length)
+        return model
+
+    def _report_packing(self, packing: PackingReport) -> None:
+        if self._packs:
+            share = packing.packed / max(1, packing.considered)
+            self._report(f"{self._name}: {share:.0%} of linear weights kept in 16 bits")
+
+
+def _device(member: ModelConfig) -> torch.device:
+    if member.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(member.device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).split("\n")[0]
+        raise ConfigError(f"model {member.name}: device {member.device!r}: {reason}") from error
+    return device
+
+
+def _dtype(member: ModelConfig, device: torch.device) -> torch.dtype:
+    automatic = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = getattr(torch, automatic if member.dtype == "auto" else member.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
