@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from scripts.dashboards.__main__ import main as write_dashboards
 from server import __version__
 from server.config import HttpConfig, load_config
 from server.engine.calibration import Baseline
@@ -124,7 +125,27 @@ def test_dashboard_takes_its_source_and_interval_from_grafana(path: Path):
     assert sources == {"${datasource}"}
     for expression in expressions(path):
         assert "rate(" not in expression or "[$__rate_interval]" in expression
-        assert "/" not in expression or "> 0" in expression  # no division by nothing
+        assert expression.count(" / ") == expression.count(" > 0)")  # no division by nothing
+
+
+def test_dashboards_are_what_the_script_writes(tmp_path: Path):
+    write_dashboards(tmp_path)
+    assert [path.name for path in DASHBOARDS] == sorted(path.name for path in tmp_path.iterdir())
+    for path in DASHBOARDS:
+        assert path.read_text(encoding="utf-8") == (tmp_path / path.name).read_text("utf-8")
+
+
+def test_panels_do_not_overlap():
+    for path in DASHBOARDS:
+        panels = json.loads(path.read_text(encoding="utf-8"))["panels"]
+        cells = [
+            (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
+            for panel in panels
+            for x in range(panel["gridPos"]["w"])
+            for y in range(panel["gridPos"]["h"])
+        ]
+        assert len(cells) == len(set(cells)), path.name
+        assert len({panel["id"] for panel in panels}) == len(panels)
 
 
 def test_default_source_of_dashboards_is_provisioned():

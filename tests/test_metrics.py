@@ -89,6 +89,7 @@ def test_a_step(metrics: Metrics) -> None:
     assert value(metrics, "cos_preemptions_total") == 1
     assert value(metrics, "cos_model_forward_passes_total", model="m1", phase="score") == 1
     assert value(metrics, "cos_model_forward_seconds_total", model="m1", phase="score") == 0.2
+    assert value(metrics, "cos_model_sequence_forwards_total", model="m1") == 2
     tokens = "cos_model_forward_tokens_total"
     assert value(metrics, tokens, model="m1", phase="prefill") == 4
     assert value(metrics, tokens, model="m1", phase="decode") == 6

@@ -16,6 +16,7 @@ from prometheus_client import (
     CollectorRegistry,
     Gauge,
     Info,
+    ProcessCollector,
     generate_latest,
 )
 
@@ -58,6 +59,7 @@ class Metrics:
         self.speculation = SpeculationMetrics(registry, names, config.decoding.max_gamma)
         self.engine = EngineMetrics(registry, names)
         self.speedup = SpeedupMetrics(registry, names)
+        ProcessCollector(registry=registry)  # exports nothing where there is no /proc
         _describe(registry, config)
 
     def observe_step(self, stats: StepStats) -> None:

@@ -44,6 +44,11 @@ class EngineMetrics:
             "model",
             "phase",
         )
+        self.sequence_forwards = counter(
+            "cos_model_sequence_forwards",
+            "Forwards of a model times the sequences that each of them decoded.",
+            "model",
+        )
         self.preemptions = counter(
             "cos_preemptions", "Sequences that lost their pages to older ones."
         )
@@ -62,6 +67,7 @@ class EngineMetrics:
         self._registry = registry
         self._names = names
         for name in names:
+            self.sequence_forwards.labels(name)
             for forward_phase in PHASES:
                 self.forwards.labels(name, forward_phase)
                 self.forward_seconds.labels(name, forward_phase)
@@ -72,6 +78,7 @@ class EngineMetrics:
         name = self._names[stats.model]
         num_decode_tokens = stats.num_tokens - stats.num_prefill_tokens
         self.forwards.labels(name, stats.phase).inc()
+        self.sequence_forwards.labels(name).inc(stats.num_decoding)
         self.forward_seconds.labels(name, stats.phase).inc(stats.forward_seconds)
         self.forward_tokens.labels(name, "prefill").inc(stats.num_prefill_tokens)
         self.forward_tokens.labels(name, "decode").inc(num_decode_tokens)
