@@ -21,7 +21,8 @@ from typing import TypeVar
 from fastapi import FastAPI
 
 from server import __version__
-from server.api import completions, health, models
+from server.api import chat, completions, health, models
+from server.api.chat_template import ChatTemplate, TemplatedTokenizer, TokenizerTemplate
 from server.api.codec import Codec, Tokenizer
 from server.api.decoding import make_combination
 from server.api.errors import install_error_handlers
@@ -52,6 +53,7 @@ class Parts:
     engine: AsyncEngine
     tokenizer: Tokenizer
     vocab_size: int
+    chat_template: ChatTemplate | None = None
 
 
 Load = Callable[[], Parts]
@@ -61,6 +63,7 @@ def create_app(
     config: ServerConfig,
     engine: AsyncEngine | None = None,
     tokenizer: Tokenizer | None = None,
+    chat_template: ChatTemplate | None = None,
     *,
     load: Load | None = None,
     metrics: Metrics | None = None,
@@ -72,6 +75,7 @@ def create_app(
         config: the whole configuration.
         engine: one that is there already, as in tests; otherwise `load` is called.
         tokenizer: that of `engine`.
+        chat_template: that of `tokenizer`.
         load: called in a thread; loads the configured models if not given.
         metrics: those that `engine` reports to.
         on_failure: told on the event loop why the app can serve no more.
@@ -84,7 +88,7 @@ def create_app(
     metrics.engine.watch_phase(lambda: service.phase)
     if engine is not None:
         assert tokenizer is not None
-        load = partial(Parts, engine, tokenizer, tokenizer.get_vocab_size())
+        load = partial(Parts, engine, tokenizer, tokenizer.get_vocab_size(), chat_template)
     life = _Life(service, load or partial(load_parts, config, metrics), on_failure)
     app = FastAPI(
         title="cos-server",
@@ -95,7 +99,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for module in (completions, models, health):
+    for module in (completions, chat, models, health):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.
@@ -147,7 +151,17 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         if (baseline := calibrate(engine, combination)) is not None:
             engine.baseline = baseline
             metrics.speedup.calibrated(baseline)
-    return Parts(AsyncEngine(engine), tokenizer, loaded.vocab_size)
+    return Parts(
+        AsyncEngine(engine), tokenizer, loaded.vocab_size, _chat_template(loaded.tokenizer)
+    )
+
+
+def _chat_template(tokenizer: TemplatedTokenizer) -> ChatTemplate | None:
+    try:
+        return TokenizerTemplate(tokenizer)
+    except ValueError:
+        logger.info("the tokenizer has no chat template: /v1/chat/completions will refuse")
+        return None
 
 
 class _Life:
@@ -176,7 +190,7 @@ class _Life:
         """Load, open, watch."""
         try:
             parts = await _in_daemon_thread(self._load)
-            codec = Codec(parts.tokenizer, parts.vocab_size)
+            codec = Codec(parts.tokenizer, parts.vocab_size, parts.chat_template)
         except Exception as error:
             if not isinstance(error, CosError):
                 logger.exception("loading failed")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from functools import lru_cache
 from typing import Protocol
 
+from server.api.chat_template import ChatTemplate
 from server.errors import RequestError
+
+_REPLACEMENT = "\ufffd"
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class Encoding(Protocol):
@@ -24,12 +29,17 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
 
+    def id_to_token(self, id: int) -> str | None: ...
+
 
 class Codec:
-    """A tokenizer and the size of the vocabulary that all models share."""
+    """The expert's tokenizer and chat template, and the vocabulary that all models share."""
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, vocab_size: int, chat_template: ChatTemplate | None = None
+    ) -> None:
         self.vocab_size = vocab_size
+        self.chat_template = chat_template
         self._tokenizer = tokenizer
         # Decoded after some other token, a token keeps the leading space that decoders of the
         # sentencepiece family drop at the start of a text.
@@ -37,12 +47,12 @@ class Codec:
         self._anchor_text = self._decode(self._anchor)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, text: str, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         """Slow for long texts: not for the event loop."""
         try:
             return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         except (TypeError, UnicodeError) as error:
-            raise RequestError("prompt is not valid Unicode text", param="prompt") from error
+            raise RequestError(f"{param} is not valid Unicode text", param=param) from error
 
     def check_ids(self, ids: list[int], param: str) -> None:
         """Raises RequestError for the first id that is not in the shared vocabulary."""
@@ -54,8 +64,30 @@ class Codec:
                     param=param,
                 )
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """Its own bytes, where it is only a part of a character too."""
+        text = self.token_text(token_id)
+        if _REPLACEMENT not in text:
+            return text.encode()
+        token = self._tokenizer.id_to_token(token_id) or ""
+        if match := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(match[1], 16)])
+        alphabet = _byte_alphabet()
+        if all(character in alphabet for character in token):
+            return bytes(alphabet[character] for character in token)
+        return text.encode()
+
     def _token_text(self, token_id: int) -> str:
         return self._decode([*self._anchor, token_id])[len(self._anchor_text) :]
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@lru_cache(maxsize=1)
+def _byte_alphabet() -> dict[str, int]:
+    """The characters by which byte-level tokenizers (GPT-2's and its heirs) write bytes."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    shifted = {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {chr(byte): byte for byte in printable} | shifted

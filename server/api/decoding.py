@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.api.protocol import CompletionRequest, CosOptions
+from server.api.protocol import CosOptions, GenerationRequest
 from server.config import (
     CombinationConfig,
     ContrastiveConfig,
@@ -49,7 +49,7 @@ class DecodingDefaults:
                 f"got {self._combination.method}"
             )
 
-    def resolve(self, request: CompletionRequest) -> DecodingParams:
+    def resolve(self, request: GenerationRequest) -> DecodingParams:
         """What this request's sequences are decoded by.
 
         Raises:
@@ -115,7 +115,7 @@ class DecodingDefaults:
                 f"{param}: {value} is above this server's limit {limit}", param=param
             )
 
-    def _shares_coins(self, request: CompletionRequest, options: CosOptions) -> bool:
+    def _shares_coins(self, request: GenerationRequest, options: CosOptions) -> bool:
         """Choices of one request are independent, and a seed fixes the coins, unless it says so."""
         if options.shared_coins is not None:
             return options.shared_coins
@@ -128,14 +128,14 @@ class DecodingDefaults:
 
 
 def _mixture_problem(
-    request: CompletionRequest, combination: Combination
+    request: GenerationRequest, combination: Combination
 ) -> tuple[str, str] | None:
     """(field, what it would have to be) where a mixture is not the law that was asked for."""
     if combination.method != "weighted":
         return "cos.combination", f"combination method weighted, got {combination.method}"
     if request.effective_temperature == 0:
         return "temperature", "a temperature above 0: greedy text is not a mixture's"
-    if request.logprobs is not None:
+    if request.num_logprobs is not None:
         return "logprobs", "no logprobs: a token's models need not all have scored it"
     return None
 

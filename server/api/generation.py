@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
-from starlette.concurrency import run_in_threadpool
-
-from server.api.codec import Codec
 from server.api.limits import (
     check_limits,
     check_prompt,
@@ -17,14 +14,23 @@ from server.api.limits import (
     logit_bias,
     stop_strings,
 )
-from server.api.protocol import CompletionRequest
+from server.api.protocol import GenerationRequest
 from server.api.service import Service
 from server.api.unsupported import check_supported
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.rng import derive_seed
 
-DEFAULT_MAX_TOKENS = 16
+# Token ids of each prompt, and the field to blame for a prompt. Texts are tokenised off the loop.
+ReadPrompts = Callable[[], Awaitable[list["Prompt"]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """Token ids, and the field of the request they came from."""
+
+    token_ids: list[int]
+    field: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +38,7 @@ class Generation:
     """One accepted request.
 
     Attributes:
-        id: of the completion.
+        id: of the reply.
         created: unix time.
         num_prompt_tokens: of all prompts, each counted once.
         sequences: prompt-major: choice k of prompt i is sequences[i * n + k].
@@ -47,74 +53,58 @@ class Generation:
 
 
 async def make_generation(
-    request: CompletionRequest, service: Service, completion_id: str
+    request: GenerationRequest, service: Service, id_prefix: str, read_prompts: ReadPrompts
 ) -> Generation:
     """Check everything, tokenise, fan out.
+
+    Args:
+        request: the body.
+        service: must be ready.
+        id_prefix: of the reply's id.
+        read_prompts: called once everything else has passed.
 
     Raises:
         RequestError: the request cannot be served as it is.
         EngineDraining, EngineDead: no request can be served now.
     """
     service.check_ready()
-    codec, max_length = service.codec, service.engine.max_length
     service.check_model(request.model)
     check_supported(request)
     check_limits(request, service.config)
-    check_vocabulary(request, codec)
+    check_vocabulary(request, service.codec)
     decoding = service.decoding.resolve(request)
-    prompts = await _prompt_ids(request, codec)
-    for index, prompt in enumerate(prompts):
-        check_prompt(prompt, max_length, "prompt" if len(prompts) == 1 else f"prompt.{index}")
-    sequences = _fan_out(request, prompts, decoding, service, completion_id)
-    num_prompt_tokens = sum(map(len, prompts))
+    prompts = await read_prompts()
+    for prompt in prompts:
+        check_prompt(prompt.token_ids, service.engine.max_length, prompt.field)
+    unique = secrets.token_hex(12)
     return Generation(
-        completion_id, int(time.time()), num_prompt_tokens, tuple(sequences), decoding
+        id=f"{id_prefix}-{unique}",
+        created=int(time.time()),
+        num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+        sequences=tuple(_fan_out(request, prompts, decoding, service, unique)),
+        decoding=decoding,
     )
 
 
-async def _prompt_ids(request: CompletionRequest, codec: Codec) -> list[list[int]]:
-    """Token ids of each prompt. Texts are tokenised off the event loop."""
-    prompt = request.prompt
-    prompts = [prompt] if isinstance(prompt, str) or _is_token_list(prompt) else list(prompt)
-    adds_special = request.add_special_tokens is not False
-
-    def encode() -> list[list[int]]:
-        return [codec.encode(text, adds_special) if text else [] for text in texts]
-
-    texts = [each for each in prompts if isinstance(each, str)]
-    if texts:
-        return await run_in_threadpool(encode)
-    ids = [each for each in prompts if isinstance(each, list)]
-    for each in ids:
-        codec.check_ids([i for i in each if isinstance(i, int)], "prompt")
-    return ids
-
-
-def _is_token_list(prompt: object) -> bool:
-    return isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int))
-
-
 def _fan_out(
-    request: CompletionRequest,
-    prompts: list[list[int]],
+    request: GenerationRequest,
+    prompts: list[Prompt],
     decoding: DecodingParams,
     service: Service,
-    completion_id: str,
+    unique: str,
 ) -> Iterator[Sequence]:
     n, max_length, vocab_size = request.n or 1, service.engine.max_length, service.codec.vocab_size
     for i, prompt in enumerate(prompts):
-        max_tokens = min(_max_tokens(request), max_length - len(prompt))
+        left = max_length - len(prompt.token_ids)
+        wanted = request.max_new_tokens
+        max_tokens = left if wanted is None else min(wanted, left)
         for k in range(n):
             params = _sampling_params(request, max_tokens, k, vocab_size)
-            yield Sequence.start(f"{completion_id}-{i * n + k}", prompt, params, decoding)
-
-
-def _max_tokens(request: CompletionRequest) -> int:
-    return DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
+            yield Sequence.start(f"{unique}-{i * n + k}", prompt.token_ids, params, decoding)
 
 
 def _sampling_params(
-    request: CompletionRequest, max_tokens: int, choice: int, vocab_size: int
+    request: GenerationRequest, max_tokens: int, choice: int, vocab_size: int
 ) -> SamplingParams:
     """Parameters of one choice; null takes the default of OpenAI, or of SamplingParams."""
     is_seeded = request.seed is not None
@@ -139,7 +129,7 @@ def _sampling_params(
         include_stop=bool(request.include_stop_str_in_output),
         ignore_eos=bool(request.ignore_eos),
         skip_special_tokens=request.skip_special_tokens is not False,
-        logprobs=request.logprobs,
+        logprobs=request.num_logprobs,
     )
 
 

@@ -6,28 +6,32 @@ Everything here raises RequestError naming the field and the limit.
 from __future__ import annotations
 
 from server.api.codec import Codec
-from server.api.protocol import CompletionRequest
+from server.api.protocol import GenerationRequest
 from server.config import HttpConfig, ServerConfig
 from server.errors import ContextLengthExceeded, RequestError
 
 
-def check_limits(request: CompletionRequest, config: ServerConfig) -> None:
+def check_limits(request: GenerationRequest, config: ServerConfig) -> None:
     """Counts and lengths, and fields that need one another."""
     http, engine = config.http, config.engine
-    n, num_prompts = request.n or 1, _num_prompts(request)
+    n, num_prompts = request.n or 1, request.num_prompts
     _at_most("n", n, http.max_n)
     _at_most("prompt", num_prompts, http.max_prompts, "prompts")
-    _at_most("prompt", num_prompts * n, http.max_choices, "prompts times n")
+    choices_field = "n" if num_prompts == 1 else "prompt"
+    _at_most(choices_field, num_prompts * n, http.max_choices, "prompts times n")
     # The queue could never take more, however often the client tried again.
     _at_most("n", num_prompts * n, engine.max_sequences + engine.max_waiting, "choices")
-    _at_most("logprobs", request.logprobs or 0, http.max_logprobs)
+    _at_most(request.logprobs_field, request.num_logprobs or 0, http.max_logprobs)
     _at_most("logit_bias", len(request.logit_bias or ()), http.max_logit_bias, "entries")
+    if request.has_stray_logprobs:
+        field = request.logprobs_field
+        raise RequestError(f"{field} needs logprobs=true", param=field)
     _check_stop(request, http)
     _check_lengths(request)
     _check_stream_options(request)
 
 
-def check_vocabulary(request: CompletionRequest, codec: Codec) -> None:
+def check_vocabulary(request: GenerationRequest, codec: Codec) -> None:
     """Token ids against the vocabulary that all models share."""
     codec.check_ids(request.stop_token_ids or [], "stop_token_ids")
     codec.check_ids(request.allowed_token_ids or [], "allowed_token_ids")
@@ -44,7 +48,7 @@ def check_prompt(token_ids: list[int], max_length: int, param: str) -> None:
         raise ContextLengthExceeded(len(token_ids), max_length, param)
 
 
-def logit_bias(request: CompletionRequest) -> list[tuple[int, float]]:
+def logit_bias(request: GenerationRequest) -> list[tuple[int, float]]:
     """(token id, bias) pairs; JSON has no integer keys. Raises RequestError."""
     pairs = []
     for key, bias in (request.logit_bias or {}).items():
@@ -54,20 +58,13 @@ def logit_bias(request: CompletionRequest) -> list[tuple[int, float]]:
     return pairs
 
 
-def stop_strings(request: CompletionRequest) -> tuple[str, ...]:
+def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
     if request.stop is None:
         return ()
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
 
 
-def _num_prompts(request: CompletionRequest) -> int:
-    prompt = request.prompt
-    if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-        return 1
-    return len(prompt)
-
-
-def _check_stop(request: CompletionRequest, http: HttpConfig) -> None:
+def _check_stop(request: GenerationRequest, http: HttpConfig) -> None:
     stop = stop_strings(request)
     _at_most("stop", len(stop), http.max_stop, "strings")
     if "" in stop:
@@ -76,17 +73,18 @@ def _check_stop(request: CompletionRequest, http: HttpConfig) -> None:
     _at_most("stop_token_ids", len(request.stop_token_ids or ()), http.max_logit_bias, "ids")
 
 
-def _check_lengths(request: CompletionRequest) -> None:
-    max_tokens, min_tokens = request.max_tokens, request.min_tokens or 0
+def _check_lengths(request: GenerationRequest) -> None:
+    max_tokens, min_tokens = request.max_new_tokens, request.min_tokens or 0
+    field = request.length_field
     if max_tokens == 0:
-        raise RequestError("max_tokens must be at least 1 without echo", param="max_tokens")
-    if min_tokens > (16 if max_tokens is None else max_tokens):
+        raise RequestError(f"{field} must be at least 1", param=field)
+    if max_tokens is not None and min_tokens > max_tokens:
         raise RequestError(
-            f"min_tokens {min_tokens} is above max_tokens {max_tokens or 16}", param="min_tokens"
+            f"min_tokens {min_tokens} is above {field} {max_tokens}", param="min_tokens"
         )
 
 
-def _check_stream_options(request: CompletionRequest) -> None:
+def _check_stream_options(request: GenerationRequest) -> None:
     options = request.stream_options
     if options is None:
         return

@@ -1,4 +1,4 @@
-"""Bodies of /v1/completions as the client sends and gets them.
+"""What the bodies of all generating endpoints share, as the client sends and gets them.
 
 Checked here: types and ranges that hold for any server. Limits of this server are limits.py's.
 Unknown fields are allowed at the top level, as OpenAI's own clients send them; those that would
@@ -7,8 +7,9 @@ change the text are refused by name (unsupported.py).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
@@ -19,7 +20,7 @@ _LOWEST_TEMPERATURE = 1e-5
 Int64 = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 
 
-def _any_of(expected: str) -> WrapValidator:
+def any_of(expected: str) -> WrapValidator:
     """One problem for a union instead of one for each of its members."""
 
     def validate(value: object, handler: Callable[[object], object]) -> object:
@@ -31,17 +32,10 @@ def _any_of(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-Prompt = Annotated[
-    str | list[str] | list[int] | list[list[int]],
-    _any_of(
-        "a string, a list of strings, a list of token ids or a list of such lists; "
-        "token ids are integers"
-    ),
-]
-Stop = Annotated[str | list[str] | None, _any_of("a string or a list of strings")]
+Stop = Annotated[str | list[str] | None, any_of("a string or a list of strings")]
 Gamma = Annotated[
     Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,
-    _any_of("a positive integer, or a list of one for each model"),
+    any_of("a positive integer, or a list of one for each model"),
 ]
 
 
@@ -80,24 +74,16 @@ class CosOptions(Body):
     )
 
 
-class CompletionRequest(Body):
-    """POST /v1/completions."""
+class GenerationRequest(Body):
+    """What completions and chat completions have in common."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     model: str = Field(description="The served model's name.")
-    prompt: Prompt = Field(description="Text or token ids, one prompt or several.")
-    max_tokens: int | None = Field(
-        None, ge=0, description="16 if null; cut to what the context leaves."
-    )
     min_tokens: int | None = Field(None, ge=0, description="No end of text before so many tokens.")
     n: int | None = Field(None, ge=1, description="Choices for each prompt; 1 if null.")
-    best_of: int | None = Field(None, description="Only null or equal to n.")
     stream: bool | None = Field(None, description="Server-sent events instead of one body.")
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
-    logprobs: int | None = Field(
-        None, ge=0, description="Alternatives to report for each token, its own one besides."
-    )
     temperature: Finite | None = Field(
         None, ge=0, le=2, description="1 if null; 0, and what is below 1e-5, is greedy."
     )
@@ -118,9 +104,6 @@ class CompletionRequest(Body):
     include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string.")
     ignore_eos: bool | None = Field(None, description="End-of-text tokens do not end the text.")
     skip_special_tokens: bool | None = Field(None, description="Leave them out; true if null.")
-    add_special_tokens: bool | None = Field(
-        None, description="Add the tokenizer's own to a text prompt; true if null."
-    )
     seed: Int64 | None = Field(None, description="Same request and seed, same text.")
     user: str | None = Field(None, description="Accepted and ignored.")
     cos: CosOptions | None = Field(None, description="Collaborative decoding of this request.")
@@ -131,6 +114,35 @@ class CompletionRequest(Body):
         temperature = 1.0 if self.temperature is None else float(self.temperature)
         return temperature if temperature >= _LOWEST_TEMPERATURE else 0.0
 
+    @property
+    @abstractmethod
+    def max_new_tokens(self) -> int | None:
+        """Tokens to generate at most; None for all that the context leaves."""
+
+    @property
+    @abstractmethod
+    def length_field(self) -> str:
+        """The field that `max_new_tokens` came from."""
+
+    @property
+    @abstractmethod
+    def num_logprobs(self) -> int | None:
+        """Alternatives to report for each token; None for no log-probabilities."""
+
+    @property
+    @abstractmethod
+    def logprobs_field(self) -> str:
+        """The field that `num_logprobs` came from."""
+
+    @property
+    def has_stray_logprobs(self) -> bool:
+        """Alternatives were asked for, but no log-probabilities."""
+        return False
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
 
 class Usage(BaseModel):
     """Each prompt counts once, whatever n is."""
@@ -138,25 +150,6 @@ class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-
-
-class Logprobs(BaseModel):
-    """Of the combined distribution before temperature and truncation."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]
-
-
-class CompletionChoice(BaseModel):
-    """One text, or one piece of it in a stream."""
-
-    index: int
-    text: str
-    logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"] | None
-    stop_reason: str | int | None = None
 
 
 class CosReport(BaseModel):
@@ -177,13 +170,12 @@ class CosReport(BaseModel):
     preemptions: int
 
 
-class Completion(BaseModel):
-    """The body of a completion, or one chunk of a stream."""
+class ReplyBody(BaseModel):
+    """What every body and every chunk of a stream begins with."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
+    object: str
     created: int
     model: str
-    choices: list[CompletionChoice]
     usage: Usage | None = None
     cos: CosReport | None = None

@@ -1,19 +1,18 @@
-"""From the engine's deltas to what a client gets: choices, usage, the report of decoding."""
+"""From the engine's deltas to the pieces of a reply, its usage and its report of decoding."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, Sequence as Row
 from contextlib import aclosing
-from typing import cast
+from dataclasses import dataclass
+from typing import Literal, cast
 
-from server.api.codec import Codec
 from server.api.decoding import describe_combination
 from server.api.generation import Generation
-from server.api.logprobs import LogprobsWriter, join
-from server.api.protocol import CompletionChoice, CosReport, Usage
+from server.api.protocol import CosReport, Usage
 from server.api.service import Service
-from server.core.output import TokenDelta
+from server.core.output import TokenDelta, TokenLogprob
 from server.core.sequence import SequenceStats
 from server.errors import GenerationFailed
 from server.metrics import RequestObserver
@@ -23,20 +22,41 @@ logger = logging.getLogger(__name__)
 DeltaStream = AsyncGenerator[list[TokenDelta]]
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some of one choice, or all of it.
+
+    Attributes:
+        index: of the choice.
+        text: empty where all of it is held back for now.
+        token_ids: may be more than the text's, or fewer: text is held back, tokens are not.
+        logprobs: one for each token; None where none were asked for.
+        finish_reason: set on the last piece of a choice.
+        stop_reason: the stop string or stop token that ended the text.
+    """
+
+    index: int
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None
+
+
 class Reply:
     """What has come so far for one request."""
 
-    def __init__(self, generation: Generation, codec: Codec) -> None:
+    def __init__(self, generation: Generation) -> None:
         self._generation = generation
         self._indices = {s.id: index for index, s in enumerate(generation.sequences)}
-        self._logprobs = [LogprobsWriter(codec) for _ in generation.sequences]
         self._stats: list[SequenceStats] = []
         self._finish_reasons: set[str] = set()
         self._num_tokens = 0
 
-    def take(self, delta: TokenDelta) -> CompletionChoice:
-        """Count a delta that is no failure, and give it the client's shape."""
-        assert delta.finish_reason not in ("error", "cancelled")
+    def take(self, delta: TokenDelta) -> Piece:
+        """Count a delta that is no failure."""
+        assert delta.finish_reason != "error"
+        assert delta.finish_reason != "cancelled"
         index = self._indices[delta.sequence_id]
         self._num_tokens += len(delta.token_ids)
         if delta.stats is not None:
@@ -44,10 +64,11 @@ class Reply:
         if delta.finish_reason is not None:
             self._finish_reasons.add(delta.finish_reason)
         wants_logprobs = self._generation.sequences[index].params.logprobs is not None
-        return CompletionChoice(
+        return Piece(
             index=index,
             text=delta.text,
-            logprobs=self._logprobs[index].write(delta.logprobs) if wants_logprobs else None,
+            token_ids=delta.token_ids,
+            logprobs=delta.logprobs if wants_logprobs else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
         )
@@ -134,13 +155,15 @@ def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> Non
     )
 
 
-def merge(index: int, parts: Row[CompletionChoice]) -> CompletionChoice:
-    """The whole choice from its pieces."""
-    logprobs = [part.logprobs for part in parts if part.logprobs is not None]
-    return CompletionChoice(
-        index=index,
-        text="".join(part.text for part in parts),
-        logprobs=join(logprobs) if logprobs else None,
-        finish_reason=parts[-1].finish_reason,
-        stop_reason=parts[-1].stop_reason,
+def merge(pieces: Row[Piece]) -> Piece:
+    """The whole choice."""
+    last = pieces[-1]
+    logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
+    return Piece(
+        index=last.index,
+        text="".join(piece.text for piece in pieces),
+        token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
+        logprobs=None if last.logprobs is None else tuple(logprobs),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
     )

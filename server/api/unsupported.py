@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from server.api.protocol import CompletionRequest
+from pydantic import BaseModel
+
+from server.api.chat_protocol import Conversation
 from server.errors import UnsupportedParameter
 
 logger = logging.getLogger(__name__)
@@ -36,8 +38,8 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "ebnf": (),
     "grammar": (),
     "stop_regex": (),
-    "tools": (),
-    "tool_choice": ("none",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
     "functions": (),
     "function_call": ("none",),
     "priority": (0,),
@@ -56,15 +58,29 @@ REFUSED: dict[str, tuple[object, ...]] = {
 }
 
 
-def check_supported(request: CompletionRequest) -> None:
+# With messages only.
+REFUSED_IN_CHAT: dict[str, tuple[object, ...]] = {
+    **REFUSED,
+    "chat_template": (),
+    "documents": ([],),
+    "best_of": (1,),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "mm_processor_kwargs": (),
+}
+
+
+def check_supported(request: BaseModel) -> None:
     """Raises UnsupportedParameter naming the first field that would go unheeded."""
+    refused = REFUSED_IN_CHAT if isinstance(request, Conversation) else REFUSED
     extra = request.model_extra or {}
-    for name in extra.keys() & REFUSED.keys():
+    for name in sorted(extra.keys() & refused.keys()):
         value = extra[name]
-        harmless = any(value == each and type(value) is type(each) for each in REFUSED[name])
+        harmless = any(value == each and type(value) is type(each) for each in refused[name])
         if value is not None and not harmless:
             raise UnsupportedParameter(name)
-    if ignored := sorted(name[:64] for name in extra.keys() - REFUSED.keys()):
+    if ignored := sorted(name[:64] for name in extra.keys() - refused.keys()):
         logger.debug("ignored unknown fields: %s", ", ".join(ignored[:10]))
-    if request.best_of not in (None, request.n or 1):
-        raise UnsupportedParameter("best_of", "must be null or equal to n")

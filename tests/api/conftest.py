@@ -35,6 +35,21 @@ class Live:
         assert response.status_code == 200, response.text
         return parse(response.content)
 
+    def post_chat(self, **body: Any) -> httpx.Response:
+        defaults = {"model": MODEL, "messages": [{"role": "user", "content": "1 2"}]}
+        return self.http.post("/v1/chat/completions", json={**defaults, **body})
+
+    def chat(self, **body: Any) -> dict[str, Any]:
+        response = self.post_chat(**body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def stream_chat(self, **body: Any) -> list[dict[str, Any]]:
+        response = self.post_chat(stream=True, **body)
+        assert response.status_code == 200, response.text
+        return parse(response.content)
+
     def wait_idle(self) -> None:
         wait_until(lambda: self.table.is_idle)
         self.table.engine.scheduler.check_integrity()

@@ -68,13 +68,15 @@ def test_http_metrics_have_bounded_labels(live: Live) -> None:
 
 def test_the_openapi_document(live: Live) -> None:
     document: dict[str, Any] = live.http.get("/openapi.json").json()
-    responses = document["paths"]["/v1/completions"]["post"]["responses"]
-    assert {"200", "400", "404", "413", "429", "500", "503"} <= set(responses)
-    assert "422" not in responses
+    for path in ("/v1/completions", "/v1/chat/completions"):
+        responses = document["paths"][path]["post"]["responses"]
+        assert {"200", "400", "404", "413", "429", "500", "503"} <= set(responses)
+        assert "422" not in responses
     schemas = document["components"]["schemas"]
     assert schemas["ErrorBody"]["required"] == ["message", "type", "param", "code"]
-    for field in schemas["CompletionRequest"]["properties"].values():
-        assert "description" in field
+    for name in ("CompletionRequest", "ChatCompletionRequest"):
+        for field in schemas[name]["properties"].values():
+            assert "description" in field
 
 
 class SlowLoad:

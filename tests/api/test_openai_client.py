@@ -49,6 +49,35 @@ def test_stream(client: openai.OpenAI) -> None:
     assert usage == whole.usage
 
 
+def test_chat(client: openai.OpenAI) -> None:
+    whole = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": [{"type": "text", "text": "1 2"}]}],
+        max_completion_tokens=12,
+        seed=4,
+        logprobs=True,
+        top_logprobs=3,
+    )
+    [choice] = whole.choices
+    assert choice.message.role == "assistant"
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert [len(entry.top_logprobs) for entry in choice.logprobs.content][:1] == [3]
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "1 2"}],
+        max_completion_tokens=12,
+        seed=4,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    deltas = [each.delta for chunk in chunks for each in chunk.choices]
+    assert [delta.role for delta in deltas if delta.role] == ["assistant"]
+    assert "".join(delta.content or "" for delta in deltas) == choice.message.content
+    assert chunks[-1].usage == whole.usage
+
+
 def test_async_streams(live: Live) -> None:
     async def text(client: openai.AsyncOpenAI, seed: int) -> str:
         stream = await client.completions.create(

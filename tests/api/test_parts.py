@@ -7,7 +7,7 @@ import math
 import pytest
 
 from server.api.codec import Codec
-from server.api.logprobs import LogprobsWriter, join
+from server.api.logprobs import LogprobsWriter
 from server.core.output import TokenLogprob
 from server.errors import RequestError
 from tests.support.api import DigitTokenizer, Encoding
@@ -53,7 +53,6 @@ def test_logprobs_are_finite_and_offsets_go_on(codec: Codec) -> None:
     writer = LogprobsWriter(codec)
     first = writer.write([TokenLogprob(1, -math.inf), TokenLogprob(2, 0.0)])
     second = writer.write([TokenLogprob(4, -1.0, ((4, -1.0), (1, -math.inf)))])
-    joined = join([first, second])
-    assert joined.text_offset == [0, 4, 5]
-    assert joined.token_logprobs == [-9999.0, 0.0, -1.0]
-    assert joined.top_logprobs[2] == {" end": -1.0, " the": -9999.0}
+    assert first.text_offset + second.text_offset == [0, 4, 5]
+    assert first.token_logprobs + second.token_logprobs == [-9999.0, 0.0, -1.0]
+    assert second.top_logprobs[0] == {" end": -1.0, " the": -9999.0}

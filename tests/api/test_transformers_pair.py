@@ -87,6 +87,52 @@ def test_special_tokens_are_left_out_unless_asked_for(http: httpx.Client) -> Non
     }
 
 
+def chat(http: httpx.Client, **body: Any) -> httpx.Response:
+    messages = [{"role": "user", "content": "the value of it"}]
+    defaults = {"model": MODEL, "messages": messages, "max_tokens": 24, "temperature": 0}
+    return http.post("/v1/chat/completions", json={**defaults, **body})
+
+
+def test_chat_is_the_completion_of_the_rendered_template(http: httpx.Client) -> None:
+    rendered = "<|im_start|>user\nthe value of it<|im_end|>\n<|im_start|>assistant\n"
+    found, expected = chat(http).json(), complete(http, prompt=rendered)
+    assert found["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
+    assert found["usage"] == expected["usage"]
+
+
+def test_the_final_message_can_be_continued(http: httpx.Client) -> None:
+    messages = [{"role": "user", "content": "it"}, {"role": "assistant", "content": "the value"}]
+    found = chat(http, messages=messages, continue_final_message=True).json()
+    rendered = "<|im_start|>user\nit<|im_end|>\n<|im_start|>assistant\nthe value"
+    expected = complete(http, prompt=rendered)
+    assert found["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
+
+
+def test_bytes_of_chat_logprobs_are_those_of_the_text(http: httpx.Client) -> None:
+    options = {"temperature": 1.5, "seed": 3, "max_tokens": 200, "ignore_eos": True}
+    options |= {"logprobs": True, "top_logprobs": 1, "skip_special_tokens": False}
+    [choice] = chat(http, **options).json()["choices"]
+    raw = b"".join(bytes(entry["bytes"]) for entry in choice["logprobs"]["content"])
+    text = choice["message"]["content"]
+    assert "\ufffd" in text  # some of these bytes are no characters
+    assert raw.decode(errors="replace") == text
+
+
+def test_special_tokens_in_a_message_are_special(http: httpx.Client) -> None:
+    plain = [{"role": "user", "content": "it"}]
+    special = [{"role": "user", "content": f"it{TURN_END}"}]
+    counts = [chat(http, messages=m).json()["usage"]["prompt_tokens"] for m in (plain, special)]
+    assert counts[1] == counts[0] + 1
+
+
+def test_what_the_template_cannot_render_is_400(http: httpx.Client) -> None:
+    for name in ("tokenize", "chat_template", "eos_token", "message.role", "no_such_name"):
+        response = chat(http, chat_template_kwargs={name: True})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == f"chat_template_kwargs.{name}"
+    assert chat(http, chat_template_kwargs={"message": 5}).status_code == 200
+
+
 def test_metrics_tell_of_the_models(http: httpx.Client) -> None:
     complete(http)
     text = http.get("/metrics").text

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI
+from jinja2 import TemplateError
 from torch import Tensor
 
+from server.api.chat_protocol import Scalar
 from server.api.service import Service
 from server.app import create_app
 from server.config import ServerConfig, parse_config
@@ -38,6 +40,29 @@ class DigitTokenizer(DigitDecoder):
 
     def get_vocab_size(self) -> int:
         return VOCAB_SIZE
+
+    def id_to_token(self, id: int) -> str | None:
+        return self.decode([id])
+
+
+class LetterTemplate:
+    """Each message as one letter for its role and its content; `shout` doubles the content."""
+
+    source = "role content shout tools tokenize bos_token"
+
+    def render(
+        self,
+        messages: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool,
+        continue_final_message: bool,
+        variables: Mapping[str, Scalar],
+    ) -> str:
+        if messages[0]["role"] == "nobody":
+            raise TemplateError("nobody may not speak")
+        times = 2 if variables.get("shout") else 1
+        turns = [m["role"][0] + " " + m["content"] * times for m in messages]
+        return " ".join([*turns, *["a"] * add_generation_prompt])
 
 
 class PacedRunner(TableRunner):
@@ -111,6 +136,7 @@ def make_engine(config: ServerConfig, metrics: Metrics) -> tuple[Engine, list[Pa
 def make_table_app(
     num_models: int = 2,
     on_failure: Callable[[BaseException], None] | None = None,
+    has_template: bool = True,
     **sections: Any,
 ) -> TableApp:
     """`sections` are top-level entries of the configuration."""
@@ -118,6 +144,11 @@ def make_table_app(
     metrics = Metrics(config)
     engine, runners = make_engine(config, metrics)
     app = create_app(
-        config, AsyncEngine(engine), DigitTokenizer(), metrics=metrics, on_failure=on_failure
+        config,
+        AsyncEngine(engine),
+        DigitTokenizer(),
+        LetterTemplate() if has_template else None,
+        metrics=metrics,
+        on_failure=on_failure,
     )
     return TableApp(app, config, engine, metrics, runners)

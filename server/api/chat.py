@@ -1,0 +1,103 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence as Row
+
+from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
+
+from server.api.chat_protocol import (
+    ChatChoice,
+    ChatCompletion,
+    ChatCompletionChunk,
+    ChatCompletionRequest,
+    ChatLogprobs,
+    ChatMessage,
+    ChunkChoice,
+    Conversation,
+    Delta,
+)
+from server.api.chat_template import check_conversation, render
+from server.api.codec import Codec
+from server.api.errors import ERROR_RESPONSES
+from server.api.generation import Prompt, make_generation
+from server.api.logprobs import chat_logprobs
+from server.api.reply import Piece
+from server.api.respond import Writer, respond
+from server.api.route import StrictJsonRoute
+from server.api.service import service_of
+
+router = APIRouter(route_class=StrictJsonRoute, tags=["chat"])
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=ERROR_RESPONSES)
+async def create_chat_completion(request: Request, body: ChatCompletionRequest) -> Response:
+    """Reply to a conversation, streamed or at once."""
+    service = service_of(request)
+
+    async def read_prompts() -> list[Prompt]:
+        return [Prompt(await conversation_ids(body, service.codec), "messages")]
+
+    generation = await make_generation(body, service, "chatcmpl", read_prompts)
+    return await respond(request, ChatWriter(body, generation, service), service)
+
+
+async def conversation_ids(conversation: Conversation, codec: Codec) -> list[int]:
+    """Token ids of a rendered conversation; rendered and tokenised off the event loop.
+
+    Raises:
+        RequestError: the template does not take this conversation.
+    """
+    template = check_conversation(conversation, codec.chat_template)
+    adds_special = conversation.add_special_tokens is True  # templates write them themselves
+
+    def encode() -> list[int]:
+        return codec.encode(render(conversation, template), adds_special, "messages")
+
+    return await run_in_threadpool(encode)
+
+
+class ChatWriter(Writer):
+    """Bodies and chunks of one chat completion."""
+
+    endpoint = "chat"
+
+    def whole(self, choices: Row[Piece]) -> ChatCompletion:
+        written = [self._choice(choice) for choice in choices]
+        return ChatCompletion(**self.head, object="chat.completion", choices=written)
+
+    def opening(self) -> Iterable[ChatCompletionChunk]:
+        """Who speaks, for every choice."""
+        for index in range(len(self.generation.sequences)):
+            yield self._chunk([_chunk_choice(index, Delta(role="assistant", content=""))])
+
+    def chunk(self, piece: Piece) -> ChatCompletionChunk:
+        choice = _chunk_choice(piece.index, Delta(content=piece.text), self._logprobs(piece))
+        choice.finish_reason = piece.finish_reason
+        if piece.finish_reason is not None:
+            choice.stop_reason = piece.stop_reason
+        return self._chunk([choice])
+
+    def usage_chunk(self) -> ChatCompletionChunk:
+        return self._chunk([])
+
+    def _chunk(self, choices: list[ChunkChoice]) -> ChatCompletionChunk:
+        return ChatCompletionChunk(**self.head, object="chat.completion.chunk", choices=choices)
+
+    def _choice(self, piece: Piece) -> ChatChoice:
+        assert piece.finish_reason is not None
+        return ChatChoice(
+            index=piece.index,
+            message=ChatMessage(role="assistant", content=piece.text, refusal=None),
+            logprobs=self._logprobs(piece),
+            finish_reason=piece.finish_reason,
+            stop_reason=piece.stop_reason,
+        )
+
+    def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
+        return None if piece.logprobs is None else chat_logprobs(piece.logprobs, self.codec)
+
+
+def _chunk_choice(index: int, delta: Delta, logprobs: ChatLogprobs | None = None) -> ChunkChoice:
+    return ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=None)

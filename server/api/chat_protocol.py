@@ -1,0 +1,178 @@
+"""Bodies of /v1/chat/completions as the client sends and gets them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
+
+from server.api.protocol import Body, Finite, GenerationRequest, ReplyBody, any_of
+
+Scalar = Annotated[
+    StrictBool | StrictInt | Finite | str | None, any_of("a string, a number, a boolean or null")
+]
+
+
+class TextPart(Body):
+    """One text among the parts of a message."""
+
+    type: Literal["text"] = Field(description="Parts of any other type are refused.")
+    text: str
+
+
+def _content_kind(content: object) -> str | None:
+    if isinstance(content, str):
+        return "string"
+    return "parts" if isinstance(content, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("string")] | Annotated[list[TextPart], Tag("parts")],
+    Discriminator(
+        _content_kind,
+        custom_error_type="content_type",
+        custom_error_message="Input should be a string or a list of text parts",
+    ),
+]
+
+
+class Message(Body):
+    """One turn of a conversation."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    role: str = Field(min_length=1, description="Any that the chat template takes.")
+    content: Content = Field(description="Text; parts are joined by line breaks.")
+    name: str | None = Field(None, description="Of the speaker, for templates that read it.")
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "\n".join(part.text for part in self.content)
+
+
+class Conversation(Body):
+    """Messages, and how the expert's chat template turns them into a prompt."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    messages: list[Message] = Field(min_length=1, description="The conversation so far.")
+    add_generation_prompt: bool | None = Field(
+        None, description="Open the reply's turn; true if null, unless the last one is continued."
+    )
+    continue_final_message: bool | None = Field(
+        None, description="Leave the last message's turn open; not with add_generation_prompt."
+    )
+    chat_template_kwargs: dict[str, Scalar] | None = Field(
+        None, description="Variables that the chat template reads; plain values only."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Add the tokenizer's own to the rendered text; false if null."
+    )
+
+
+class ChatCompletionRequest(GenerationRequest, Conversation):
+    """POST /v1/chat/completions."""
+
+    max_completion_tokens: int | None = Field(
+        None, ge=0, description="All that the context leaves if null; cut to that otherwise."
+    )
+    max_tokens: int | None = Field(
+        None, ge=0, description="The older name; max_completion_tokens wins."
+    )
+    logprobs: bool | None = Field(None, description="Report log-probabilities.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=20, description="Alternatives for each token; needs logprobs."
+    )
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        newer = self.max_completion_tokens
+        return self.max_tokens if newer is None else newer
+
+    @property
+    def length_field(self) -> str:
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def logprobs_field(self) -> str:
+        return "top_logprobs"
+
+    @property
+    def has_stray_logprobs(self) -> bool:
+        return self.top_logprobs is not None and not self.logprobs
+
+
+class TokenTop(BaseModel):
+    """One token and its log-probability under the combined distribution."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenScore(TokenTop):
+    """A generated token, and the most probable ones at its place."""
+
+    top_logprobs: list[TokenTop]
+
+
+class ChatLogprobs(BaseModel):
+    """Of the combined distribution before temperature and truncation."""
+
+    content: list[TokenScore]
+    refusal: None
+
+
+class ChatMessage(BaseModel):
+    """The reply."""
+
+    role: Literal["assistant"]
+    content: str
+    refusal: None
+
+
+class ChatChoice(BaseModel):
+    """One reply."""
+
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+
+
+class ChatCompletion(ReplyBody):
+    """The body of a chat completion."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Delta(BaseModel):
+    """A piece of a reply; the first one of a choice has its role."""
+
+    role: Literal["assistant"] | None = None
+    content: str
+
+
+class ChunkChoice(BaseModel):
+    """A piece of one choice."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = None
+
+
+class ChatCompletionChunk(ReplyBody):
+    """One event of a stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChunkChoice]

@@ -1,0 +1,82 @@
+"""Bodies of /v1/completions as the client sends and gets them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from server.api.protocol import GenerationRequest, ReplyBody, any_of
+
+DEFAULT_MAX_TOKENS = 16
+
+Prompt = Annotated[
+    str | list[str] | list[int] | list[list[int]],
+    any_of(
+        "a string, a list of strings, a list of token ids or a list of such lists; "
+        "token ids are integers"
+    ),
+]
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions."""
+
+    prompt: Prompt = Field(description="Text or token ids, one prompt or several.")
+    max_tokens: int | None = Field(
+        None, ge=0, description="16 if null; cut to what the context leaves."
+    )
+    best_of: int | None = Field(None, description="Only null or equal to n.")
+    logprobs: int | None = Field(
+        None, ge=0, description="Alternatives to report for each token, its own one besides."
+    )
+    add_special_tokens: bool | None = Field(
+        None, description="Add the tokenizer's own to a text prompt; true if null."
+    )
+
+    @property
+    def max_new_tokens(self) -> int:
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def length_field(self) -> str:
+        return "max_tokens"
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def logprobs_field(self) -> str:
+        return "logprobs"
+
+    @property
+    def num_prompts(self) -> int:
+        is_one = isinstance(self.prompt, str) or (self.prompt and isinstance(self.prompt[0], int))
+        return 1 if is_one else len(self.prompt)
+
+
+class Logprobs(BaseModel):
+    """Of the combined distribution before temperature and truncation."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class CompletionChoice(BaseModel):
+    """One text, or one piece of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: Logprobs | None
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = None
+
+
+class Completion(ReplyBody):
+    """The body of a completion, or one chunk of a stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]

@@ -1,0 +1,150 @@
+"""Answers an accepted request, whole or as a stream, in whatever shape its endpoint writes."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Iterable, Sequence as Row
+from contextlib import aclosing
+from typing import Any, ClassVar
+
+from fastapi import Request, Response
+
+from server.api.disconnect import ClientDisconnected, while_connected
+from server.api.errors import describe
+from server.api.generation import Generation
+from server.api.protocol import GenerationRequest, ReplyBody, StreamOptions
+from server.api.reply import DeltaStream, Piece, Reply, decode, merge
+from server.api.service import Service
+from server.api.sse import DONE, EventStream, event
+from server.core.output import TokenDelta
+from server.errors import EngineError
+
+logger = logging.getLogger(__name__)
+
+_CLIENT_GONE = 499  # nobody reads it; it tells such requests apart in the metrics
+
+
+class Writer(ABC):
+    """Bodies and chunks of one reply."""
+
+    endpoint: ClassVar[str]  # as the metrics name it
+
+    def __init__(
+        self, request: GenerationRequest, generation: Generation, service: Service
+    ) -> None:
+        self.request = request
+        self.generation = generation
+        self.codec = service.codec
+        self.head: dict[str, Any] = {
+            "id": generation.id,
+            "created": generation.created,
+            "model": service.config.served_model_name,
+        }
+
+    @abstractmethod
+    def whole(self, choices: Row[Piece]) -> ReplyBody:
+        """The body of a reply that is no stream, but for usage and report."""
+
+    @abstractmethod
+    def chunk(self, piece: Piece) -> ReplyBody:
+        """One event of a stream."""
+
+    @abstractmethod
+    def usage_chunk(self) -> ReplyBody:
+        """The event without choices that carries usage and report."""
+
+    def opening(self) -> Iterable[ReplyBody]:
+        """Events before the first piece."""
+        return ()
+
+    def is_silent(self, piece: Piece) -> bool:
+        """Whether a piece has nothing to tell yet: its text is held back."""
+        return not (piece.text or piece.finish_reason or piece.logprobs)
+
+
+async def respond(request: Request, writer: Writer, service: Service) -> Response:
+    """Decode, and answer whole or in events; an early error is an exception, a late one an event.
+
+    Raises:
+        EngineError: nothing was generated.
+    """
+    reply = Reply(writer.generation)
+    deltas = decode(writer.generation, reply, service, writer.endpoint)
+    try:
+        if not writer.request.stream:
+            return await while_connected(request, _whole(deltas, reply, writer))
+        # Waiting for the first tokens before answering 200: early errors are real statuses.
+        first = await while_connected(request, _first(deltas))
+    except ClientDisconnected:
+        return Response(status_code=_CLIENT_GONE)
+    events = _events(first, deltas, reply, writer)
+    return EventStream(events, deltas.aclose, service.config.http.ping_seconds)
+
+
+async def _whole(deltas: DeltaStream, reply: Reply, writer: Writer) -> Response:
+    pieces: list[list[Piece]] = [[] for _ in writer.generation.sequences]
+    async with aclosing(deltas):
+        async for batch in deltas:
+            for delta in batch:
+                piece = reply.take(delta)
+                pieces[piece.index].append(piece)
+    body = writer.whole([merge(each) for each in pieces])
+    body.usage, body.cos = reply.usage(), reply.report()
+    # Fields that were not asked for stay out.
+    return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
+
+
+async def _first(deltas: DeltaStream) -> list[TokenDelta]:
+    return await anext(deltas)
+
+
+async def _events(
+    first: list[TokenDelta], deltas: DeltaStream, reply: Reply, writer: Writer
+) -> AsyncGenerator[bytes]:
+    events = _Events(reply, writer)
+    try:
+        yield events.opening() + events.of(first)
+        async for batch in deltas:
+            if encoded := events.of(batch):
+                yield encoded
+        yield events.usage()
+    except Exception as error:
+        if not isinstance(error, EngineError):
+            logger.exception("%s failed", reply.id)
+        yield event(describe(error)[1])
+    yield DONE
+
+
+class _Events:
+    """Encoded chunks of one stream, with usage where its options ask for it."""
+
+    def __init__(self, reply: Reply, writer: Writer) -> None:
+        self._reply = reply
+        self._writer = writer
+        self._options = writer.request.stream_options or StreamOptions()
+
+    def opening(self) -> bytes:
+        return b"".join(map(self._encode, self._writer.opening()))
+
+    def of(self, batch: Iterable[TokenDelta]) -> bytes:
+        encoded = []
+        for delta in batch:
+            piece = self._reply.take(delta)
+            if not self._writer.is_silent(piece):
+                encoded.append(self._encode(self._writer.chunk(piece)))
+        return b"".join(encoded)
+
+    def usage(self) -> bytes:
+        """Empty where it was not asked for."""
+        if not self._options.include_usage:
+            return b""
+        chunk = self._writer.usage_chunk()
+        chunk.usage, chunk.cos = self._reply.usage(), self._reply.report()
+        return event(chunk)
+
+    def _encode(self, chunk: ReplyBody) -> bytes:
+        if self._options.include_usage:
+            # null in every chunk but the last, unless asked for: as OpenAI's document has it.
+            chunk.usage = self._reply.usage() if self._options.continuous_usage_stats else None
+        return event(chunk)
