@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ from typing import TypeVar
 from fastapi import FastAPI
 
 from server import __version__
-from server.api import chat, completions, health, models
+from server.api import chat, completions, health, models, tokenizing
 from server.api.chat_template import ChatTemplate, TemplatedTokenizer, TokenizerTemplate
 from server.api.codec import Codec, Tokenizer
 from server.api.decoding import make_combination
@@ -54,6 +54,7 @@ class Parts:
     tokenizer: Tokenizer
     vocab_size: int
     chat_template: ChatTemplate | None = None
+    special_tokens: Mapping[str, str] | None = None
 
 
 Load = Callable[[], Parts]
@@ -99,7 +100,7 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for module in (completions, chat, models, health):
+    for module in (completions, chat, tokenizing, models, health):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one added is the outermost.
@@ -152,7 +153,11 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
             engine.baseline = baseline
             metrics.speedup.calibrated(baseline)
     return Parts(
-        AsyncEngine(engine), tokenizer, loaded.vocab_size, _chat_template(loaded.tokenizer)
+        AsyncEngine(engine),
+        tokenizer,
+        loaded.vocab_size,
+        _chat_template(loaded.tokenizer),
+        loaded.tokenizer.special_tokens_map,
     )
 
 
@@ -190,7 +195,9 @@ class _Life:
         """Load, open, watch."""
         try:
             parts = await _in_daemon_thread(self._load)
-            codec = Codec(parts.tokenizer, parts.vocab_size, parts.chat_template)
+            codec = Codec(
+                parts.tokenizer, parts.vocab_size, parts.chat_template, parts.special_tokens
+            )
         except Exception as error:
             if not isinstance(error, CosError):
                 logger.exception("loading failed")

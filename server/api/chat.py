@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence as Row
 
 from fastapi import APIRouter, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from server.api.chat_protocol import (
     ChatChoice,
@@ -15,11 +14,9 @@ from server.api.chat_protocol import (
     ChatLogprobs,
     ChatMessage,
     ChunkChoice,
-    Conversation,
     Delta,
 )
-from server.api.chat_template import check_conversation, render
-from server.api.codec import Codec
+from server.api.conversation import conversation_ids
 from server.api.errors import ERROR_RESPONSES
 from server.api.generation import Prompt, make_generation
 from server.api.logprobs import chat_logprobs
@@ -41,21 +38,6 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
 
     generation = await make_generation(body, service, "chatcmpl", read_prompts)
     return await respond(request, ChatWriter(body, generation, service), service)
-
-
-async def conversation_ids(conversation: Conversation, codec: Codec) -> list[int]:
-    """Token ids of a rendered conversation; rendered and tokenised off the event loop.
-
-    Raises:
-        RequestError: the template does not take this conversation.
-    """
-    template = check_conversation(conversation, codec.chat_template)
-    adds_special = conversation.add_special_tokens is True  # templates write them themselves
-
-    def encode() -> list[int]:
-        return codec.encode(render(conversation, template), adds_special, "messages")
-
-    return await run_in_threadpool(encode)
 
 
 class ChatWriter(Writer):

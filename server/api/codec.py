@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Protocol
 
@@ -36,15 +37,21 @@ class Codec:
     """The expert's tokenizer and chat template, and the vocabulary that all models share."""
 
     def __init__(
-        self, tokenizer: Tokenizer, vocab_size: int, chat_template: ChatTemplate | None = None
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        chat_template: ChatTemplate | None = None,
+        special_tokens: Mapping[str, str] | None = None,
     ) -> None:
+        """`special_tokens` are by role, as in eos_token."""
         self.vocab_size = vocab_size
         self.chat_template = chat_template
+        self.special_tokens = special_tokens or {}
         self._tokenizer = tokenizer
         # Decoded after some other token, a token keeps the leading space that decoders of the
         # sentencepiece family drop at the start of a text.
         self._anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
-        self._anchor_text = self._decode(self._anchor)
+        self._anchor_text = self.decode(self._anchor)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
     def encode(self, text: str, add_special_tokens: bool, param: str = "prompt") -> list[int]:
@@ -64,12 +71,16 @@ class Codec:
                     param=param,
                 )
 
+    def vocabulary_entry(self, token_id: int) -> str:
+        """A token as the vocabulary writes it."""
+        return self._tokenizer.id_to_token(token_id) or ""
+
     def token_bytes(self, token_id: int) -> bytes:
         """Its own bytes, where it is only a part of a character too."""
         text = self.token_text(token_id)
         if _REPLACEMENT not in text:
             return text.encode()
-        token = self._tokenizer.id_to_token(token_id) or ""
+        token = self.vocabulary_entry(token_id)
         if match := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         alphabet = _byte_alphabet()
@@ -78,9 +89,10 @@ class Codec:
         return text.encode()
 
     def _token_text(self, token_id: int) -> str:
-        return self._decode([*self._anchor, token_id])[len(self._anchor_text) :]
+        return self.decode([*self._anchor, token_id])[len(self._anchor_text) :]
 
-    def _decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> str:
+        """Special tokens included."""
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 

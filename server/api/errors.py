@@ -186,7 +186,9 @@ def _shown(value: object) -> str:
 
 
 # Tags that pydantic puts into the path of a union's problem; no field of the request.
-_TAGS = frozenset({"weighted", "contrastive", "linear", "string", "parts"})
+_TAGS = frozenset(
+    {"weighted", "contrastive", "linear", "string", "parts", "of_prompt", "of_messages"}
+)
 
 
 def _path(location: Sequence[int | str]) -> str:

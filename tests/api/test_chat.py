@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.chat_template import MAX_MESSAGES
+from server.api.conversation import MAX_MESSAGES
 from server.api.unsupported import REFUSED_IN_CHAT
 from tests.api.conftest import Live
 from tests.api.test_errors import error_of

@@ -46,7 +46,7 @@ def test_metrics_are_valid_and_not_redirected(live: Live) -> None:
     assert response.status_code == 200
     assert response.headers["content-type"].startswith("text/plain; version=0.0.4")
     families = list(text_string_to_metric_families(response.text))
-    assert all(family.name.startswith("cos_") for family in families)
+    assert all(family.name.startswith(("cos_", "process_", "python_")) for family in families)
 
 
 def test_http_metrics_have_bounded_labels(live: Live) -> None:

@@ -12,7 +12,7 @@ from server.app import create_app
 from server.config import parse_config
 from tests.support.live_server import run_server
 from tests.support.sse import parse, texts
-from tests.support.tiny_models import MAX_LENGTH, TURN_END, VOCAB_SIZE, make_pair
+from tests.support.tiny_models import CHAT_TEMPLATE, MAX_LENGTH, TURN_END, VOCAB_SIZE, make_pair
 
 MODEL = "org/tiny"
 PROMPT = "def value(self): return number"
@@ -131,6 +131,30 @@ def test_what_the_template_cannot_render_is_400(http: httpx.Client) -> None:
         assert response.status_code == 400
         assert response.json()["error"]["param"] == f"chat_template_kwargs.{name}"
     assert chat(http, chat_template_kwargs={"message": 5}).status_code == 200
+
+
+def test_tokens_of_a_text_and_of_a_conversation(http: httpx.Client) -> None:
+    text = "the value ßü 世"
+    found = http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+    assert found["count"] == len(found["tokens"]) == len(found["token_strs"])
+    assert "".join(found["token_strs"]).startswith("theĠvalueĠ")
+    assert http.post("/detokenize", json={"tokens": found["tokens"]}).json() == {"prompt": text}
+    messages = [{"role": "user", "content": text}]
+    ids = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    rendered = http.post("/detokenize", json={"tokens": ids}).json()["prompt"]
+    assert rendered == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+    assert chat(http, messages=messages).json()["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_tokenizer_info(http: httpx.Client) -> None:
+    assert http.get("/tokenizer_info").json() == {
+        "vocab_size": VOCAB_SIZE,
+        "bos_token": None,
+        "eos_token": TURN_END,
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "chat_template": CHAT_TEMPLATE,
+    }
 
 
 def test_metrics_tell_of_the_models(http: httpx.Client) -> None:

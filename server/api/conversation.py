@@ -1,0 +1,176 @@
+"""A request's conversation to a prompt: checked, rendered by the chat template, tokenised."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+
+from jinja2 import TemplateError
+from starlette.concurrency import run_in_threadpool
+
+from server.api.chat_protocol import Conversation, Scalar
+from server.api.chat_template import ChatTemplate
+from server.api.codec import Codec
+from server.errors import RequestError, UnsupportedParameter
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGES = 4096
+MAX_VARIABLES = 16
+_MAX_REASON_CHARS = 200
+_IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+# Arguments of the renderer and names it defines itself; special tokens are told by their ending.
+_RESERVED = frozenset(
+    {
+        "add_generation_prompt",
+        "chat_template",
+        "continue_final_message",
+        "conversation",
+        "conversations",
+        "cycler",
+        "dict",
+        "documents",
+        "joiner",
+        "lipsum",
+        "loop",
+        "max_length",
+        "messages",
+        "namespace",
+        "padding",
+        "raise_exception",
+        "range",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "sanitize_control_tokens",
+        "self",
+        "strftime_now",
+        "tokenize",
+        "tokenizer_kwargs",
+        "tools",
+        "truncation",
+    }
+)
+# Field of a message to the values that say nothing; null always does.
+_REFUSED_IN_MESSAGES: dict[str, tuple[object, ...]] = {
+    "tool_calls": ([],),
+    "tool_call_id": (),
+    "function_call": (),
+    "audio": (),
+    "reasoning": ("",),
+    "reasoning_content": ("",),
+    "thinking": ("",),
+}
+
+
+async def conversation_ids(conversation: Conversation, codec: Codec) -> list[int]:
+    """Token ids of a rendered conversation; rendered and tokenised off the event loop.
+
+    Raises:
+        RequestError: the template does not take this conversation.
+    """
+    template = _check(conversation, codec.chat_template)
+    adds_special = conversation.add_special_tokens is True  # templates write them themselves
+
+    def encode() -> list[int]:
+        return codec.encode(_render(conversation, template), adds_special, "messages")
+
+    return await run_in_threadpool(encode)
+
+
+def _check(conversation: Conversation, template: ChatTemplate | None) -> ChatTemplate:
+    """The template, once all that can be told without rendering is in order.
+
+    Raises:
+        RequestError: this server has no template, or the conversation asks for what it cannot do.
+    """
+    if template is None:
+        raise RequestError(
+            "the served model has no chat template; send text to /v1/completions",
+            param="messages",
+            code="no_chat_template",
+        )
+    count = len(conversation.messages)
+    if count > MAX_MESSAGES:
+        raise RequestError(
+            f"messages: {count} is above this server's limit {MAX_MESSAGES}", param="messages"
+        )
+    for index, message in enumerate(conversation.messages):
+        _check_message(message.model_extra or {}, f"messages.{index}")
+    if conversation.continue_final_message and conversation.add_generation_prompt:
+        raise RequestError(
+            "continue_final_message and add_generation_prompt exclude one another",
+            param="continue_final_message",
+        )
+    _check_variables(conversation.chat_template_kwargs or {}, template.source)
+    return template
+
+
+def _render(conversation: Conversation, template: ChatTemplate) -> str:
+    """Slow for long conversations: not for the event loop.
+
+    Raises:
+        RequestError: the template does not take this conversation.
+    """
+    continues = bool(conversation.continue_final_message)
+    opens = not continues and conversation.add_generation_prompt is not False
+    messages = [
+        {"role": message.role, "content": message.text}
+        | ({} if message.name is None else {"name": message.name})
+        for message in conversation.messages
+    ]
+    try:
+        return template.render(
+            messages,
+            add_generation_prompt=opens,
+            continue_final_message=continues,
+            variables=conversation.chat_template_kwargs or {},
+        )
+    except TemplateError as error:
+        # Written for users: templates raise it over roles they do not know, and the like.
+        reason = str(error)[:_MAX_REASON_CHARS]
+        raise RequestError(
+            f"messages: the chat template says: {reason}", param="messages"
+        ) from error
+    except Exception as error:
+        # Whatever else a template stumbles over came with the request.
+        logger.debug("the chat template failed", exc_info=True)
+        raise RequestError(
+            f"messages: the chat template cannot render them ({type(error).__name__})",
+            param="messages",
+        ) from error
+
+
+def _check_message(extra: Mapping[str, object], where: str) -> None:
+    for name in sorted(extra.keys() & _REFUSED_IN_MESSAGES.keys()):
+        if extra[name] is not None and extra[name] not in _REFUSED_IN_MESSAGES[name]:
+            raise UnsupportedParameter(f"{where}.{name}")
+
+
+def _check_variables(variables: Mapping[str, Scalar], source: str) -> None:
+    if len(variables) > MAX_VARIABLES:
+        raise RequestError(
+            f"chat_template_kwargs: {len(variables)} entries, the limit is {MAX_VARIABLES}",
+            param="chat_template_kwargs",
+        )
+    for name in variables:
+        if not _may_set(name, source):
+            shown = name[:64]
+            raise RequestError(
+                f"chat_template_kwargs.{shown}: the served model's chat template has no such "
+                "variable for requests to set",
+                param=f"chat_template_kwargs.{shown}",
+            )
+
+
+def _may_set(name: str, source: str) -> bool:
+    is_reserved = name in _RESERVED or name.startswith("_") or name.endswith(("_token", "_tokens"))
+    return not is_reserved and name in _mentioned(source)
+
+
+@lru_cache(maxsize=4)
+def _mentioned(source: str) -> frozenset[str]:
+    """Every identifier of a template; more than its free variables, which does no harm."""
+    return frozenset(_IDENTIFIER.findall(source))
