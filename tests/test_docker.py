@@ -32,14 +32,31 @@ def services() -> dict[str, Any]:
     return found
 
 
-def exported_metrics() -> set[str]:
-    """Names as they are scraped, all series of an app with an engine."""
+def all_metrics() -> Metrics:
+    """Those of an app with a calibrated engine."""
     metrics = Metrics(load_config(ROOT / "configs" / "default.yaml"))
     metrics.engine.watch(lambda: 0, lambda: 0)
     metrics.engine.watch_pages(lambda: (0, 0), (1, 1), (1, 1))
     metrics.engine.watch_phase(lambda: "ready")
     metrics.speedup.calibrated(Baseline((1,), ((1.0,), (1.0,)), (1.0,)))
-    described = re.findall(r"^# TYPE (\S+) (\S+)$", metrics.render().decode(), re.MULTILINE)
+    metrics.http.observe("/ready", "GET", 200, 0.1)
+    return metrics
+
+
+def described_metrics() -> dict[str, set[str]]:
+    """Labels by name, for all of this project's own."""
+    found: dict[str, set[str]] = {}
+    for family in all_metrics().registry.collect():
+        if not family.name.startswith("cos_"):
+            continue
+        name = family.name + {"counter": "_total", "info": "_info"}.get(family.type, "")
+        found[name] = {label for sample in family.samples for label in sample.labels} - {"le"}
+    return found
+
+
+def exported_metrics() -> set[str]:
+    """Names as they are scraped."""
+    described = re.findall(r"^# TYPE (\S+) (\S+)$", all_metrics().render().decode(), re.MULTILINE)
     names = {name for name, kind in described if kind != "histogram"}
     histograms = {name for name, kind in described if kind == "histogram"}
     return names | {name + suffix for name in histograms for suffix in _SAMPLE_SUFFIXES}

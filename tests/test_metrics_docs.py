@@ -1,0 +1,36 @@
+"""docs/metrics.md and the code tell of the same series."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.test_docker import ROOT, described_metrics, exported_metrics, queried_metrics
+
+ROWS = re.findall(
+    r"^\| `(\w+)` \|(.*?) \| (.*?) \| (.*?) \|$",
+    (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def test_every_metric_has_one_row() -> None:
+    names = [name for name, *_ in ROWS]
+    assert len(names) == len(set(names))
+    assert set(names) == set(described_metrics())
+
+
+def test_labels_are_those_of_the_code() -> None:
+    labels = described_metrics()
+    for name, listed, *_ in ROWS:
+        assert set(filter(None, listed.strip().split(", "))) == labels[name], name
+
+
+@pytest.mark.parametrize(("name", "query"), [(name, query) for name, _, _, query in ROWS])
+def test_its_query_asks_for_it(name: str, query: str) -> None:
+    if query == "see above":
+        return
+    queried = queried_metrics(query.strip("`"))
+    assert any(each.startswith(name) for each in queried)
+    assert queried <= exported_metrics()
