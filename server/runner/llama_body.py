@@ -85,9 +85,9 @@ class LlamaBody:
         self._frequencies: Tensor = rotary.inv_freq.float()
         self._rope_scale = float(rotary.attention_scaling)
         self._norm = _Norm(body.norm.weight, body.norm.variance_epsilon)
-        self._layers = []
+        self._layers: list[_Layer] = []
         while len(body.layers):
-            self._layers.append(_Layer(body.layers[0], keep))
+            self._layers.append(_Layer(len(self._layers), body.layers[0], keep))
             del body.layers[0]
         self._head = keep(parts.lm_head)
         self._embed = pack_embedding(body.embed_tokens) if packed else body.embed_tokens
@@ -96,10 +96,12 @@ class LlamaBody:
     def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
         """Logits [num_kept, rows of the head] float32."""
         x: Tensor = self._embed(plan.token_ids[0])
-        cos, sin = self._rope(plan.position_ids[0])
+        rope = self._rope(plan.position_ids[0])
+        last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
-            x = layer(index, x, cos, sin, attention)
-        return self._head(self._norm(x.index_select(0, plan.keep)))
+            # Of other rows than the kept ones, the last layer has to leave keys and values only.
+            x = layer(x, rope, attention, plan.keep if index == last else None)
+        return self._head(self._norm(x))
 
     def _packed(self, linear: nn.Linear) -> Linear:
         module: nn.Module = pack_linear(linear, self.packing)
@@ -138,8 +140,9 @@ class _Norm:
 class _Layer:
     """One decoder layer; x is [T, hidden]."""
 
-    def __init__(self, layer: Any, keep: Callable[[nn.Linear], Linear]) -> None:
+    def __init__(self, index: int, layer: Any, keep: Callable[[nn.Linear], Linear]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self._index = index
         self._head_dim: int = attention.head_dim
         num_heads = attention.q_proj.out_features // self._head_dim
         num_kv_heads = attention.k_proj.out_features // self._head_dim
@@ -167,15 +170,21 @@ class _Layer:
         return _Norm(torch.cat(rows), attention.q_norm.variance_epsilon)
 
     def __call__(
-        self, index: int, x: Tensor, cos: Tensor, sin: Tensor, attention: PagedAttention
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attention: PagedAttention,
+        keep: Tensor | None,
     ) -> Tensor:
-        """Changes `x` in place."""
+        """Rows `keep` (None: all) of the layer's output; changes `x` in place."""
         heads = self._qkv(self._attention_norm(x)).view(len(x), -1, self._head_dim)
         rotated, values = heads.split(self._rotated_and_values, 1)
         if self._head_norm is not None:
             rotated = self._head_norm(rotated)
-        queries, keys = _rotate(rotated, cos, sin).split(self._queries_and_keys, 1)
-        attended = attention.attend(index, queries, keys, values, self._style)
+        queries, keys = _rotate(rotated, *rope).split(self._queries_and_keys, 1)
+        attended = attention.attend(self._index, queries, keys, values, self._style)
+        if keep is not None:
+            x, attended = x.index_select(0, keep), attended.index_select(0, keep)
         x += self._out(attended.flatten(1))
         gate, up = self._gate_up(self._mlp_norm(x)).split(self._mlp_size, -1)
         x += self._down(F.silu(gate).mul_(up))
