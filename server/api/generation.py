@@ -71,7 +71,7 @@ async def make_generation(
     service.check_model(request.model)
     check_supported(request)
     check_limits(request, service.config)
-    check_vocabulary(request, service.codec)
+    check_vocabulary(request, service.codec, service.engine.eos_token_ids)
     decoding = service.decoding.resolve(request)
     prompts = await read_prompts()
     for prompt in prompts:

@@ -31,13 +31,34 @@ def check_limits(request: GenerationRequest, config: ServerConfig) -> None:
     _check_stream_options(request)
 
 
-def check_vocabulary(request: GenerationRequest, codec: Codec) -> None:
-    """Token ids against the vocabulary that all models share."""
+def check_vocabulary(
+    request: GenerationRequest, codec: Codec, eos_token_ids: frozenset[int]
+) -> None:
+    """Token ids against the vocabulary that all models share, and against one another."""
     codec.check_ids(request.stop_token_ids or [], "stop_token_ids")
     codec.check_ids(request.allowed_token_ids or [], "allowed_token_ids")
     codec.check_ids([token_id for token_id, _ in logit_bias(request)], "logit_bias")
     if request.allowed_token_ids == []:
         raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
+    _check_possible(request, codec.vocab_size, eos_token_ids)
+
+
+def _check_possible(
+    request: GenerationRequest, vocab_size: int, eos_token_ids: frozenset[int]
+) -> None:
+    """Before min_tokens, tokens that end the text are banned: others must be left."""
+    if not request.min_tokens:
+        return
+    ends = set() if request.ignore_eos else set(eos_token_ids)
+    ends |= set(request.stop_token_ids or ())
+    allowed = request.allowed_token_ids
+    if ends.issuperset(range(vocab_size) if allowed is None else allowed):
+        field = "stop_token_ids" if allowed is None else "allowed_token_ids"
+        raise RequestError(
+            f"{field}: every token that may be generated ends the text, "
+            f"but min_tokens is {request.min_tokens}",
+            param=field,
+        )
 
 
 def check_prompt(token_ids: list[int], max_length: int, param: str) -> None:

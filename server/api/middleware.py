@@ -11,6 +11,7 @@ from collections.abc import Callable
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server import logs
 from server.api.errors import describe, envelope, error_response
 from server.metrics import HttpMetrics
 
@@ -41,7 +42,11 @@ class RequestIdMiddleware:
                 MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        token = logs.request_id.set(request_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            logs.request_id.reset(token)
 
 
 class CatchAllMiddleware:

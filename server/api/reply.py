@@ -6,7 +6,7 @@ import logging
 from collections.abc import AsyncGenerator, Sequence as Row
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 from server.api.decoding import describe_combination
 from server.api.generation import Generation
@@ -129,7 +129,7 @@ async def decode(
     observed = service.metrics.request(endpoint, generation.num_prompt_tokens)
     try:
         with observed:
-            stream = cast(DeltaStream, service.engine.stream(generation.sequences))
+            stream = service.engine.stream(generation.sequences)
             async with aclosing(stream):
                 async for deltas in stream:
                     for delta in deltas:
@@ -144,7 +144,19 @@ async def decode(
 
 def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> None:
     """One line for each request; never its text."""
-    usage = reply.usage()
+    usage, report = reply.usage(), reply.report()
+    fields = {
+        "id": completion_id,
+        "endpoint": observed.endpoint,
+        "reason": observed.reason,
+        "strategy": report.strategy,
+        "prompt_tokens": usage.prompt_tokens,
+        "generated_tokens": usage.completion_tokens,
+        "seconds": observed.seconds,
+        "first_token_seconds": observed.first_token_seconds,
+        "proposed": report.proposed,
+        "accepted": report.accepted,
+    }
     logger.info(
         "%s %s: %d prompt and %d generated tokens in %.2f s",
         completion_id,
@@ -152,6 +164,7 @@ def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> Non
         usage.prompt_tokens,
         usage.completion_tokens,
         observed.seconds,
+        extra={"fields": fields},
     )
 
 

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence as Row
+from collections.abc import AsyncGenerator, Callable, Sequence as Row
 from functools import partial
 
 from server.core.output import TokenDelta
@@ -62,6 +62,11 @@ class AsyncEngine:
         return self._engine.max_length
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text by themselves."""
+        return self._engine.eos_token_ids
+
+    @property
     def is_ready(self) -> bool:
         """Takes new work."""
         return self._thread is not None and not self._draining and self.error is None
@@ -107,7 +112,7 @@ class AsyncEngine:
         """Return when the engine thread has failed; `error` says why."""
         await self._dead.wait()
 
-    async def stream(self, sequences: Row[Sequence]) -> AsyncIterator[list[TokenDelta]]:
+    async def stream(self, sequences: Row[Sequence]) -> AsyncGenerator[list[TokenDelta]]:
         """Decode all sequences of a request.
 
         Yields:

@@ -69,7 +69,7 @@ class Engine:
         self.vocab_size = runners[0].vocab_size
         self.max_length = min(runner.max_length for runner in runners)
         self._decoder = decoder
-        self._eos = eos_token_ids
+        self.eos_token_ids = eos_token_ids
         strategies = Strategies(SharedCoins(coin_seed))
         scores = ScoreStore(
             limits.max_sequences,
@@ -170,7 +170,7 @@ class Engine:
             if generated + count > params.min_tokens:
                 if token_id in params.stop_token_ids:
                     return _End(count, "stop", token_id)
-                if token_id in self._eos and not params.ignore_eos:
+                if token_id in self.eos_token_ids and not params.ignore_eos:
                     return _End(count, "stop")
             if generated + count == params.max_tokens:
                 return _End(count, "length")

@@ -102,6 +102,19 @@ def test_allowed_token_ids(live: Live) -> None:
     assert set(body["choices"][0]["text"].split()) <= {"3", "4"}
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"allowed_token_ids": [EOS]},
+        {"allowed_token_ids": [EOS], "min_tokens": 2, "ignore_eos": True},
+        {"allowed_token_ids": [EOS, 3], "min_tokens": 2},
+        {"stop_token_ids": list(range(VOCAB_SIZE))},
+    ],
+)
+def test_few_tokens_are_enough(live: Live, body: dict[str, Any]) -> None:
+    assert live.complete(**body)["usage"]["completion_tokens"] >= body.get("min_tokens", 1)
+
+
 @pytest.mark.parametrize("strategy", ["standard", "cos", "speculative"])
 def test_logprobs(live: Live, strategy: str) -> None:
     options = {"cos": {"strategy": strategy}, "ignore_eos": True}

@@ -11,7 +11,7 @@ from server.api.errors import MAX_INPUT_CHARS, MAX_PROBLEMS, describe
 from server.api.unsupported import REFUSED
 from server.errors import EngineDead, EngineDraining, EngineOverloaded, GenerationFailed
 from tests.api.conftest import Live
-from tests.support.api import MAX_LENGTH, VOCAB_SIZE
+from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE
 
 URL = "/v1/completions"
 
@@ -72,6 +72,16 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"stop_token_ids": [VOCAB_SIZE]}, "stop_token_ids"),
         ({"allowed_token_ids": []}, "allowed_token_ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [EOS], "min_tokens": 1}, "allowed_token_ids"),
+        (
+            {"allowed_token_ids": [EOS, 3], "stop_token_ids": [3], "min_tokens": 1},
+            "allowed_token_ids",
+        ),
+        (
+            {"allowed_token_ids": [3], "stop_token_ids": [3], "min_tokens": 1, "ignore_eos": True},
+            "allowed_token_ids",
+        ),
+        ({"stop_token_ids": list(range(VOCAB_SIZE)), "min_tokens": 1}, "stop_token_ids"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias.1"),
         ({"logit_bias": {str(VOCAB_SIZE): 1}}, "logit_bias"),

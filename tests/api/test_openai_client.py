@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.api.conftest import Live
-from tests.support.api import MAX_LENGTH, MODEL
+from tests.support.api import IMPOSSIBLE, MAX_LENGTH, MODEL
 
 
 @pytest.fixture
@@ -124,12 +124,11 @@ def test_error_classes(client: openai.OpenAI) -> None:
     assert bad.value.type == "invalid_request_error"
 
 
-def test_an_error_event_raises(live: Live, client: openai.OpenAI) -> None:
-    # The first choice runs well; the whole request fails once the second can't go on.
-    with pytest.raises(openai.APIError):
-        client.completions.create(
-            model=MODEL, prompt="1", extra_body={"allowed_token_ids": [35], "min_tokens": 2}
-        )
+def test_a_failed_generation_raises(client: openai.OpenAI) -> None:
+    for stream in (False, True):
+        with pytest.raises(openai.InternalServerError) as error:
+            client.completions.create(model=MODEL, prompt="1", stream=stream, extra_body=IMPOSSIBLE)
+        assert error.value.code == "generation_failed"
 
 
 def test_models(client: openai.OpenAI) -> None:

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.api.conftest import Live
-from tests.support.api import EOS, MODEL
+from tests.support.api import EOS, IMPOSSIBLE, MODEL
 from tests.support.live_server import wait_until
 from tests.support.sse import parse, texts
 
@@ -128,10 +128,8 @@ def test_an_engine_failure_mid_stream_is_an_event(start) -> None:
 
 
 def test_an_impossible_distribution_fails_one_request_only(live: Live) -> None:
-    # Nothing but the end of text is allowed, and min_tokens forbids it.
-    impossible = {"allowed_token_ids": [EOS], "min_tokens": 3}
     for stream in (False, True):
-        response = live.post(stream=stream, **impossible)
+        response = live.post(stream=stream, **IMPOSSIBLE)
         assert response.status_code == 500, response.text
         assert response.json()["error"]["code"] == "generation_failed"
     assert live.complete()

@@ -82,7 +82,7 @@ async def test_aborting_half_frees_their_pages_and_leaves_the_rest_alone() -> No
         async for new in stream:
             deltas += new
             if i % 2 and len(generated(deltas)) > i % 7:
-                await stream.aclose()  # type: ignore[attr-defined]
+                await stream.aclose()
                 break
         return generated(deltas)
 
