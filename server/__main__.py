@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from server import __version__
+from server import __version__, logs
 from server.config import ServerConfig, load_config
 from server.errors import CosError
 
@@ -22,9 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; anything the project raises on purpose becomes one line and code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = _parser(arguments).parse_args(arguments)
-    logging.basicConfig(
-        level=options.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(options.log_level, options.log_format)
     try:
         code: int = options.run(options)
     except CosError as error:
@@ -43,6 +41,12 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
         choices=["debug", "info", "warning", "error"],
         default="info",
         help="least level to log (default info)",
+    )
+    parser.add_argument(
+        "--log-format",
+        choices=["text", "json"],
+        default="text",
+        help="lines of text, or one JSON object a line (default text)",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", help="serve the configured models over HTTP")

@@ -87,8 +87,9 @@ class RequestObserver:
     def __init__(self, metrics: RequestMetrics, endpoint: str, num_prompt_tokens: int) -> None:
         self.reason = "error"
         self.seconds = 0.0
+        self.first_token_seconds: float | None = None
+        self.endpoint = endpoint
         self._metrics = metrics
-        self._endpoint = endpoint
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
         self._started = time.perf_counter()
@@ -129,13 +130,14 @@ class RequestObserver:
             return
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             self.reason = "cancelled"
-        self._metrics.finished.labels(self._endpoint, self.reason).inc()
+        self._metrics.finished.labels(self.endpoint, self.reason).inc()
         self._metrics.duration.observe(self.seconds)
         self._metrics.generation_tokens.observe(self._num_tokens)
 
     def _start(self, now: float) -> None:
         self._metrics.waiting.dec()
         self._metrics.running.inc()
-        self._metrics.first_token.observe(now - self._started)
+        self.first_token_seconds = now - self._started
+        self._metrics.first_token.observe(self.first_token_seconds)
         self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
         self._metrics.total_prompt_tokens.inc(self._num_prompt_tokens)
