@@ -37,5 +37,5 @@ def frequent_tokens(shards: list[Shard], head: Tensor, count: int) -> Tensor:
     for shard in shards:
         # Every fourth position says as much, four times as fast.
         for hidden in shard.hidden[::4].split(512):
-            mass += (hidden.to(head.dtype) @ head.T).float().softmax(-1).sum(0).cpu()
+            mass += (hidden.to(head) @ head.T).float().softmax(-1).sum(0).cpu()
     return mass.topk(min(count, len(head))).indices
