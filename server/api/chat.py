@@ -47,18 +47,26 @@ class ChatWriter(Writer):
 
     def whole(self, choices: Row[Piece]) -> ChatCompletion:
         written = [self._choice(choice) for choice in choices]
-        return ChatCompletion(**self.head, object="chat.completion", choices=written)
+        body = ChatCompletion(**self.head, object="chat.completion", choices=written)
+        if self.request.return_token_ids:
+            body.prompt_token_ids = self.generation.prompt_token_ids(0)
+        return body
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
         """Who speaks, for every choice."""
         for index in range(len(self.generation.sequences)):
-            yield self._chunk([_chunk_choice(index, Delta(role="assistant", content=""))])
+            chunk = self._chunk([_chunk_choice(index, Delta(role="assistant", content=""))])
+            if index == 0 and self.request.return_token_ids:
+                chunk.prompt_token_ids = self.generation.prompt_token_ids(0)
+            yield chunk
 
     def chunk(self, piece: Piece) -> ChatCompletionChunk:
         choice = _chunk_choice(piece.index, Delta(content=piece.text), self._logprobs(piece))
         choice.finish_reason = piece.finish_reason
         if piece.finish_reason is not None:
             choice.stop_reason = piece.stop_reason
+        if self.request.return_token_ids:
+            choice.token_ids = list(piece.token_ids)
         return self._chunk([choice])
 
     def usage_chunk(self) -> ChatCompletionChunk:
@@ -69,16 +77,22 @@ class ChatWriter(Writer):
 
     def _choice(self, piece: Piece) -> ChatChoice:
         assert piece.finish_reason is not None
-        return ChatChoice(
+        choice = ChatChoice(
             index=piece.index,
             message=ChatMessage(role="assistant", content=piece.text, refusal=None),
             logprobs=self._logprobs(piece),
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
         )
+        if self.request.return_token_ids:
+            choice.token_ids = list(piece.token_ids)
+        return choice
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:
-        return None if piece.logprobs is None else chat_logprobs(piece.logprobs, self.codec)
+        if piece.logprobs is None:
+            return None
+        as_ids = bool(self.request.return_tokens_as_token_ids)
+        return chat_logprobs(piece.logprobs, self.codec, as_ids)
 
 
 def _chunk_choice(index: int, delta: Delta, logprobs: ChatLogprobs | None = None) -> ChunkChoice:

@@ -145,6 +145,7 @@ class ChatChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
+    token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 
 class ChatCompletion(ReplyBody):
@@ -152,6 +153,7 @@ class ChatCompletion(ReplyBody):
 
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 
 class Delta(BaseModel):
@@ -169,6 +171,7 @@ class ChunkChoice(BaseModel):
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None = None
+    token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 
 class ChatCompletionChunk(ReplyBody):
@@ -176,3 +179,6 @@ class ChatCompletionChunk(ReplyBody):
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChunkChoice]
+    prompt_token_ids: list[int] | None = Field(
+        None, description="With return_token_ids, on the first chunk."
+    )

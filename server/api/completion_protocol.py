@@ -73,6 +73,10 @@ class CompletionChoice(BaseModel):
     logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None = None
+    prompt_token_ids: list[int] | None = Field(
+        None, description="With return_token_ids; in a stream on a choice's first chunk."
+    )
+    token_ids: list[int] | None = Field(None, description="With return_token_ids.")
 
 
 class Completion(ReplyBody):

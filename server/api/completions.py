@@ -42,7 +42,9 @@ class CompletionWriter(Writer):
         self, request: CompletionRequest, generation: Generation, service: Service
     ) -> None:
         super().__init__(request, generation, service)
-        self._logprobs = [LogprobsWriter(self.codec) for _ in generation.sequences]
+        as_ids = bool(request.return_tokens_as_token_ids)
+        self._logprobs = [LogprobsWriter(self.codec, as_ids) for _ in generation.sequences]
+        self._has_begun: set[int] = set()
 
     def whole(self, choices: Row[Piece]) -> Completion:
         return self._body([self._choice(choice) for choice in choices])
@@ -58,13 +60,19 @@ class CompletionWriter(Writer):
 
     def _choice(self, piece: Piece) -> CompletionChoice:
         logprobs = piece.logprobs
-        return CompletionChoice(
+        choice = CompletionChoice(
             index=piece.index,
             text=piece.text,
             logprobs=None if logprobs is None else self._logprobs[piece.index].write(logprobs),
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
         )
+        if self.request.return_token_ids:
+            choice.token_ids = list(piece.token_ids)
+            if piece.index not in self._has_begun:
+                choice.prompt_token_ids = self.generation.prompt_token_ids(piece.index)
+        self._has_begun.add(piece.index)
+        return choice
 
 
 async def _read_prompts(request: CompletionRequest, codec: Codec) -> list[Prompt]:

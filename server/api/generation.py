@@ -51,6 +51,11 @@ class Generation:
     sequences: tuple[Sequence, ...]
     decoding: DecodingParams
 
+    def prompt_token_ids(self, index: int) -> list[int]:
+        """Of one choice."""
+        sequence = self.sequences[index]
+        return sequence.token_ids[: sequence.num_prompt]
+
 
 async def make_generation(
     request: GenerationRequest, service: Service, id_prefix: str, read_prompts: ReadPrompts
@@ -78,7 +83,8 @@ async def make_generation(
         check_prompt(prompt.token_ids, service.engine.max_length, prompt.field)
     unique = secrets.token_hex(12)
     return Generation(
-        id=f"{id_prefix}-{unique}",
+        # Sequences keep an id of their own: two clients may send the same one.
+        id=f"{id_prefix}-{request.request_id or unique}",
         created=int(time.time()),
         num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
         sequences=tuple(_fan_out(request, prompts, decoding, service, unique)),

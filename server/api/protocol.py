@@ -32,6 +32,7 @@ def any_of(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}\z")]
 Stop = Annotated[str | list[str] | None, any_of("a string or a list of strings")]
 Gamma = Annotated[
     Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,
@@ -105,6 +106,11 @@ class GenerationRequest(Body):
     ignore_eos: bool | None = Field(None, description="End-of-text tokens do not end the text.")
     skip_special_tokens: bool | None = Field(None, description="Leave them out; true if null.")
     seed: Int64 | None = Field(None, description="Same request and seed, same text.")
+    return_token_ids: bool | None = Field(None, description="Also give the ids of prompt and text.")
+    return_tokens_as_token_ids: bool | None = Field(
+        None, description='Log-probabilities call tokens "token_id:N".'
+    )
+    request_id: RequestId | None = Field(None, description="Ends the reply's id.")
     user: str | None = Field(None, description="Accepted and ignored.")
     cos: CosOptions | None = Field(None, description="Collaborative decoding of this request.")
 

@@ -60,7 +60,8 @@ class Writer(ABC):
 
     def is_silent(self, piece: Piece) -> bool:
         """Whether a piece has nothing to tell yet: its text is held back."""
-        return not (piece.text or piece.finish_reason or piece.logprobs)
+        shows_ids = bool(self.request.return_token_ids and piece.token_ids)
+        return not (piece.text or piece.finish_reason or piece.logprobs or shows_ids)
 
 
 async def respond(request: Request, writer: Writer, service: Service) -> Response:
