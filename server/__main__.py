@@ -1,4 +1,4 @@
-"""cos-server: serve, check, bench.
+"""cos-server: serve, check, bench, top.
 
 Exit codes: 0 done or drained, 1 the engine has failed, 2 bad arguments, configuration or models.
 """
@@ -61,6 +61,9 @@ def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     bench = commands.add_parser("bench", help="measure a running server")
     if "bench" in arguments:
         _add_bench(bench)
+    top = commands.add_parser("top", help="watch a running server in the terminal")
+    if "top" in arguments:
+        _add_top(top)
     return parser
 
 
@@ -79,6 +82,14 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _add_bench(parser: argparse.ArgumentParser) -> None:
     # Here, so that the other commands do not pay for importing it.
     from server.bench import cli
+
+    cli.add_arguments(parser)
+    parser.set_defaults(run=cli.run)
+
+
+def _add_top(parser: argparse.ArgumentParser) -> None:
+    # Here, too.
+    from server.top import cli
 
     cli.add_arguments(parser)
     parser.set_defaults(run=cli.run)
