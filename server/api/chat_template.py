@@ -8,9 +8,27 @@ text and plain values, under names that the template itself mentions.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from server.api.chat_protocol import Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Turns:
+    """What a template renders.
+
+    Attributes:
+        messages: role, content and perhaps name of each.
+        opens_reply: end with the head of the reply's turn.
+        continues_last: leave the last message's turn open.
+        variables: others that the template reads.
+    """
+
+    messages: list[dict[str, str]]
+    opens_reply: bool
+    continues_last: bool
+    variables: Mapping[str, Scalar]
 
 
 class ChatTemplate(Protocol):
@@ -19,14 +37,7 @@ class ChatTemplate(Protocol):
     @property
     def source(self) -> str: ...
 
-    def render(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        variables: Mapping[str, Scalar],
-    ) -> str: ...
+    def render(self, turns: Turns) -> str: ...
 
 
 class TemplatedTokenizer(Protocol):
@@ -45,21 +56,14 @@ class TokenizerTemplate:
         self.source = tokenizer.get_chat_template()
         self._tokenizer = tokenizer
 
-    def render(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        variables: Mapping[str, Scalar],
-    ) -> str:
+    def render(self, turns: Turns) -> str:
         text = self._tokenizer.apply_chat_template(
-            messages,
+            turns.messages,
             chat_template=self.source,
             tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            **variables,
+            add_generation_prompt=turns.opens_reply,
+            continue_final_message=turns.continues_last,
+            **turns.variables,
         )
         assert isinstance(text, str)
         return text

@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from starlette.concurrency import run_in_threadpool
 
 from server.api.chat_protocol import Conversation, Scalar
-from server.api.chat_template import ChatTemplate
+from server.api.chat_template import ChatTemplate, Turns
 from server.api.codec import Codec
 from server.errors import RequestError, UnsupportedParameter
 
@@ -114,20 +114,8 @@ def _render(conversation: Conversation, template: ChatTemplate) -> str:
     Raises:
         RequestError: the template does not take this conversation.
     """
-    continues = bool(conversation.continue_final_message)
-    opens = not continues and conversation.add_generation_prompt is not False
-    messages = [
-        {"role": message.role, "content": message.text}
-        | ({} if message.name is None else {"name": message.name})
-        for message in conversation.messages
-    ]
     try:
-        return template.render(
-            messages,
-            add_generation_prompt=opens,
-            continue_final_message=continues,
-            variables=conversation.chat_template_kwargs or {},
-        )
+        return template.render(_turns(conversation))
     except TemplateError as error:
         # Written for users: templates raise it over roles they do not know, and the like.
         reason = str(error)[:_MAX_REASON_CHARS]
@@ -141,6 +129,17 @@ def _render(conversation: Conversation, template: ChatTemplate) -> str:
             f"messages: the chat template cannot render them ({type(error).__name__})",
             param="messages",
         ) from error
+
+
+def _turns(conversation: Conversation) -> Turns:
+    messages = [
+        {"role": message.role, "content": message.text}
+        | ({} if message.name is None else {"name": message.name})
+        for message in conversation.messages
+    ]
+    continues = bool(conversation.continue_final_message)
+    opens = not continues and conversation.add_generation_prompt is not False
+    return Turns(messages, opens, continues, conversation.chat_template_kwargs or {})
 
 
 def _check_message(extra: Mapping[str, object], where: str) -> None:

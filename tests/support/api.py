@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from fastapi import FastAPI
 from jinja2 import TemplateError
 from torch import Tensor
 
-from server.api.chat_protocol import Scalar
+from server.api.chat_template import Turns
 from server.api.service import Service
 from server.app import create_app
 from server.config import ServerConfig, parse_config
@@ -55,19 +55,12 @@ class LetterTemplate:
 
     source = "role content shout tools tokenize bos_token"
 
-    def render(
-        self,
-        messages: list[dict[str, str]],
-        *,
-        add_generation_prompt: bool,
-        continue_final_message: bool,
-        variables: Mapping[str, Scalar],
-    ) -> str:
-        if messages[0]["role"] == "nobody":
+    def render(self, turns: Turns) -> str:
+        if turns.messages[0]["role"] == "nobody":
             raise TemplateError("nobody may not speak")
-        times = 2 if variables.get("shout") else 1
-        turns = [m["role"][0] + " " + m["content"] * times for m in messages]
-        return " ".join([*turns, *["a"] * add_generation_prompt])
+        times = 2 if turns.variables.get("shout") else 1
+        letters = [m["role"][0] + " " + m["content"] * times for m in turns.messages]
+        return " ".join([*letters, *["a"] * turns.opens_reply])
 
 
 class PacedRunner(TableRunner):
