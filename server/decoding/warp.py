@@ -69,7 +69,7 @@ class Warp:
         return self(logits).softmax(-1)
 
     def sharpen(self, probs: Tensor) -> Tensor:
-        """Replace greedy rows of [R, V], probabilities or logits, by the one-hot of their argmax."""
+        """Replace greedy rows of [R, V], probabilities or logits, by one-hots of their argmax."""
         if not self._any_greedy:
             return probs
         best = probs.argmax(-1, keepdim=True)

@@ -88,7 +88,7 @@ def calibrate(engine: Engine, combination: Combination) -> Baseline | None:
             if point is None:
                 break
             points[batch] = point
-            logger.info("timed standard decoding of %d sequences: %s", batch, point)
+            logger.info("timed standard decoding, %d at once: %s", batch, point)
             # Doubling the batch at most doubles its time.
             now = engine.clock()
             if now - started + 2 * (now - before) > _BUDGET_SECONDS:
