@@ -14,7 +14,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: verified tokens to generate at most, at least 1.
-        min_tokens: no stop token and no stop string ends the text before so many tokens.
+        min_tokens: no stop token ends the text before so many tokens, and stop strings are looked
+            for only in the text after them.
         temperature: 0 is greedy.
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: keep the smallest set of tokens with at least this mass; 1 keeps all.

@@ -142,6 +142,8 @@ def _rising(seconds: Iterable[float]) -> tuple[float, ...]:
 
 def _batches(engine: Engine) -> Iterator[int]:
     """1, 2, 4, ... as far as the engine takes them and its pages hold them."""
+    if engine.max_length < _num_context(engine) + _ROUNDS + 1:
+        return
     num_tokens = _num_context(engine) + _ROUNDS + 2
     limit = engine.scheduler.num_fitting(num_tokens)
     batch = 1

@@ -9,6 +9,9 @@ from typing import Protocol
 from server.core.sampling_params import SamplingParams
 
 _REPLACEMENT = "\ufffd"
+# Tokens that may wait for the rest of a character; beyond it the replacement is the text. A step
+# brings 33 at most, so that a character cut by the end of a step always gets its rest.
+_LONGEST_OPEN = 64
 _CONTEXT = 6  # prompt tokens that give the first generated token its leading space
 
 
@@ -101,7 +104,9 @@ class TextStream:
         skip = self._params.skip_special_tokens
         before = self._decoder.decode(self._ids[self._prefix : self._read], skip)
         after = self._decoder.decode(self._ids[self._prefix :], skip)
-        if after.endswith(_REPLACEMENT) and not is_last:
+        # An unfinished character, or nothing to see yet: what comes next needs these as context.
+        is_open = after.endswith(_REPLACEMENT) or len(after) <= len(before)
+        if is_open and not is_last and len(self._ids) - self._read <= _LONGEST_OPEN:
             return ""
         self._prefix, self._read = self._read, len(self._ids)
         return after[len(before) :]

@@ -184,8 +184,8 @@ class Engine:
             sequence_id=sequence.id,
             finish_reason="error",
             stats=sequence.stats,
-            error=f"the combined distribution of token {position} is not a distribution: "
-            "a model returned NaN, or no token is possible under this combination",
+            error=f"token {position} cannot be drawn: a model returned NaN, or gives no "
+            "probability to any token that this request allows",
         )
 
     def _release(self, sequence: Sequence, num_verified: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence as Row
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.cache.page_pool import PagePool
 from server.cache.page_table import PageTable
@@ -94,13 +94,18 @@ class Scheduler:
             self.waiting.remove(sequence)
 
     def plan(self) -> StepPlan | None:
-        """The next advance; None when nothing runs."""
-        self._admit()
-        wants = [self._want(sequence) for sequence in self.running]
-        if not wants:
-            return None
-        model = self._choose_model(wants)
-        return self._fill(model, wants)
+        """The next advance, over one sequence at least; None when nothing runs."""
+        num_preempted = 0
+        while True:
+            self._admit()
+            wants = [self._want(sequence) for sequence in self.running]
+            if not wants:
+                return None
+            plan = self._fill(self._choose_model(wants), wants)
+            num_preempted += plan.num_preempted
+            # Empty where the only one that wanted the model was the youngest, and preempted itself.
+            if plan.sequences:
+                return replace(plan, num_preempted=num_preempted)
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page and slot is held exactly once."""

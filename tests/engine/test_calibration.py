@@ -84,6 +84,14 @@ def test_no_memory_is_no_estimate() -> None:
     assert calibrate(engine, BOTH) is None
 
 
+def test_a_context_too_short_for_a_round_is_no_estimate() -> None:
+    engine, _ = make_engine((0.01, 0), (0.1, 0))
+    for engine.max_length in (2, 6):
+        assert calibrate(engine, BOTH) is None
+    engine.max_length = 8
+    assert calibrate(engine, BOTH) is not None
+
+
 def test_slow_models_are_timed_at_few_batches() -> None:
     engine, _ = make_engine((0.2, 0), (1.0, 0))
     baseline = calibrate(engine, BOTH)

@@ -100,6 +100,26 @@ def test_an_unfinished_character_is_flushed_as_replacement() -> None:
     assert stream.flush() == "\ufffd"
 
 
+class StrippingDecoder:
+    """As sentencepiece tokenizers decode: words begin with a space, and the first one loses it."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return "".join(" " + "?AB"[i] for i in ids if i > 0).removeprefix(" ")
+
+
+def test_a_skipped_token_does_not_swallow_the_next_space() -> None:
+    stream = TextStream(StrippingDecoder(), [1], SamplingParams(max_tokens=9))
+    assert "".join(stream.push([i])[0] for i in (1, 0, 2, 2)) == " A B B"
+
+
+def test_text_that_never_becomes_a_character_is_released_all_the_same() -> None:
+    broken = encode("é")[:1]
+    stream = open_stream()
+    released = "".join(stream.push(broken)[0] for _ in range(200))
+    assert len(released) >= 100
+    assert released + stream.flush() == "\ufffd" * 200
+
+
 def test_special_tokens_are_left_out_unless_asked_for() -> None:
     special = TOKENIZER.token_to_id("<|im_end|>")
     assert special is not None

@@ -74,6 +74,16 @@ def test_batch_chunking_and_preemption_change_nothing(name: str) -> None:
     assert sum(s.stats.num_preemptions for s in sequences) == sum(preempted)
 
 
+def test_the_youngest_may_preempt_itself_while_others_want_another_model() -> None:
+    """So few pages that a plan would be empty without a second look."""
+    for num_pages in range(17, 23):
+        engine = make_engine(make_lms(2), num_pages=num_pages, max_step_tokens=11)
+        sequences = make_sequences("cos", 16)
+        deltas = run(engine, sequences, engine.scheduler.check_integrity)
+        assert all(deltas[s.id][-1].finish_reason == "length" for s in sequences)
+        assert sum(s.stats.num_preemptions for s in sequences) > 0
+
+
 @pytest.mark.parametrize("name", DECODINGS)
 def test_a_wide_batch_changes_nothing(name: str) -> None:
     engine = make_engine(make_lms(len(DECODINGS[name].gamma)))

@@ -68,6 +68,7 @@ class TableRunner:
         self._pages = np.full((num_pages, page_size), -1)
 
     def forward(self, batch: Batch) -> Tensor:
+        assert batch.spans, "a forward over nothing"
         self.num_forwards += 1
         rows = []
         for span in batch.spans:
