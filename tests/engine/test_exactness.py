@@ -109,6 +109,15 @@ def test_law_under_every_warp(name: str, warp: str, schedule: str) -> None:
     check_law(make_lms(2), decoding_of(schedule, COMBINATIONS[name]), dict(WARPS[warp]))
 
 
+@pytest.mark.parametrize("schedule", ["speculative-3", "cos-each-2"])
+@pytest.mark.parametrize("warp", ["top-k", "top-p"])
+@pytest.mark.parametrize("name", ["linear-2", "weighted-3", "contrastive-3", "linear-3"])
+def test_law_of_every_combination_under_truncation(name: str, warp: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    lms = make_lms(len(combination.weights))
+    check_law(lms, decoding_of(schedule, combination), WARPS[warp])
+
+
 @pytest.mark.parametrize("schedule", ["standard", "speculative-3", "cos-3", "cos-each-2"])
 @pytest.mark.parametrize("name", DEGENERATE)
 def test_law_of_degenerate_combinations(name: str, schedule: str) -> None:
