@@ -113,7 +113,6 @@ def _sampling_params(
     request: GenerationRequest, max_tokens: int, choice: int, vocab_size: int
 ) -> SamplingParams:
     """Parameters of one choice; null takes the default of OpenAI, or of SamplingParams."""
-    is_seeded = request.seed is not None
     seed = derive_seed(request.seed, choice) if request.seed is not None else secrets.randbits(63)
     allowed = request.allowed_token_ids
     return SamplingParams(
@@ -129,7 +128,6 @@ def _sampling_params(
         logit_bias=tuple(logit_bias(request)),
         allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
         seed=seed,
-        is_seeded=is_seeded,
         stop=stop_strings(request),
         stop_token_ids=frozenset(request.stop_token_ids or ()),
         include_stop=bool(request.include_stop_str_in_output),

@@ -56,7 +56,6 @@ class Reply:
     def take(self, delta: TokenDelta) -> Piece:
         """Count a delta that is no failure."""
         assert delta.finish_reason != "error"
-        assert delta.finish_reason != "cancelled"
         index = self._indices[delta.sequence_id]
         self._num_tokens += len(delta.token_ids)
         if delta.stats is not None:
@@ -133,8 +132,8 @@ async def decode(
             async with aclosing(stream):
                 async for deltas in stream:
                     for delta in deltas:
-                        if delta.finish_reason in ("error", "cancelled"):
-                            raise GenerationFailed(delta.error or "the request was cancelled")
+                        if delta.finish_reason == "error":
+                            raise GenerationFailed(delta.error or "the request has failed")
                         observed.tokens(reply.index(delta), len(delta.token_ids))
                     yield deltas
             observed.finish(reply.finish_reason)

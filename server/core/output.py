@@ -7,7 +7,7 @@ from typing import Literal
 
 from server.core.sequence import SequenceStats
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclass(frozen=True, slots=True)

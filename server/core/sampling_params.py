@@ -25,7 +25,6 @@ class SamplingParams:
         logit_bias: (token id, bias) pairs.
         allowed_token_ids: only these may be generated; None allows all.
         seed: of the counter-based randomness; the caller draws one where the client gave none.
-        is_seeded: whether the client gave the seed, and so expects the same text again.
         stop: strings that end the text.
         stop_token_ids: tokens that end the text, besides the models' own end-of-text tokens.
         include_stop: leave the stop string in the text.
@@ -46,7 +45,6 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     seed: int = 0
-    is_seeded: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     include_stop: bool = False

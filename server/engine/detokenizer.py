@@ -9,8 +9,8 @@ from typing import Protocol
 from server.core.sampling_params import SamplingParams
 
 _REPLACEMENT = "\ufffd"
-# Tokens that may wait for the rest of a character; beyond it the replacement is the text. A step
-# brings 33 at most, so that a character cut by the end of a step always gets its rest.
+# Tokens that may wait for the rest of a character; beyond it the replacement is the text. More than
+# one step brings, so that a character cut by the end of a step always gets its rest.
 _LONGEST_OPEN = 64
 _CONTEXT = 6  # prompt tokens that give the first generated token its leading space
 

@@ -39,7 +39,7 @@ def make_sequences(decoding_name: str, count: int) -> list[Sequence]:
         Sequence.start(
             f"s{i}",
             [rng.randrange(20) for _ in range(rng.randrange(1, 20))],
-            SamplingParams(max_tokens=rng.randrange(1, 25), seed=i, is_seeded=True),
+            SamplingParams(max_tokens=rng.randrange(1, 25), seed=i),
             decoding,
         )
         for i in range(count)
