@@ -16,7 +16,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
 
@@ -39,7 +39,10 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.calibration import calibrate
 from server.engine.engine import Engine, EngineLimits
 from server.errors import CosError
-from server.metrics import Metrics
+from server.metrics import Metrics, ModelFacts
+
+if TYPE_CHECKING:
+    from server.runner.torch_runner import TorchRunner
 
 logger = logging.getLogger(__name__)
 
@@ -142,11 +145,7 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         on_step=metrics.observe_step,
         coin_seed=secrets.randbits(63),
     )
-    metrics.engine.watch_pages(
-        engine.scheduler.pages_used,
-        tuple(runner.num_pages - 1 for runner in loaded.runners),
-        tuple(runner.store.bytes_per_token * runner.page_size for runner in loaded.runners),
-    )
+    metrics.engine.watch_models(engine.scheduler.pages_used, [_facts(r) for r in loaded.runners])
     if config.engine.calibrate:
         combination = make_combination(config.combination, len(config.models))
         if (baseline := calibrate(engine, combination)) is not None:
@@ -158,6 +157,16 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         loaded.vocab_size,
         _chat_template(loaded.tokenizer),
         loaded.tokenizer.special_tokens_map,
+    )
+
+
+def _facts(runner: TorchRunner) -> ModelFacts:
+    return ModelFacts(
+        device=str(runner.device),
+        dtype=str(runner.dtype).removeprefix("torch."),
+        weight_bytes=runner.weight_bytes,
+        num_pages=runner.num_pages - 1,
+        page_bytes=runner.store.bytes_per_token * runner.page_size,
     )
 
 
@@ -205,7 +214,9 @@ class _Life:
             return
         parts.engine.start()
         self._service.metrics.engine.watch(
-            lambda: parts.engine.num_running, lambda: parts.engine.num_waiting
+            lambda: parts.engine.num_running,
+            lambda: parts.engine.num_waiting,
+            lambda: parts.engine.idle_seconds,
         )
         self._service.open(parts.engine, codec)
         logger.info("ready: %s", self._service.config.served_model_name)

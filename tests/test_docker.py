@@ -15,7 +15,7 @@ from scripts.dashboards.__main__ import main as write_dashboards
 from server import __version__
 from server.config import HttpConfig, load_config
 from server.engine.calibration import Baseline
-from server.metrics import Metrics
+from server.metrics import Metrics, ModelFacts
 
 ROOT = Path(__file__).parents[1]
 DASHBOARDS = sorted((ROOT / "docker" / "grafana" / "dashboards").glob("*.json"))
@@ -35,8 +35,8 @@ def services() -> dict[str, Any]:
 def all_metrics() -> Metrics:
     """Those of an app with a calibrated engine."""
     metrics = Metrics(load_config(ROOT / "configs" / "default.yaml"))
-    metrics.engine.watch(lambda: 0, lambda: 0)
-    metrics.engine.watch_pages(lambda: (0, 0), (1, 1), (1, 1))
+    metrics.engine.watch(lambda: 0, lambda: 0, lambda: 0.0)
+    metrics.engine.watch_models(lambda: (0, 0), [ModelFacts("cpu", "float32", 1, 1, 1)] * 2)
     metrics.engine.watch_phase(lambda: "ready")
     metrics.speedup.calibrated(Baseline((1,), ((1.0,), (1.0,)), (1.0,)))
     metrics.http.observe("/ready", "GET", 200, 0.1)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from server.core.combination import Combination
+from server.core.sequence import SequenceStats
 from server.core.stats import Delivery, StepStats
 from server.engine.calibration import Baseline
 from server.errors import EngineOverloaded
-from server.metrics import REJECTIONS, Metrics
+from server.metrics import REJECTIONS, Metrics, ModelFacts
 from tests.support.api import make_config
 from tests.support.engines import make_decoding
 
@@ -56,6 +58,7 @@ def test_a_step(metrics: Metrics) -> None:
             num_tokens=10,
             num_prefill_tokens=4,
             forward_seconds=0.2,
+            combine_seconds=0.125,
             step_seconds=0.5,
             num_proposed=2,
             num_bonus=1,
@@ -94,6 +97,7 @@ def test_a_step(metrics: Metrics) -> None:
     assert value(metrics, tokens, model="m1", phase="prefill") == 4
     assert value(metrics, tokens, model="m1", phase="decode") == 6
     assert value(metrics, "cos_decode_seconds_total") == pytest.approx(0.3)
+    assert value(metrics, "cos_combine_seconds_total") == 0.125
     assert value(metrics, "cos_batch_size_sum") == 3
 
 
@@ -123,6 +127,34 @@ def test_tokens_that_come_together_share_their_time(metrics: Metrics) -> None:
     assert value(metrics, finished, endpoint="completions", reason="stop") == 1
 
 
+def test_the_time_of_a_request_adds_up(metrics: Metrics) -> None:
+    stats = [SequenceStats([], []), SequenceStats([], [])]
+    with metrics.request("completions", 5, stats) as observed:
+        stats[1].first_run = time.perf_counter() + 0.5  # later than the other one: of no account
+        stats[0].first_run = time.perf_counter()
+        time.sleep(0.01)
+        observed.tokens(0, 1)
+        time.sleep(0.01)
+        observed.finish("stop")
+    parts = [
+        value(metrics, f"cos_request_{part}_seconds_sum") for part in ("queue", "prefill", "decode")
+    ]
+    assert sum(parts) == pytest.approx(value(metrics, "cos_request_duration_seconds_sum"))
+    assert parts[0] < 0.005
+    assert min(parts[1:]) >= 0.01
+
+
+def test_a_request_without_a_token_has_no_parts(metrics: Metrics) -> None:
+    with metrics.request("completions", 5, [SequenceStats([], [])]) as observed:
+        observed.finish("stop")
+    for part in ("queue", "prefill", "decode"):
+        assert value(metrics, f"cos_request_{part}_seconds_count") == 0
+
+
+def test_no_series_tells_when_a_counter_was_made(metrics: Metrics) -> None:
+    assert "_created" not in metrics.render().decode()
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [(asyncio.CancelledError(), "cancelled"), (GeneratorExit(), "cancelled"), (OSError(), "error")],
@@ -144,15 +176,23 @@ def test_a_refused_request_has_not_finished(metrics: Metrics) -> None:
 
 def test_pages_and_queue_are_read_when_asked(metrics: Metrics) -> None:
     used = [1, 2]
-    metrics.engine.watch_pages(lambda: tuple(used), (10, 20), (512, 1024))
-    metrics.engine.watch(lambda: 3, lambda: 4)
+    idle = 2.0
+    facts = [ModelFacts("cpu", "float32", 5, 10, 512), ModelFacts("cuda:0", "float16", 6, 20, 1024)]
+    metrics.engine.watch_models(lambda: tuple(used), facts)
+    metrics.engine.watch(lambda: 3, lambda: 4, lambda: idle)
     assert value(metrics, "cos_kv_pages_used", model="m1") == 2
     assert value(metrics, "cos_kv_pages", model="m1") == 20
-    assert value(metrics, "cos_kv_page_bytes", model="m1") == 1024
+    assert value(metrics, "cos_kv_used_bytes", model="m1") == 2048
+    assert value(metrics, "cos_kv_limit_bytes", model="m1") == 20480
+    assert value(metrics, "cos_model_weight_bytes", model="m1") == 6
+    assert value(metrics, "cos_model_info", model="m1", device="cuda:0", dtype="float16") == 1
     used[1] = 7
     assert value(metrics, "cos_kv_pages_used", model="m1") == 7
     assert value(metrics, "cos_sequences_running") == 3
     assert value(metrics, "cos_sequences_waiting") == 4
+    assert value(metrics, "cos_engine_idle_seconds_total") == 2
+    idle = 3.5
+    assert value(metrics, "cos_engine_idle_seconds_total") == 3.5
 
 
 def test_whether_requests_are_taken(metrics: Metrics) -> None:

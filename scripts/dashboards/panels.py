@@ -35,6 +35,18 @@ LATENCY = (
         "Tokens that come together share the time that passed.",
     ),
     Panel("Request duration", "s", quantiles("cos_request_duration_seconds")),
+    Panel(
+        "Where a request's time goes",
+        "s",
+        (
+            ("queue", mean("cos_request_queue_seconds")),
+            ("prompt", mean("cos_request_prefill_seconds")),
+            ("decoding", mean("cos_request_decode_seconds")),
+        ),
+        "Means over requests that got a token: until a model first ran over the prompt, until the "
+        "first token, until the end.",
+        is_stacked=True,
+    ),
 )
 TROUBLE = (
     Panel(
@@ -184,23 +196,28 @@ CYCLES = (
     ),
 )
 FORWARD = "cos_model_forward_seconds_total"
+STEP = "cos_engine_step_seconds_sum"
+COMBINE = "cos_combine_seconds_total"
+IDLE = "cos_engine_idle_seconds_total"
 TIME = (
     Panel(
         "Where a second goes",
         "percentunit",
         (
             ("{{model}} {{phase}}", rate(FORWARD, "model, phase")),
+            ("combine, verify, draw", rate(COMBINE)),
             (
-                "combining, drawing, text",
-                f"clamp_min({rate('cos_engine_step_seconds_sum')} - {rate(FORWARD)}, 0)",
+                "planning and text",
+                f"clamp_min({rate(STEP)} - {rate(FORWARD)} - {rate(COMBINE)}, 0)",
             ),
             (
-                "idle",
-                f"clamp_min(count({series('cos_ready')})"
-                f" - {rate('cos_engine_step_seconds_sum')}, 0)",
+                "between steps",
+                f"clamp_min(sum({series('cos_ready')}) - {rate(STEP)} - {rate(IDLE)}, 0)",
             ),
+            ("idle", rate(IDLE)),
         ),
-        "Seconds of each second, summed over servers. A forward counts as what most of it was for.",
+        "Seconds of each second, summed over servers that take requests. A forward counts as what "
+        "most of it was for.",
         is_stacked=True,
     ),
     Panel("Engine step", "s", quantiles("cos_engine_step_seconds")),
@@ -272,19 +289,17 @@ MEMORY = (
         (
             (
                 "{{model}}",
-                f"sum by (model) ({series('cos_kv_pages_used')} * {series('cos_kv_page_bytes')})",
+                f"sum by (model) ({series('cos_kv_used_bytes')})",
             ),
         ),
         is_stacked=True,
     ),
     Panel(
-        "KV memory there is",
+        "Memory taken at start",
         "bytes",
         (
-            (
-                "{{model}}",
-                f"sum by (model) ({series('cos_kv_pages')} * {series('cos_kv_page_bytes')})",
-            ),
+            ("{{model}} KV", f"sum by (model) ({series('cos_kv_limit_bytes')})"),
+            ("{{model}} weights", f"sum by (model) ({series('cos_model_weight_bytes')})"),
         ),
         is_stacked=True,
     ),

@@ -125,7 +125,8 @@ async def decode(
         GenerationFailed: one sequence has failed, and with it the request.
         EngineError: the engine took nothing, or failed on the way.
     """
-    observed = service.metrics.request(endpoint, generation.num_prompt_tokens)
+    stats = [sequence.stats for sequence in generation.sequences]
+    observed = service.metrics.request(endpoint, generation.num_prompt_tokens, stats)
     try:
         with observed:
             stream = service.engine.stream(generation.sequences)
@@ -152,6 +153,7 @@ def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> Non
         "prompt_tokens": usage.prompt_tokens,
         "generated_tokens": usage.completion_tokens,
         "seconds": observed.seconds,
+        "queue_seconds": observed.queue_seconds,
         "first_token_seconds": observed.first_token_seconds,
         "proposed": report.proposed,
         "accepted": report.accepted,

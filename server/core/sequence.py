@@ -35,6 +35,7 @@ class SequenceStats:
     num_discarded: int = 0  # verified, then cut off by the end of the text
     num_preemptions: int = 0
     forwards: list[int] = field(default_factory=list)  # [num_models] forwards that decoded
+    first_run: float | None = None  # reading of the engine's clock when a model first ran over it
 
 
 @dataclass(slots=True, eq=False)

@@ -33,7 +33,9 @@ class StepStats:
         num_sequences: sequences it ran over, and how many of them were decoding.
         num_tokens: tokens fed; num_prefill_tokens of them were prompts or recomputation.
         forward_seconds: the model's forward alone.
-        step_seconds: the whole step, forward included.
+        combine_seconds: from the forward's end until the advance has decided everything: warping,
+            combining, verifying, drawing, proposing.
+        step_seconds: the whole step, both included; the rest is planning and text.
         num_proposed: tokens the model proposed (one a sequence).
         num_bonus: those of them that follow a verification of other models' proposals.
         verified_by_offset: [(proposer, offset, accepted)] for each verification; offset is the
@@ -54,6 +56,7 @@ class StepStats:
     num_tokens: int = 0
     num_prefill_tokens: int = 0
     forward_seconds: float = 0.0
+    combine_seconds: float = 0.0
     step_seconds: float = 0.0
     num_proposed: int = 0
     num_bonus: int = 0

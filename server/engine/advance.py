@@ -80,6 +80,7 @@ class Advancer:
         deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
         self._feed(plan, outcome.stats)
+        fed = self._clock()
         verified = self._verify(deciding, outcome)
         self._draw(plan.sequences, outcome)
         self._propose(plan.model, deciding, verified, outcome)
@@ -87,6 +88,7 @@ class Advancer:
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
         self._report(before, outcome)
+        outcome.stats.combine_seconds = self._clock() - fed
         return outcome
 
     def _feed(self, plan: StepPlan, stats: StepStats) -> None:

@@ -12,6 +12,7 @@ import asyncio
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence as Row
 from functools import partial
 
@@ -52,6 +53,9 @@ class AsyncEngine:
         self._draining = False
         self._stopping = False
         self.error: BaseException | None = None
+        # Seconds of finished waits, and when the present one began: one value, so that a reader on
+        # another thread never sees half of a change.
+        self._idle: tuple[float, float | None] = (0.0, None)
 
     @property
     def num_models(self) -> int:
@@ -87,6 +91,12 @@ class AsyncEngine:
     @property
     def num_waiting(self) -> int:
         return max(0, self.num_open - self.num_running)
+
+    @property
+    def idle_seconds(self) -> float:
+        """How long the engine thread has waited for work; it never falls."""
+        seconds, since = self._idle
+        return seconds if since is None else seconds + time.perf_counter() - since
 
     def start(self) -> None:
         """Start the engine thread; called once, inside the running loop."""
@@ -177,12 +187,22 @@ class AsyncEngine:
         """Run queued commands, waiting for one if there is nothing to step; False to stop."""
         while not self._stopping:
             try:
-                command = self._commands.get(block=not self._engine.has_work)
+                command = self._next_command()
             except queue.Empty:
                 return True
             if command is not None:
                 command()
         return False
+
+    def _next_command(self) -> Command | None:
+        """Raises queue.Empty where there is none and sequences are to be decoded."""
+        if self._engine.has_work:
+            return self._commands.get(block=False)
+        started = time.perf_counter()
+        self._idle = (self._idle[0], started)
+        command = self._commands.get()
+        self._idle = (self._idle[0] + time.perf_counter() - started, None)
+        return command
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         for delta in deltas:

@@ -115,6 +115,9 @@ class Engine:
         plan = self.scheduler.plan()
         if plan is None:
             return []
+        for sequence in plan.sequences:
+            if sequence.stats.first_run is None:
+                sequence.stats.first_run = started
         outcome = self._advancer.advance(plan)
         batch = self.scheduler.num_decoding
         deltas = self._finish(plan.sequences, outcome)

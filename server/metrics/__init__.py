@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Sequence as Row
 from importlib.metadata import version
 
 from prometheus_client import (
@@ -17,13 +18,15 @@ from prometheus_client import (
     Gauge,
     Info,
     ProcessCollector,
+    disable_created_metrics,
     generate_latest,
 )
 
 from server import __version__
 from server.config import ServerConfig
+from server.core.sequence import SequenceStats
 from server.core.stats import StepStats
-from server.metrics.engine import EngineMetrics
+from server.metrics.engine import EngineMetrics, ModelFacts
 from server.metrics.http import HttpMetrics
 from server.metrics.requests import (
     ENDPOINTS,
@@ -42,10 +45,14 @@ __all__ = [
     "REJECTIONS",
     "HttpMetrics",
     "Metrics",
+    "ModelFacts",
     "RequestObserver",
 ]
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+
+# When each counter was made: in this format a second series for every one.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -68,9 +75,11 @@ class Metrics:
         self.engine.observe(stats)
         self.speedup.observe(stats)
 
-    def request(self, endpoint: str, num_prompt_tokens: int) -> RequestObserver:
-        """A context that watches one accepted request."""
-        return RequestObserver(self.requests, endpoint, num_prompt_tokens)
+    def request(
+        self, endpoint: str, num_prompt_tokens: int, stats: Row[SequenceStats] = ()
+    ) -> RequestObserver:
+        """A context that watches one accepted request; `stats` are those of its sequences."""
+        return RequestObserver(self.requests, endpoint, num_prompt_tokens, stats)
 
     def reject(self, reason: str) -> None:
         """Count a request that was refused before any work; `reason` is one of REJECTIONS."""

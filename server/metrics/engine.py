@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence as Row
+from dataclasses import dataclass
 from functools import partial
 from typing import get_args
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from server.config import StrategyName
 from server.core.combination import Method
@@ -16,6 +19,34 @@ from server.metrics.buckets import SIZES, TOKEN_SECONDS
 PHASES: tuple[Phase, ...] = get_args(Phase)
 METHODS: tuple[Method, ...] = get_args(Method)
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model once it is loaded.
+
+    Attributes:
+        device, dtype: where it runs, and its type of numbers.
+        weight_bytes: memory of its weights.
+        num_pages, page_bytes: of its KV memory, pages that sequences can hold.
+    """
+
+    device: str
+    dtype: str
+    weight_bytes: int
+    num_pages: int
+    page_bytes: int
+
+
+class _IdleSeconds(Collector):
+    """A counter that is right in the middle of a wait too."""
+
+    def __init__(self, read: Callable[[], float]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterable[Metric]:
+        text = "Time that the engine has waited for work."
+        yield CounterMetricFamily("cos_engine_idle_seconds", text, value=self._read())
 
 
 class EngineMetrics:
@@ -48,6 +79,11 @@ class EngineMetrics:
             "cos_model_sequence_forwards",
             "Forwards of a model times the sequences that each of them decoded.",
             "model",
+        )
+        self.combine_seconds = counter(
+            "cos_combine_seconds",
+            "Time of engine steps between a forward and the decisions it allows: warping, "
+            "combining, verifying, drawing, proposing.",
         )
         self.preemptions = counter(
             "cos_preemptions", "Sequences that lost their pages to older ones."
@@ -83,6 +119,7 @@ class EngineMetrics:
         self.forward_tokens.labels(name, "prefill").inc(stats.num_prefill_tokens)
         self.forward_tokens.labels(name, "decode").inc(num_decode_tokens)
         self.step_seconds.observe(stats.step_seconds)
+        self.combine_seconds.inc(stats.combine_seconds)
         self.batch_size.observe(stats.num_sequences)
         for (method, strategy), count in _num_generated(stats).items():
             self.generated.labels(method, strategy).inc(count)
@@ -97,8 +134,14 @@ class EngineMetrics:
             gauge = Gauge(f"cos_{phase}", text, registry=self._registry)
             gauge.set_function(partial(_is, read, phase))
 
-    def watch(self, num_running: Callable[[], int], num_waiting: Callable[[], int]) -> None:
+    def watch(
+        self,
+        num_running: Callable[[], int],
+        num_waiting: Callable[[], int],
+        idle_seconds: Callable[[], float],
+    ) -> None:
         """Export the queue as it is when somebody looks; called once, when the engine is there."""
+        self._registry.register(_IdleSeconds(idle_seconds))
         for state, read in (("running", num_running), ("waiting", num_waiting)):
             gauge = Gauge(
                 f"cos_sequences_{state}",
@@ -107,26 +150,32 @@ class EngineMetrics:
             )
             gauge.set_function(read)
 
-    def watch_pages(
-        self,
-        used: Callable[[], tuple[int, ...]],
-        limits: tuple[int, ...],
-        page_bytes: tuple[int, ...],
+    def watch_models(
+        self, pages_used: Callable[[], tuple[int, ...]], models: Row[ModelFacts]
     ) -> None:
-        """Export KV memory, [num_models] each; called once, when the engine is there."""
-        in_use = Gauge(
-            "cos_kv_pages_used", "KV pages in use, by model.", ("model",), registry=self._registry
-        )
-        limit = Gauge(
-            "cos_kv_pages", "KV pages there are, by model.", ("model",), registry=self._registry
-        )
-        size = Gauge(
-            "cos_kv_page_bytes", "Memory of one KV page.", ("model",), registry=self._registry
-        )
-        for k, name in enumerate(self._names):
-            in_use.labels(name).set_function(partial(_entry, used, k))
-            limit.labels(name).set(limits[k])
-            size.labels(name).set(page_bytes[k])
+        """Export the models and their memory; called once, when they are loaded.
+
+        Args:
+            pages_used: of the KV memory, [num_models].
+            models: [num_models].
+        """
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(name, text, ("model",), registry=self._registry)
+
+        in_use = gauge("cos_kv_pages_used", "KV pages in use.")
+        limit = gauge("cos_kv_pages", "KV pages there are.")
+        bytes_in_use = gauge("cos_kv_used_bytes", "KV memory in use.")
+        bytes_limit = gauge("cos_kv_limit_bytes", "KV memory there is.")
+        weights = gauge("cos_model_weight_bytes", "Memory of the model's weights.")
+        facts = Info("cos_model", "A model and where it runs.", ("model",), registry=self._registry)
+        for k, (name, model) in enumerate(zip(self._names, models, strict=True)):
+            in_use.labels(name).set_function(partial(_entry, pages_used, k))
+            limit.labels(name).set(model.num_pages)
+            bytes_in_use.labels(name).set_function(partial(_entry, pages_used, k, model.page_bytes))
+            bytes_limit.labels(name).set(model.num_pages * model.page_bytes)
+            weights.labels(name).set(model.weight_bytes)
+            facts.labels(name).info({"device": model.device, "dtype": model.dtype})
 
 
 def _num_generated(stats: StepStats) -> dict[tuple[str, str], int]:
@@ -143,5 +192,5 @@ def _is(read: Callable[[], str], phase: str) -> bool:
     return read() == phase
 
 
-def _entry(read: Callable[[], tuple[int, ...]], index: int) -> float:
-    return read()[index]
+def _entry(read: Callable[[], tuple[int, ...]], index: int, factor: int = 1) -> float:
+    return read()[index] * factor

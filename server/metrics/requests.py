@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence as Row
 from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from server.core.sequence import SequenceStats
 from server.errors import EngineDraining, EngineOverloaded
 from server.metrics.buckets import SECONDS, TOKEN_SECONDS, TOKENS
 
@@ -59,6 +61,21 @@ class RequestMetrics:
             "From acceptance to the first token of any choice.",
             SECONDS,
         )
+        self.queue = histogram(
+            "cos_request_queue_seconds",
+            "From acceptance until a model first ran over a prompt; requests that got a token.",
+            SECONDS,
+        )
+        self.prefill = histogram(
+            "cos_request_prefill_seconds",
+            "From then to the first token; requests that got a token.",
+            SECONDS,
+        )
+        self.decode = histogram(
+            "cos_request_decode_seconds",
+            "From the first token to the end; requests that got a token.",
+            SECONDS,
+        )
         self.inter_token = histogram(
             "cos_inter_token_seconds",
             "Time between tokens of a choice: n tokens that come together after dt count as n "
@@ -84,11 +101,19 @@ class RequestMetrics:
 class RequestObserver:
     """One accepted request, as a context: its end is counted whatever way it ends."""
 
-    def __init__(self, metrics: RequestMetrics, endpoint: str, num_prompt_tokens: int) -> None:
+    def __init__(
+        self,
+        metrics: RequestMetrics,
+        endpoint: str,
+        num_prompt_tokens: int,
+        stats: Row[SequenceStats] = (),
+    ) -> None:
         self.reason = "error"
         self.seconds = 0.0
+        self.queue_seconds: float | None = None
         self.first_token_seconds: float | None = None
         self.endpoint = endpoint
+        self._stats = stats
         self._metrics = metrics
         self._num_prompt_tokens = num_prompt_tokens
         self._num_tokens = 0
@@ -132,6 +157,8 @@ class RequestObserver:
             self.reason = "cancelled"
         self._metrics.finished.labels(self.endpoint, self.reason).inc()
         self._metrics.duration.observe(self.seconds)
+        if self.first_token_seconds is not None:
+            self._metrics.decode.observe(self.seconds - self.first_token_seconds)
         self._metrics.generation_tokens.observe(self._num_tokens)
 
     def _start(self, now: float) -> None:
@@ -139,5 +166,10 @@ class RequestObserver:
         self._metrics.running.inc()
         self.first_token_seconds = now - self._started
         self._metrics.first_token.observe(self.first_token_seconds)
+        runs = [each.first_run for each in self._stats if each.first_run is not None]
+        if runs:
+            self.queue_seconds = max(0.0, min(runs) - self._started)
+            self._metrics.queue.observe(self.queue_seconds)
+            self._metrics.prefill.observe(self.first_token_seconds - self.queue_seconds)
         self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
         self._metrics.total_prompt_tokens.inc(self._num_prompt_tokens)

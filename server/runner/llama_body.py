@@ -86,11 +86,16 @@ class LlamaBody:
         self._rope_scale = float(rotary.attention_scaling)
         self._norm = _Norm(body.norm.weight, body.norm.variance_epsilon)
         self._layers: list[_Layer] = []
+        is_tied = body.embed_tokens.weight is parts.lm_head.weight
         while len(body.layers):
             self._layers.append(_Layer(len(self._layers), body.layers[0], keep))
             del body.layers[0]
         self._head = keep(parts.lm_head)
-        self._embed = pack_embedding(body.embed_tokens) if packed else body.embed_tokens
+        self._embed = (
+            pack_embedding(body.embed_tokens, self.packing, is_tied)
+            if packed
+            else body.embed_tokens
+        )
         body.embed_tokens = parts.lm_head = None
 
     def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:

@@ -65,8 +65,9 @@ class MemberLoader:
 
     def _try_fast(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner | None:
         """None where the written-out forward gives other logits."""
+        size = model.get_memory_footprint()
         body = LlamaBody(model, packed=self._packs)
-        runner = self._runner(model, body)
+        runner = self._runner(model, body, size - body.packing.saved)
         try:
             self_check.self_check(runner, reference)
         except ConfigError as error:
@@ -76,15 +77,20 @@ class MemberLoader:
         return runner
 
     def _load_generic(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
+        size = model.get_memory_footprint()
         if self._packs:
-            self._report_packing(pack_weights(model))
-        runner = self._runner(model, None)
+            packing = pack_weights(model)
+            self._report_packing(packing)
+            size -= packing.saved
+        runner = self._runner(model, None, size)
         self_check.self_check(runner, reference)
         return runner
 
-    def _runner(self, model: PreTrainedModel, body: Body | None) -> TorchRunner:
+    def _runner(self, model: PreTrainedModel, body: Body | None, weight_bytes: int) -> TorchRunner:
         store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
-        return TorchRunner(self._name, model, self._vocab_size, self._max_length, store, body)
+        return TorchRunner(
+            self._name, model, self._vocab_size, self._max_length, store, body, weight_bytes
+        )
 
     def _read(self) -> PreTrainedModel:
         """The model with its rotary frequencies pinned."""

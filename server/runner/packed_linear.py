@@ -8,6 +8,7 @@ exactly is left alone.
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +62,14 @@ def is_exact(weight: Tensor) -> bool:
 
 @dataclass(slots=True)
 class PackingReport:
-    """Weights of plain linear layers: all that were considered, and those now in 16 bits."""
+    """Weights of plain linear layers: all that were considered, and those now in 16 bits.
+
+    `saved` are bytes of all that was packed, embeddings included, less than before.
+    """
 
     packed: int = 0
     considered: int = 0
+    saved: int = 0
 
 
 @torch.no_grad()
@@ -78,22 +83,31 @@ def pack_linear(linear: nn.Linear, report: PackingReport) -> nn.Module:
     except RuntimeError:
         return linear
     report.packed += linear.weight.numel()
+    report.saved += 2 * linear.weight.numel()
     return packed
 
 
-def pack_embedding(embedding: nn.Embedding) -> nn.Module:
-    """The same table in float16 where that is exact, or `embedding` itself."""
-    return HalfEmbedding(embedding) if is_exact(embedding.weight) else embedding
+def pack_embedding(embedding: nn.Embedding, report: PackingReport, is_tied: bool) -> nn.Module:
+    """The same table in float16 where that is exact, or `embedding` itself.
+
+    `is_tied`: the head had the same table; packed, each has a copy of its own.
+    """
+    if not is_exact(embedding.weight):
+        return embedding
+    report.saved += (-2 if is_tied else 2) * embedding.weight.numel()
+    return HalfEmbedding(embedding)
 
 
 def pack_weights(model: nn.Module) -> PackingReport:
     """Pack every plain nn.Linear and nn.Embedding of a float32 CPU `model` that allows it."""
     report = PackingReport()
+    tables = Tally(id(getattr(module, "weight", None)) for module in model.modules())
     for parent in list(model.modules()):
         for name, module in list(parent.named_children()):
             # Quantised kinds, and those that scale or shift, derive from the plain ones.
             if type(module) is nn.Linear:
                 setattr(parent, name, pack_linear(module, report))
             elif type(module) is nn.Embedding and module.max_norm is None:
-                setattr(parent, name, pack_embedding(module))
+                is_tied = tables[id(module.weight)] > 1
+                setattr(parent, name, pack_embedding(module, report, is_tied))
     return report

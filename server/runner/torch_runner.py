@@ -59,6 +59,7 @@ class TorchRunner:
         max_length: int,
         store: KVStore,
         body: Body | None = None,
+        weight_bytes: int = 0,
     ) -> None:
         """`model` is in eval mode on its device; it attends through this runner from now on.
 
@@ -69,6 +70,7 @@ class TorchRunner:
             max_length: in tokens.
             store: KV memory.
             body: computes the logits instead of `model`.
+            weight_bytes: memory of the weights, for whoever asks.
         """
         self.name = name
         self.model = model
@@ -76,6 +78,7 @@ class TorchRunner:
         self.max_length = max_length
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
+        self.weight_bytes = weight_bytes
         self._attention = PagedAttention(store)
         if body is None:
             self._attention.attach(model)

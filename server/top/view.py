@@ -121,14 +121,15 @@ def _models(window: Window) -> Table:
         )
         used = window.after.total("cos_kv_pages_used", model=name)
         pages = window.after.total("cos_kv_pages", model=name)
-        page_bytes = window.after.total("cos_kv_page_bytes", model=name)
+        used_bytes = window.after.total("cos_kv_used_bytes", model=name)
+        limit_bytes = window.after.total("cos_kv_limit_bytes", model=name)
         table.add_row(
             name,
             f"{window.rate('cos_model_forward_seconds_total', model=name):.0%}",
             f"{window.rate('cos_spec_draft_tokens_total', proposer=name):.1f}",
             _NONE if accepted is None else f"{accepted:.0%}",
             f"{used:.0f} of {pages:.0f}",
-            f"{used * page_bytes / 2**20:.0f} of {pages * page_bytes / 2**20:.0f} MiB",
+            f"{used_bytes / 2**20:.0f} of {limit_bytes / 2**20:.0f} MiB",
         )
     return table
 

@@ -137,6 +137,17 @@ async def test_stopping_ends_open_streams() -> None:
 
 
 @pytest.mark.filterwarnings("default")
+async def test_waiting_for_work_is_idle_time() -> None:
+    async with running(make_engine(LMS)) as engine:
+        await asyncio.sleep(0.05)
+        waited = engine.idle_seconds
+        assert waited > 0.03, "a wait counts while it lasts"
+        sequence = make_sequence(0)
+        await collect(engine, [sequence])
+        assert engine.idle_seconds >= waited
+        assert sequence.stats.first_run is not None
+
+
 async def test_a_dead_engine_fails_every_client_at_once() -> None:
     class Dying(TableLM):
         def logits(self, prefix):

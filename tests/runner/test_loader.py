@@ -246,6 +246,9 @@ def test_weights_from_sixteen_bits_are_packed(llama, dtype, share):
     halved = {name: weight.bfloat16().half().float() for name, weight in weights.items()}
     save_file(halved, llama / "model.safetensors", metadata={"format": "pt"})
     lines: list[str] = []
-    load_models(config_of(llama, dtype=dtype), lines.append)
+    [runner] = load_models(config_of(llama, dtype=dtype), lines.append).runners
+    per_weight = 2 if share else 4
+    held = [each.numel() * (per_weight if each.ndim == 2 else 4) for each in weights.values()]
+    assert sum(held) <= runner.weight_bytes <= sum(held) + 1024, "buffers besides"
     told = [line for line in lines if "16 bits" in line]
     assert told == ([f"m0: {share} of linear weights kept in 16 bits"] if share else [])

@@ -46,6 +46,7 @@ def test_only_exact_layers_are_replaced():
     assert type(model.model.embed_tokens) is nn.Embedding
     assert report.packed == 32 * 64
     assert report.considered > 10 * report.packed
+    assert report.saved == 2 * 32 * 64
 
 
 @torch.no_grad()
@@ -54,7 +55,8 @@ def test_tied_table_is_kept_in_sixteen_bits():
     table = model.model.embed_tokens.weight
     table.copy_(table.half())
     plain = model.model.embed_tokens(torch.tensor([[3, 0, 3]]))
-    pack_weights(model)
+    report = pack_weights(model)
+    assert report.saved == 2 * report.packed - 2 * table.numel(), "the head has a copy of its own"
     embedding = model.model.embed_tokens
     assert isinstance(embedding, HalfEmbedding)
     assert isinstance(model.lm_head, PackedLinear)

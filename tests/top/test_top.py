@@ -12,7 +12,7 @@ from server.__main__ import main
 from server.core.combination import Combination
 from server.core.stats import Delivery, StepStats
 from server.engine.calibration import Baseline
-from server.metrics import Metrics
+from server.metrics import Metrics, ModelFacts
 from server.top.scrape import Scrape, parse_metrics
 from server.top.view import render
 from tests.support.api import make_config, make_table_app
@@ -25,7 +25,11 @@ COS = make_decoding("cos", Combination.weighted((0.5, 0.5)), gamma=4)
 def make_metrics() -> Metrics:
     metrics = Metrics(make_config())
     metrics.engine.watch_phase(lambda: "ready")
-    metrics.engine.watch_pages(lambda: (3, 5), (10, 20), (1 << 20, 2 << 20))
+    facts = [
+        ModelFacts("cpu", "float32", 1 << 22, 10, 1 << 20),
+        ModelFacts("cpu", "float32", 1 << 23, 20, 2 << 20),
+    ]
+    metrics.engine.watch_models(lambda: (3, 5), facts)
     return metrics
 
 
