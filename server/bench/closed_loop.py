@@ -7,13 +7,14 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from server.bench.estimate import Estimate
 from server.bench.plan import Block, Job
 from server.bench.row import Row
 
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """A block's rows, and the wall time from its first request to its last answer."""
+    """A block's rows, the wall time from its first request to its last answer, and the estimate."""
 
     prompt_set: str
     concurrency: int
@@ -21,6 +22,7 @@ class BlockResult:
     round: int
     seconds: float
     rows: tuple[Row, ...]
+    estimate: Estimate | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -33,6 +33,7 @@ COLUMNS = (
     "tokens/forward",
     "× standard",
     "decode only",
+    "estimated",
 )
 _NARROW_COLUMNS = (
     "strategy",
@@ -43,6 +44,7 @@ _NARROW_COLUMNS = (
     "tokens/\nforward",
     "× standard\n(rounds)",
     "decode\nonly",
+    "esti-\nmated",
 )
 
 
@@ -119,6 +121,7 @@ def cells(summary: Summary) -> tuple[str, ...]:
         _by_model(summary.tokens_per_forward),
         _ratio(summary),
         _number(summary.decode_ratio),
+        _number(summary.estimated_ratio),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from server.bench.client import BenchClient
 from server.bench.closed_loop import BlockResult, run_block
+from server.bench.estimate import read_estimate
 from server.bench.plan import Block, plan
 from server.bench.settings import Settings
 from server.errors import CosError
@@ -45,16 +46,22 @@ async def measure(
         model = target.model or await _first_model(http)
         client = BenchClient(http, model, settings)
         with _progress(console) as progress:
-            results = await _run(plan(settings), client, progress)
+            results = await _run(plan(settings), http, client, progress)
     return {"base_url": target.base_url, "model": model}, results
 
 
-async def _run(blocks: list[Block], client: BenchClient, progress: Progress) -> list[BlockResult]:
+async def _run(
+    blocks: list[Block], http: httpx.AsyncClient, client: BenchClient, progress: Progress
+) -> list[BlockResult]:
     task = progress.add_task("", total=sum(len(block.jobs) for block in blocks))
     results = []
     for block in blocks:
         progress.update(task, description=_title(block))
+        before = await read_estimate(http)
         result = await run_block(block, client.send, lambda: progress.advance(task))
+        after = await read_estimate(http)
+        if before is not None and after is not None:
+            result = replace(result, estimate=after.since(before))
         if not block.is_warmup:
             results.append(result)
         elif result.num_errors:

@@ -31,6 +31,7 @@ class Summary:
         ratio: wall seconds per token of standard / those of this strategy, over all rounds.
         ratio_low, ratio_high: the same of the worst and the best single round.
         decode_ratio: the same of the time after each request's first chunk, prefill left out.
+        estimated_ratio: what the server estimated meanwhile, from its metrics.
     """
 
     prompt_set: str
@@ -51,6 +52,7 @@ class Summary:
     ratio_low: float | None = None
     ratio_high: float | None = None
     decode_ratio: float | None = None
+    estimated_ratio: float | None = None
 
 
 Point = tuple[str, int, str]
@@ -95,7 +97,14 @@ def _summary(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> S
         ratio_low=low,
         ratio_high=high,
         decode_ratio=decode,
+        estimated_ratio=_estimated(blocks),
     )
+
+
+def _estimated(blocks: Iterable[BlockResult]) -> float | None:
+    known = [block.estimate for block in blocks if block.estimate is not None]
+    seconds = sum(each.decode_seconds for each in known)
+    return sum(each.baseline_seconds for each in known) / seconds if seconds > 0 else None
 
 
 def quantile(values: Sequence[tuple[float, int]], q: float) -> float | None:

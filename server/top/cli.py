@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from server.errors import CosError
-from server.top.scrape import Scrape, parse_metrics
+from server.scrape import Scrape, parse_metrics
 from server.top.view import render
 
 _TIMEOUT = 10.0

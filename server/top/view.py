@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from server.top.scrape import Scrape
+from server.scrape import Scrape
 
 _NONE = "-"  # nothing happened, so there is nothing to say
 

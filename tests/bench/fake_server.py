@@ -12,7 +12,12 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import (
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
 
 
@@ -24,17 +29,28 @@ class FakeServer:
         fail: strategy whose requests fail, and how: "status", "event", "cut" or "usage".
     """
 
-    def __init__(self, fail: tuple[str, str] | None = None, step_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        fail: tuple[str, str] | None = None,
+        step_seconds: float = 0.0,
+        has_metrics: bool = True,
+    ) -> None:
         self.requests: list[dict[str, Any]] = []
         self.fail = fail
         self.max_in_flight = 0
         self._in_flight = 0
         self._step_seconds = step_seconds
-        self.app = Starlette(
-            routes=[
-                Route("/v1/models", self._models),
-                Route("/v1/completions", self._complete, methods=["POST"]),
-            ]
+        self._baseline_seconds = self._decode_seconds = 0.0
+        routes = [
+            Route("/v1/models", self._models),
+            Route("/v1/completions", self._complete, methods=["POST"]),
+        ]
+        self.app = Starlette(routes=routes + [Route("/metrics", self._metrics)] * has_metrics)
+
+    async def _metrics(self, request: Request) -> Response:
+        baseline, decode = self._baseline_seconds, self._decode_seconds
+        return PlainTextResponse(
+            f"cos_baseline_estimated_seconds_total {baseline}\ncos_decode_seconds_total {decode}\n"
         )
 
     async def _models(self, request: Request) -> Response:
@@ -66,6 +82,8 @@ class FakeServer:
         yield b": ping\n\n"
         for done in range(width, max_tokens + width, width):
             await asyncio.sleep(self._step_seconds)
+            self._baseline_seconds += width
+            self._decode_seconds += 1
             yield _event({"usage": _usage(min(done, max_tokens)), "choices": [{"text": "x"}]})
             if how == "usage":
                 yield _event({"usage": {"tokens": 3}, "choices": []})

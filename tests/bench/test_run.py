@@ -36,6 +36,8 @@ def test_results_of_a_run(tmp_path, capsys):
     assert cos["decode_ratio"] > 1.2  # it sends two tokens where standard sends one
     assert cos["acceptance"] == [0.5, None]
     assert cos["tokens_per_forward"] == [1.0, 2.0]
+    assert standard["estimated_ratio"] == pytest.approx(1)
+    assert cos["estimated_ratio"] == pytest.approx(2)
     shown = capsys.readouterr().out
     assert shown.count("in flight") == 2
     assert "× standard" in shown
@@ -54,6 +56,14 @@ def test_what_is_asked_of_the_server():
         assert body["ignore_eos"] is True
         asked[body["cos"]["strategy"]].append((body["seed"], body["prompt"]))
     assert asked["standard"] == asked["cos"]
+
+
+def test_no_estimate_from_a_server_without_metrics(tmp_path):
+    out = tmp_path / "result.json"
+    with serve(FakeServer(has_metrics=False)) as url:
+        assert bench("--base-url", url, *SMALL, "--out", str(out)) == 0
+    summaries = json.loads(out.read_text(encoding="utf-8"))["summaries"]
+    assert [summary["estimated_ratio"] for summary in summaries] == [None, None]
 
 
 def test_concurrency_is_kept_and_not_exceeded():
@@ -93,7 +103,7 @@ def test_markdown_of_results(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| prompts | concurrency | strategy |")
     assert len(lines) == 2 + 2 * 2
-    assert {line.count("|") for line in lines} == {11}
+    assert {line.count("|") for line in lines} == {12}
 
 
 def test_a_file_that_is_no_result(tmp_path, capsys):

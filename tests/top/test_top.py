@@ -13,7 +13,7 @@ from server.core.combination import Combination
 from server.core.stats import Delivery, StepStats
 from server.engine.calibration import Baseline
 from server.metrics import Metrics, ModelFacts
-from server.top.scrape import Scrape, parse_metrics
+from server.scrape import Scrape, parse_metrics
 from server.top.view import render
 from tests.support.api import make_config, make_table_app
 from tests.support.engines import make_decoding
