@@ -148,9 +148,9 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     metrics.engine.watch_models(engine.scheduler.pages_used, [_facts(r) for r in loaded.runners])
     if config.engine.calibrate:
         combination = make_combination(config.combination, len(config.models))
-        if (baseline := calibrate(engine, combination)) is not None:
-            engine.baseline = baseline
-            metrics.speedup.calibrated(baseline)
+        engine.costs = calibrate(engine, combination)
+        if engine.costs is not None:
+            metrics.speedup.calibrated(engine.costs)
     return Parts(
         AsyncEngine(engine),
         tokenizer,

@@ -10,7 +10,7 @@ import pytest
 from server.core.combination import Combination
 from server.core.sequence import SequenceStats
 from server.core.stats import Delivery, StepStats
-from server.engine.calibration import Baseline
+from server.engine.cost_table import CostTable, Timings
 from server.errors import EngineOverloaded
 from server.metrics import REJECTIONS, Metrics, ModelFacts
 from tests.support.api import make_config
@@ -208,7 +208,9 @@ def test_whether_requests_are_taken(metrics: Metrics) -> None:
 
 def test_no_baseline_before_calibration(metrics: Metrics) -> None:
     assert "cos_baseline" not in metrics.render().decode()
-    metrics.speedup.calibrated(Baseline((1, 2), ((0.1, 0.2), (0.3, 0.4)), (0.01, 0.02)))
+    metrics.speedup.calibrated(
+        CostTable(Timings((1, 2), ((0.1, 0.2), (0.3, 0.4)), (0.0, 0.0), (0.01, 0.02)))
+    )
     assert value(metrics, "cos_baseline_step_seconds", model="m1", batch="2") == 0.4
     assert value(metrics, "cos_baseline_rest_seconds", batch="1") == 0.01
     metrics.observe_step(StepStats(0, num_tokens=4, step_seconds=2.0, baseline_seconds=1.5))

@@ -1,15 +1,15 @@
-"""What standard decoding costs here: the other side of the estimated speedup.
+"""Times forwards and rounds of standard decoding at start: the first state of the cost table.
 
 A *round* gives each of `batch` sequences one token the plain way: one forward of one token by every
 scorer, then combining, drawing and text. Rounds are timed on the engine that will serve, with its
-own pages, before anybody waits for it, and the same clocks then time real decoding.
+own pages, before anybody waits for it, and the same clocks then time real decoding. Forwards of
+several tokens, as scoring proposals takes, are timed alone.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence as Row
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 from statistics import median
@@ -17,8 +17,10 @@ from statistics import median
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
-from server.core.stats import Delivery, StepStats
+from server.core.stats import StepStats
+from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
+from server.runner.base import Batch, ModelRunner, Span
 
 logger = logging.getLogger(__name__)
 
@@ -26,53 +28,15 @@ logger = logging.getLogger(__name__)
 _CONTEXT = 128
 _ROUNDS = 5  # the first of them warms up
 # Twice as many sequences are tried only while that is likely to stay within this.
-_BUDGET_SECONDS = 15.0
+_BUDGET_SECONDS = 6.0
+# Tokens of each sequence in the forwards that are timed alone, and how often.
+_TOKENS = (1, 2, 5)
+_REPEATS = 3
+_FORWARD_BUDGET_SECONDS = 3.0
 
 
-@dataclass(frozen=True, slots=True)
-class Baseline:
-    """Seconds of a round by number of sequences.
-
-    Attributes:
-        batches: numbers of sequences that were timed, ascending.
-        forward_seconds: [num_models][len(batches)], a forward of one token of each sequence.
-        rest_seconds: [len(batches)], everything else of a round.
-    """
-
-    batches: tuple[int, ...]
-    forward_seconds: tuple[tuple[float, ...], ...]
-    rest_seconds: tuple[float, ...]
-
-    def token_seconds(self, scorers: Row[int], batch: int) -> float:
-        """One token of one sequence, when `batch` of them decode at once."""
-        curves = [self.forward_seconds[model] for model in scorers]
-        curves.append(self.rest_seconds)
-        return sum(_interpolate(self.batches, curve, batch) for curve in curves) / batch
-
-    def estimate(self, deliveries: Row[Delivery], batch: int) -> float:
-        """Standard decoding of what was delivered, `batch` sequences decoding at once."""
-        num_tokens: dict[tuple[int, ...], int] = {}
-        for delivery in deliveries:
-            scorers = delivery.decoding.combination.scorers
-            num_tokens[scorers] = num_tokens.get(scorers, 0) + delivery.num_decoded
-        return sum(
-            count * self.token_seconds(scorers, max(1, batch))
-            for scorers, count in num_tokens.items()
-        )
-
-
-def _interpolate(xs: Row[int], ys: Row[float], x: int) -> float:
-    """Linear between the points and beyond the last; below the first, the first."""
-    if len(xs) == 1 or x <= xs[0]:
-        return ys[0]
-    right = min(bisect_left(xs, x), len(xs) - 1)
-    left = right - 1
-    slope = (ys[right] - ys[left]) / (xs[right] - xs[left])
-    return ys[left] + slope * (x - xs[left])
-
-
-def calibrate(engine: Engine, combination: Combination) -> Baseline | None:
-    """Time rounds of `combination`, and forwards of the models it does not need.
+def calibrate(engine: Engine, combination: Combination) -> CostTable | None:
+    """Time rounds of `combination`, forwards of the models it does not need, and longer forwards.
 
     Returns:
         None where nothing could be timed: no memory for a single sequence, or scores that are no
@@ -98,41 +62,92 @@ def calibrate(engine: Engine, combination: Combination) -> Baseline | None:
     if not points:
         logger.warning("standard decoding could not be timed; no speedup will be estimated")
         return None
-    return _baseline(points, engine.num_models)
+    return CostTable(_timings(points, engine, len(combination.scorers)))
 
 
 @dataclass(slots=True)
 class _Point:
-    """Steps of one batch size, by model: [(forward seconds, the rest of the step)]."""
+    """Rounds of one batch size: seconds of forwards by model, and of the rest of their steps."""
 
-    steps: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    forwards: dict[int, list[float]] = field(default_factory=dict)
+    feeds: list[float] = field(default_factory=list)
+    draws: list[float] = field(default_factory=list)
 
     def add(self, stats: StepStats) -> None:
+        self.forwards.setdefault(stats.model, []).append(stats.forward_seconds)
         rest = stats.step_seconds - stats.forward_seconds
-        self.steps.setdefault(stats.model, []).append((stats.forward_seconds, rest))
+        (self.draws if stats.num_drawn else self.feeds).append(rest)
 
     def forward_seconds(self, model: int) -> float:
-        return median(forward for forward, _ in self.steps[model])
+        return median(self.forwards[model])
 
-    def rest_seconds(self, model: int) -> float:
-        return median(rest for _, rest in self.steps[model])
+    @property
+    def feed_seconds(self) -> float:
+        """Rest of a step that draws nothing; a combination of one model has none."""
+        return median(self.feeds) if self.feeds else 0.0
+
+    @property
+    def draw_seconds(self) -> float:
+        return median(self.draws)
 
     def __str__(self) -> str:
-        each = (f"model {k} {self.forward_seconds(k) * 1e3:.1f} ms" for k in sorted(self.steps))
+        each = (f"model {k} {self.forward_seconds(k) * 1e3:.1f} ms" for k in sorted(self.forwards))
         return ", ".join(each)
 
 
-def _baseline(points: dict[int, _Point], num_models: int) -> Baseline:
-    return Baseline(
+def _timings(points: dict[int, _Point], engine: Engine, num_scorers: int) -> Timings:
+    return Timings(
         batches=tuple(points),
         forward_seconds=tuple(
             _rising(point.forward_seconds(model) for point in points.values())
-            for model in range(num_models)
+            for model in range(engine.num_models)
         ),
-        rest_seconds=_rising(
-            sum(point.rest_seconds(model) for model in point.steps) for point in points.values()
-        ),
+        feed_seconds=_rising(point.feed_seconds for point in points.values()),
+        draw_seconds=_rising(point.draw_seconds for point in points.values()),
+        num_scorers=num_scorers,
+        span_seconds=_time_forwards(engine, tuple(points)),
     )
+
+
+def _time_forwards(
+    engine: Engine, batches: tuple[int, ...]
+) -> tuple[dict[tuple[int, int], float], ...]:
+    """[num_models] of {(batch, tokens): seconds}, small batches first while time lasts."""
+    seconds: tuple[dict[tuple[int, int], float], ...] = tuple({} for _ in engine.runners)
+    started = engine.clock()
+    # Every second power of two: the table is interpolated.
+    for batch in batches[::2]:
+        before = engine.clock()
+        for tokens in _TOKENS:
+            if _num_context(engine) + tokens > engine.max_length:
+                return seconds
+            for found, runner in zip(seconds, engine.runners, strict=True):
+                found[batch, tokens] = _time_forward(engine, runner, batch, tokens)
+        now = engine.clock()
+        if now - started + 4 * (now - before) > _FORWARD_BUDGET_SECONDS:
+            break
+    logger.info("timed forwards of %s tokens, up to %d at once", _TOKENS, batch)
+    return seconds
+
+
+def _time_forward(engine: Engine, runner: ModelRunner, batch: int, tokens: int) -> float:
+    """Median seconds of a forward; nobody holds pages yet, so any may be written."""
+    num_past = _num_context(engine)
+    per_span = -(-(num_past + tokens) // runner.page_size)
+    spans = []
+    for index in range(batch):
+        # Page 0 is never used. Sequences may share pages here where memory is short: no one reads.
+        first = 1 + index * per_span % max(1, runner.num_pages - 1 - per_span)
+        pages = range(first, first + per_span)
+        spans.append(
+            Span(pages, num_past, [(index + i) % engine.vocab_size for i in range(tokens)], tokens)
+        )
+    times = []
+    for _ in range(_REPEATS):
+        before = engine.clock()
+        runner.forward(Batch(tuple(spans)))[-1, -1].item()
+        times.append(engine.clock() - before)
+    return median(times)
 
 
 def _rising(seconds: Iterable[float]) -> tuple[float, ...]:
@@ -164,8 +179,7 @@ def _time_batch(engine: Engine, combination: Combination, batch: int) -> _Point 
         alone = _run(engine, Combination.only(engine.num_models, model), batch)
         if alone is None:
             return None
-        # A round of the combination pays nothing for it but where a request's own needs it.
-        point.steps[model] = [(forward, 0.0) for forward, _ in alone.steps[model]]
+        point.forwards[model] = alone.forwards[model]
     return point
 
 
@@ -182,7 +196,7 @@ def _run(engine: Engine, combination: Combination, batch: int) -> _Point | None:
     rounds = [stats for stats in steps if stats.num_decoding == stats.num_sequences == batch]
     for stats in rounds[len(combination.scorers) :]:
         point.add(stats)
-    return None if has_failed or set(point.steps) != set(combination.scorers) else point
+    return None if has_failed or set(point.forwards) != set(combination.scorers) else point
 
 
 def _sequence(engine: Engine, combination: Combination, index: int) -> Sequence:

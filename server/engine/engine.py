@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence as Row
 from dataclasses import dataclass
-from typing import Protocol
 
 from server.cache.page_pool import PagePool
 from server.cache.score_store import ScoreStore
@@ -14,6 +13,7 @@ from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine.advance import Advancer, Outcome
+from server.engine.cost_table import CostTable
 from server.engine.detokenizer import Decoder, TextStream
 from server.engine.scheduler import Scheduler
 from server.runner.base import ModelRunner
@@ -38,14 +38,6 @@ class _End:
     stop_reason: str | int | None = None
 
 
-class BaselineEstimate(Protocol):
-    """What standard decoding costs; see `engine.calibration`."""
-
-    def estimate(self, deliveries: Row[Delivery], batch: int) -> float:
-        """Seconds it takes for what was delivered, `batch` sequences decoding at once."""
-        ...
-
-
 class Engine:
     """Decodes sequences over one set of models, one advance a step."""
 
@@ -63,8 +55,9 @@ class Engine:
         """`coin_seed` seeds the coins that sequences of strategy mixture share."""
         self.on_step = on_step
         self.clock = clock
-        self.baseline: BaselineEstimate | None = None
+        self.costs: CostTable | None = None
         self.limits = limits
+        self.runners = tuple(runners)
         self.num_models = len(runners)
         self.vocab_size = runners[0].vocab_size
         self.max_length = min(runner.max_length for runner in runners)
@@ -198,13 +191,13 @@ class Engine:
         del self._texts[sequence]
 
     def _observe(self, stats: StepStats, batch: int, num_preempted: int, started: float) -> None:
-        if self.on_step is None:
-            return
-        if self.baseline is not None:
-            stats.baseline_seconds = self.baseline.estimate(stats.deliveries, batch)
         stats.num_preempted = num_preempted
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages_used()
         stats.step_seconds = self.clock() - started
-        self.on_step(stats)
+        if self.costs is not None:
+            stats.baseline_seconds = self.costs.estimate(stats.deliveries, batch)
+            self.costs.observe(stats)
+        if self.on_step is not None:
+            self.on_step(stats)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from server.core.stats import StepStats
-from server.engine.calibration import Baseline
+from server.engine.cost_table import CostTable
 
 
 class SpeedupMetrics:
@@ -28,7 +30,7 @@ class SpeedupMetrics:
         if self.baseline_seconds is not None and stats.baseline_seconds is not None:
             self.baseline_seconds.inc(stats.baseline_seconds)
 
-    def calibrated(self, baseline: Baseline) -> None:
+    def calibrated(self, costs: CostTable) -> None:
         """Export what was timed; without it there are no such series, rather than ones of 1."""
         self.baseline_seconds = Counter(
             "cos_baseline_estimated_seconds",
@@ -48,7 +50,17 @@ class SpeedupMetrics:
             ("batch",),
             registry=self._registry,
         )
-        for index, batch in enumerate(baseline.batches):
-            rest.labels(str(batch)).set(baseline.rest_seconds[index])
-            for name, seconds in zip(self._names, baseline.forward_seconds, strict=True):
+        load = Gauge(
+            "cos_model_load",
+            "Seconds that the model's forwards take now, over those timed at start for the same "
+            "shapes; both sides of the estimated speedup follow it.",
+            ("model",),
+            registry=self._registry,
+        )
+        timings = costs.timings
+        for index, batch in enumerate(timings.batches):
+            rest.labels(str(batch)).set(timings.rest_seconds[index])
+            for name, seconds in zip(self._names, timings.forward_seconds, strict=True):
                 forward.labels(name, str(batch)).set(seconds[index])
+        for model, name in enumerate(self._names):
+            load.labels(name).set_function(partial(costs.load, model))

@@ -1,4 +1,4 @@
-"""The baseline of the estimated speedup, with forwards that take exactly what a test says."""
+"""The cost table and the estimated speedup, with forwards that take exactly what a test says."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.stats import Delivery, StepStats
-from server.engine.calibration import Baseline, calibrate
+from server.engine.calibration import calibrate
+from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
 from tests.support.engines import decode, make_decoding
@@ -34,9 +35,10 @@ class ClockedRunner(TableRunner):
         super().__init__(TableLM(seed), num_pages=num_pages, max_length=256)
         self._pages = np.zeros_like(self._pages)  # contexts that count as read
         self._clock, self._base, self._each = clock, base, each
+        self.load = 1.0
 
     def forward(self, batch: Batch) -> Tensor:
-        self._clock.now += self._base + self._each * batch.num_tokens
+        self._clock.now += (self._base + self._each * batch.num_tokens) * self.load
         return super().forward(batch)
 
 
@@ -54,12 +56,14 @@ def make_engine(
 
 def test_a_table_of_forwards() -> None:
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
-    baseline = calibrate(engine, BOTH)
-    assert baseline is not None
-    assert baseline.batches == (1, 2, 4, 8)
-    assert baseline.forward_seconds[0] == pytest.approx((0.011, 0.012, 0.014, 0.018))
-    assert baseline.forward_seconds[1] == pytest.approx((0.11, 0.12, 0.14, 0.18))
-    assert baseline.rest_seconds == pytest.approx((0, 0, 0, 0))
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.batches == (1, 2, 4, 8)
+    assert costs.timings.forward_seconds[0] == pytest.approx((0.011, 0.012, 0.014, 0.018))
+    assert costs.timings.forward_seconds[1] == pytest.approx((0.11, 0.12, 0.14, 0.18))
+    assert costs.timings.rest_seconds == pytest.approx((0, 0, 0, 0))
+    for batch, tokens in ((1, 1), (1, 2), (3, 1), (4, 5), (2, 3), (8, 9), (16, 4)):
+        assert costs.forward_seconds(1, batch, tokens) == pytest.approx(0.1 + 0.01 * batch * tokens)
     assert not steps, "calibration is no traffic"
     assert engine.scheduler.pages_used() == (0, 0)
     engine.scheduler.check_integrity()
@@ -67,16 +71,17 @@ def test_a_table_of_forwards() -> None:
 
 def test_models_that_the_combination_does_not_need_are_timed_too() -> None:
     engine, _ = make_engine((0.01, 0), (0.05, 0), (0.1, 0))
-    baseline = calibrate(engine, Combination.contrastive(3, 0.1))
-    assert baseline is not None
-    assert [seconds[0] for seconds in baseline.forward_seconds] == pytest.approx([0.01, 0.05, 0.1])
+    costs = calibrate(engine, Combination.contrastive(3, 0.1))
+    assert costs is not None
+    timed = [seconds[0] for seconds in costs.timings.forward_seconds]
+    assert timed == pytest.approx([0.01, 0.05, 0.1])
 
 
 def test_memory_bounds_the_batch() -> None:
     engine, _ = make_engine((0.01, 0), (0.1, 0), num_pages=120)
-    baseline = calibrate(engine, BOTH)
-    assert baseline is not None
-    assert baseline.batches == (1, 2)
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.batches == (1, 2)
 
 
 def test_no_memory_is_no_estimate() -> None:
@@ -94,29 +99,31 @@ def test_a_context_too_short_for_a_round_is_no_estimate() -> None:
 
 def test_slow_models_are_timed_at_few_batches() -> None:
     engine, _ = make_engine((0.2, 0), (1.0, 0))
-    baseline = calibrate(engine, BOTH)
-    assert baseline is not None
-    assert baseline.batches == (1,)
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.batches == (1,)
 
 
 def test_between_and_beyond_what_was_timed() -> None:
-    baseline = Baseline((1, 2, 4), ((1.0, 2.0, 6.0), (10.0, 10.0, 10.0)), (0.0, 0.0, 0.0))
-    assert baseline.token_seconds((0,), 3) == pytest.approx(4 / 3)
-    assert baseline.token_seconds((0,), 5) == pytest.approx(8 / 5)
-    assert baseline.token_seconds((0, 1), 2) == pytest.approx(12 / 2)
+    nothing = (0.0, 0.0, 0.0)
+    forwards = ((1.0, 2.0, 6.0), (10.0, 10.0, 10.0))
+    costs = CostTable(Timings((1, 2, 4), forwards, nothing, nothing))
+    assert costs.token_seconds((0,), 3) == pytest.approx(4 / 3)
+    assert costs.token_seconds((0,), 5) == pytest.approx(8 / 5)
+    assert costs.token_seconds((0, 1), 2) == pytest.approx(12 / 2)
 
 
 def test_the_first_token_of_a_text_is_not_decoding() -> None:
-    baseline = Baseline((1,), ((1.0,), (2.0,)), (0.5,))
+    costs = CostTable(Timings((1,), ((1.0,), (2.0,)), (0.2,), (0.3,)))
     decoding = make_decoding("cos", BOTH)
     deliveries = [Delivery(decoding, 3, has_first=True), Delivery(decoding, 1, has_first=False)]
-    assert baseline.estimate(deliveries, 1) == pytest.approx(3 * 3.5)
+    assert costs.estimate(deliveries, 1) == pytest.approx(3 * 3.5)
 
 
 @pytest.mark.parametrize("num_sequences", [1, 3, 8])
 def test_standard_decoding_is_as_fast_as_itself(num_sequences: int) -> None:
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
-    engine.baseline = calibrate(engine, BOTH)
+    engine.costs = calibrate(engine, BOTH)
     params = [SamplingParams(max_tokens=20, seed=seed) for seed in range(num_sequences)]
     decode(engine, [0, 1, 2], params, make_decoding("standard", BOTH))
     decoding = [step for step in steps if step.num_prefill_tokens == 0]
@@ -127,9 +134,9 @@ def test_standard_decoding_is_as_fast_as_itself(num_sequences: int) -> None:
 def test_scoring_many_for_the_price_of_one_is_faster() -> None:
     engine, steps = make_engine((0.001, 0), (0.1, 0))
     same = TableLM(7, spread=0.1)  # flat enough that most proposals are accepted
-    for runner in engine._advancer._runners:
+    for runner in engine.runners:
         runner._lm = same  # type: ignore[attr-defined]
-    engine.baseline = calibrate(engine, BOTH)
+    engine.costs = calibrate(engine, BOTH)
     params = [SamplingParams(max_tokens=40, seed=seed) for seed in range(4)]
     decode(engine, [0, 1, 2], params, make_decoding("speculative", BOTH, gamma=4))
     decoding = [step for step in steps if step.num_prefill_tokens == 0]
@@ -143,3 +150,45 @@ def test_without_calibration_there_is_no_estimate() -> None:
     decode(engine, [0, 1], [SamplingParams(max_tokens=4)], make_decoding("cos", BOTH))
     assert steps
     assert all(step.baseline_seconds is None for step in steps)
+
+
+@pytest.mark.parametrize("strategy", ["standard", "cos"])
+def test_the_estimate_follows_the_load_of_the_machine(strategy: str) -> None:
+    """Timed on a quiet machine, served on one that is 2.5 times slower."""
+    engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
+    engine.costs = costs = calibrate(engine, BOTH)
+    assert costs is not None
+    for runner in engine.runners:
+        runner.load = 2.5  # type: ignore[attr-defined]
+    params = [SamplingParams(max_tokens=100, seed=seed) for seed in range(4)]
+    decode(engine, [0, 1, 2], params, make_decoding(strategy, BOTH))
+    assert costs.token_seconds((0, 1), 4) == pytest.approx(2.5 * (0.014 + 0.14) / 4, rel=0.05)
+    assert [costs.load(model) for model in (0, 1)] == pytest.approx([2.5, 2.5], rel=0.05)
+    late = [step for step in steps[len(steps) // 2 :] if step.num_prefill_tokens == 0]
+    ratio = sum(step.baseline_seconds or 0.0 for step in late) / sum(s.step_seconds for s in late)
+    if strategy == "standard":
+        assert ratio == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_calibration_missed_is_learnt_for_its_shape_alone() -> None:
+    engine, _ = make_engine((0.01, 0.001), (0.1, 0.01))
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    before = costs.forward_seconds(1, 8, 1)
+    for _ in range(300):
+        for batch, seconds in ((1, 0.11), (4, 0.14 * 1.2)):
+            stats = StepStats(1, batch, batch, batch, forward_seconds=seconds)
+            costs.observe(stats)
+    assert costs.forward_seconds(1, 4, 1) == pytest.approx(0.14 * 1.2, rel=0.05)
+    assert costs.forward_seconds(1, 1, 1) == pytest.approx(0.11, rel=0.05)
+    assert costs.forward_seconds(1, 8, 1) == pytest.approx(before, rel=0.25)
+
+
+def test_one_stall_moves_the_table_little() -> None:
+    engine, _ = make_engine((0.01, 0.001), (0.1, 0.01))
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    for _ in range(50):
+        costs.observe(StepStats(1, 1, 1, 1, forward_seconds=0.11))
+    costs.observe(StepStats(1, 1, 1, 1, forward_seconds=11.0))
+    assert costs.load(1) < 1.2

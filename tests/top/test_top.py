@@ -11,7 +11,7 @@ from rich.console import Console
 from server.__main__ import main
 from server.core.combination import Combination
 from server.core.stats import Delivery, StepStats
-from server.engine.calibration import Baseline
+from server.engine.cost_table import CostTable, Timings
 from server.metrics import Metrics, ModelFacts
 from server.scrape import Scrape, parse_metrics
 from server.top.view import render
@@ -62,7 +62,7 @@ def screen(before: Scrape, after: Scrape) -> str:
 
 def test_rates_and_ratios_of_a_window() -> None:
     metrics = make_metrics()
-    metrics.speedup.calibrated(Baseline((1,), ((0.1,), (0.1,)), (0.1,)))
+    metrics.speedup.calibrated(CostTable(Timings((1,), ((0.1,), (0.1,)), (0.0,), (0.1,))))
     before = scrape(metrics, 100.0)
     metrics.observe_step(step())
     text = screen(before, scrape(metrics, 102.0))
@@ -77,7 +77,7 @@ def test_rates_and_ratios_of_a_window() -> None:
 
 def test_no_traffic_is_no_number() -> None:
     metrics = make_metrics()
-    metrics.speedup.calibrated(Baseline((1,), ((0.1,), (0.1,)), (0.1,)))
+    metrics.speedup.calibrated(CostTable(Timings((1,), ((0.1,), (0.1,)), (0.0,), (0.1,))))
     now = scrape(metrics, 1.0)
     text = screen(now, now)
     assert "estimated speedup - " in text
