@@ -40,6 +40,7 @@ from server.engine.calibration import calibrate
 from server.engine.engine import Engine, EngineLimits
 from server.errors import CosError
 from server.metrics import Metrics, ModelFacts
+from server.tracing import RequestTracer, make_tracer
 
 if TYPE_CHECKING:
     from server.runner.torch_runner import TorchRunner
@@ -71,6 +72,7 @@ def create_app(
     *,
     load: Load | None = None,
     metrics: Metrics | None = None,
+    tracer: RequestTracer | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
 ) -> FastAPI:
     """An app of its own: nothing is shared with other apps of the process.
@@ -82,13 +84,14 @@ def create_app(
         chat_template: that of `tokenizer`.
         load: called in a thread; loads the configured models if not given.
         metrics: those that `engine` reports to.
+        tracer: records requests; the configured one if not given.
         on_failure: told on the event loop why the app can serve no more.
 
     Raises:
-        ConfigError: the configuration contradicts itself.
+        ConfigError: the configuration contradicts itself, or tracing is not installed.
     """
     metrics = metrics or Metrics(config)
-    service = Service(config, metrics)
+    service = Service(config, metrics, tracer or make_tracer(config.tracing))
     metrics.engine.watch_phase(lambda: service.phase)
     if engine is not None:
         assert tokenizer is not None
@@ -199,6 +202,8 @@ class _Life:
             with suppress(asyncio.CancelledError):
                 await task
             await self._service.stop()
+            if self._service.tracer is not None:
+                await asyncio.to_thread(self._service.tracer.close)
 
     async def _run(self) -> None:
         """Load, open, watch."""

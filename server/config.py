@@ -155,6 +155,22 @@ class HttpConfig(Section):
     )
 
 
+class TracingConfig(Section):
+    """OpenTelemetry traces; needs the extra `otel`."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://\S+$",
+        description="Where traces go by OTLP over HTTP, as in http://localhost:4318/v1/traces.",
+    )
+    sample_ratio: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of requests that are traced, where the client does not say it.",
+    )
+
+
 class ServerConfig(Section):
     """The whole of one configs/*.yaml."""
 
@@ -168,6 +184,7 @@ class ServerConfig(Section):
     decoding: DecodingConfig = Field(DecodingConfig(), description="Strategy.")
     engine: EngineConfig = Field(EngineConfig(), description="Sizes.")
     http: HttpConfig = Field(HttpConfig(), description="HTTP surface.")
+    tracing: TracingConfig = Field(TracingConfig(), description="Traces.")
 
     @model_validator(mode="after")
     def _members_agree(self) -> ServerConfig:

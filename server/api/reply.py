@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator, Sequence as Row
+from collections.abc import AsyncGenerator, Mapping, Sequence as Row
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +16,7 @@ from server.core.output import TokenDelta, TokenLogprob
 from server.core.sequence import SequenceStats
 from server.errors import GenerationFailed
 from server.metrics import RequestObserver
+from server.tracing import FinishedRequest
 
 logger = logging.getLogger(__name__)
 
@@ -115,9 +116,15 @@ class Reply:
 
 
 async def decode(
-    generation: Generation, reply: Reply, service: Service, endpoint: str
+    generation: Generation,
+    reply: Reply,
+    service: Service,
+    endpoint: str,
+    headers: Mapping[str, str],
 ) -> DeltaStream:
     """Decode all sequences of a request; closing the generator aborts what is left.
+
+    `headers` are the HTTP request's: a trace may begin there.
 
     The consumer must let `reply` take each delta before it asks for more.
 
@@ -140,6 +147,8 @@ async def decode(
             observed.finish(reply.finish_reason)
     finally:
         _log_end(generation.id, observed, reply)
+        if service.tracer is not None:
+            service.tracer.record(_finished(generation, observed, reply, service), headers)
 
 
 def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> None:
@@ -166,6 +175,27 @@ def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> Non
         usage.completion_tokens,
         observed.seconds,
         extra={"fields": fields},
+    )
+
+
+def _finished(
+    generation: Generation, observed: RequestObserver, reply: Reply, service: Service
+) -> FinishedRequest:
+    usage = reply.usage()
+    return FinishedRequest(
+        endpoint=observed.endpoint,
+        model=service.config.served_model_name,
+        reason=observed.reason,
+        ended=observed.ended,
+        seconds=observed.seconds,
+        queue_seconds=observed.queue_seconds,
+        first_token_seconds=observed.first_token_seconds,
+        attributes={
+            "gen_ai.response.id": generation.id,
+            "gen_ai.usage.input_tokens": usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": usage.completion_tokens,
+            "cos.strategy": generation.decoding.strategy,
+        },
     )
 
 

@@ -71,7 +71,7 @@ async def respond(request: Request, writer: Writer, service: Service) -> Respons
         EngineError: nothing was generated.
     """
     reply = Reply(writer.generation)
-    deltas = decode(writer.generation, reply, service, writer.endpoint)
+    deltas = decode(writer.generation, reply, service, writer.endpoint, request.headers)
     try:
         if not writer.request.stream:
             return await while_connected(request, _whole(deltas, reply, writer))

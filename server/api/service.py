@@ -13,6 +13,7 @@ from server.config import ServerConfig
 from server.engine.async_engine import AsyncEngine
 from server.errors import EngineDead, EngineDraining, ModelNotFound
 from server.metrics import Metrics
+from server.tracing import RequestTracer
 
 Phase = Literal["loading", "ready", "draining", "failed"]
 
@@ -20,11 +21,14 @@ Phase = Literal["loading", "ready", "draining", "failed"]
 class Service:
     """State of one app. Lives on the event loop's thread."""
 
-    def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, config: ServerConfig, metrics: Metrics, tracer: RequestTracer | None = None
+    ) -> None:
         """Raises ConfigError where the configured decoding contradicts itself."""
         self.config = config
         self.decoding = DecodingDefaults(config)
         self.metrics = metrics
+        self.tracer = tracer
         self.started_at = int(time.time())
         self.failure: BaseException | None = None
         self._engine: AsyncEngine | None = None

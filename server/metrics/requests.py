@@ -109,6 +109,7 @@ class RequestObserver:
         stats: Row[SequenceStats] = (),
     ) -> None:
         self.reason = "error"
+        self.ended = 0.0
         self.seconds = 0.0
         self.queue_seconds: float | None = None
         self.first_token_seconds: float | None = None
@@ -149,7 +150,8 @@ class RequestObserver:
         traceback: TracebackType | None,
     ) -> None:
         (self._metrics.running if self._last else self._metrics.waiting).dec()
-        self.seconds = time.perf_counter() - self._started
+        self.ended = time.perf_counter()
+        self.seconds = self.ended - self._started
         if isinstance(error, EngineOverloaded | EngineDraining) and not self._last:
             self.reason = "refused"  # counted where the answer is made
             return

@@ -19,6 +19,7 @@ from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, EngineLimits
 from server.metrics import Metrics
 from server.runner.base import Batch
+from server.tracing import RequestTracer
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
 
 VOCAB_SIZE = 36
@@ -135,6 +136,7 @@ def make_table_app(
     num_models: int = 2,
     on_failure: Callable[[BaseException], None] | None = None,
     has_template: bool = True,
+    tracer: RequestTracer | None = None,
     **sections: Any,
 ) -> TableApp:
     """`sections` are top-level entries of the configuration."""
@@ -147,6 +149,7 @@ def make_table_app(
         DigitTokenizer(),
         LetterTemplate() if has_template else None,
         metrics=metrics,
+        tracer=tracer,
         on_failure=on_failure,
     )
     return TableApp(app, config, engine, metrics, runners)
