@@ -53,6 +53,8 @@ class Sequence:
             the sequence was preempted.
         slot: row of the ScoreStore while running, else -1.
         coin_base: mixture with shared coins: index of the batch's coin stream minus position.
+        declined_at: length at which a model had nothing to propose that the request allows; the
+            token there is drawn. -1: nowhere.
     """
 
     id: str
@@ -66,6 +68,7 @@ class Sequence:
     resume_at: list[int] = field(default_factory=list)
     slot: int = -1
     coin_base: int | None = None
+    declined_at: int = -1
     status: Status = Status.WAITING
     stats: SequenceStats = field(default_factory=lambda: SequenceStats([], []))
 
@@ -113,6 +116,11 @@ class Sequence:
         return len(self.token_ids) >= self.limit
 
     @property
+    def is_closed(self) -> bool:
+        """No token may be proposed next: the sequence is full, or a proposer has declined."""
+        return self.is_full or len(self.token_ids) == self.declined_at
+
+    @property
     def is_finished(self) -> bool:
         return self.status is Status.FINISHED
 
@@ -132,6 +140,10 @@ class Sequence:
         self.proposers.append(model)
         self.stats.proposed[model] += 1
 
+    def decline(self) -> None:
+        """Nobody proposes the next token."""
+        self.declined_at = len(self.token_ids)
+
     def accept(self, count: int) -> None:
         """Move the first `count` pending tokens to the verified zone."""
         assert 0 <= count <= self.num_pending
@@ -146,6 +158,7 @@ class Sequence:
         assert self.num_pending > 0
         del self.token_ids[position:]
         self.proposers.clear()
+        self.declined_at = -1
         self.num_seen = [min(seen, position) for seen in self.num_seen]
         self.resume_at = [min(until, position) for until in self.resume_at]
         self.token_ids.append(token_id)

@@ -70,7 +70,7 @@ class Speculative(Standard):
         return furthest_behind(sequence, self._combination.scorers)
 
     def may_propose(self, sequence: Sequence, model: int) -> bool:
-        return model == 0 and sequence.num_pending < self._gamma and not sequence.is_full
+        return model == 0 and sequence.num_pending < self._gamma and not sequence.is_closed
 
 
 class Cos(Standard):
@@ -93,7 +93,7 @@ class Cos(Standard):
         return furthest_behind(sequence, self._combination.scorers)
 
     def may_propose(self, sequence: Sequence, model: int) -> bool:
-        if sequence.is_full or sequence.num_pending >= self._max_pending:
+        if sequence.is_closed or sequence.num_pending >= self._max_pending:
             return False
         is_bonus = not sequence.proposers or sequence.proposers[-1] != model
         return is_bonus or self._continues(sequence, model)
@@ -101,7 +101,7 @@ class Cos(Standard):
     def _continues(self, sequence: Sequence, model: int) -> bool:
         """The whole tail is `model`'s own and shorter than its gamma."""
         return (
-            not sequence.is_full
+            not sequence.is_closed
             and sequence.num_pending < self._gamma[model]
             and all(proposer == model for proposer in sequence.proposers)
         )
@@ -162,7 +162,7 @@ class Mixture:
 
     def _drafts(self, sequence: Sequence) -> bool:
         """Model 0 goes on with its window."""
-        if sequence.is_full or sequence.num_pending >= self._max_pending or self._kappa == 0:
+        if sequence.is_closed or sequence.num_pending >= self._max_pending or self._kappa == 0:
             return False
         if self._coin_model(sequence, len(sequence)) == 0:
             return True

@@ -178,7 +178,8 @@ class Advancer:
         tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
         for sequence, token_id in zip(ready, tokens, strict=True):
             if token_id == INVALID:
-                outcome.failed.add(sequence)
+                # It gives nothing to any token that the request allows; the target may.
+                sequence.decline()
                 continue
             is_bonus = sequence in verified or sequence.proposers[-1:] not in ([], [model])
             sequence.propose(token_id, model)

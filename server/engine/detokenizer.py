@@ -26,7 +26,8 @@ class StopMatch:
     """The stop string that completed first.
 
     Attributes:
-        num_tokens: tokens of the push up to and including the one that completed it.
+        num_tokens: tokens of the push up to and including the one that completed it; 0 where
+            the end of the text did.
         stop: the string.
     """
 
@@ -73,11 +74,18 @@ class TextStream:
                 return released, StopMatch(count, stop)
         return released, None
 
-    def flush(self) -> str:
-        """The rest of the text; an unfinished character becomes U+FFFD."""
-        rest = self._held + self._decode_new(is_last=True)
-        self._held = ""
-        return rest
+    def flush(self) -> tuple[str, StopMatch | None]:
+        """The rest of the text, and the stop string that it completes; called once, at the end.
+
+        An unfinished character becomes U+FFFD.
+        """
+        rest = self._decode_new(is_last=True)
+        if not self._params.stop:
+            return rest, None
+        text, stop = self._scan(rest)
+        if stop is not None:
+            return text, StopMatch(0, stop)
+        return text + self._held, None
 
     def _scan(self, new: str) -> tuple[str, str | None]:
         """Look for stop strings that end within `new`; returns released text and the match."""

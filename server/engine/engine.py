@@ -142,7 +142,10 @@ class Engine:
         if match is not None:
             end = _End(match.num_tokens, "stop", match.stop)
         elif end is not None:
-            text += stream.flush()
+            rest, match = stream.flush()
+            text += rest
+            if match is not None:
+                end = _End(end.num_tokens, "stop", match.stop)
         kept = end.num_tokens if end is not None else count
         stats.deliveries.append(Delivery(sequence.decoding, kept, start == sequence.num_prompt))
         stats.num_discarded += count - kept

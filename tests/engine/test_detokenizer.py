@@ -48,7 +48,7 @@ def test_random_pushes_release_the_whole_text_and_never_a_broken_character(seed:
         text += new
         assert TEXT.startswith(text)
         start += count
-    assert text + stream.flush() == TEXT
+    assert text + stream.flush()[0] == TEXT
 
 
 @pytest.mark.parametrize("include", [False, True])
@@ -72,7 +72,9 @@ def test_stop_strings_cut_where_the_first_completes(seed: int, include: bool) ->
             break
         used += count
     else:
-        got += stream.flush()
+        rest, match = stream.flush()
+        assert match is None
+        got += rest
         assert num_tokens == len(ids)
     assert got == expected
 
@@ -81,7 +83,7 @@ def test_an_unfinished_stop_string_is_held_back_and_then_released() -> None:
     stream = open_stream(stop=("abc",))
     assert stream.push(encode("xab")) == ("x", None)
     assert stream.push(encode("d")) == ("a", None)  # "bd" may not begin "abc", but it is held
-    assert stream.flush() == "bd"
+    assert stream.flush() == ("bd", None)
 
 
 def test_min_tokens_ignores_early_matches() -> None:
@@ -97,7 +99,26 @@ def test_an_unfinished_character_is_flushed_as_replacement() -> None:
     ids = encode("é")
     stream = open_stream()
     assert stream.push(ids[:1]) == ("", None)
-    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ("\ufffd", None)
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_that_only_the_end_of_the_text_completes(include: bool) -> None:
+    """Until then the rest of the character may come, and nothing of its token is shown."""
+
+    class Decoder:
+        def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+            return "".join(["ab", "c\ufffd"][i] for i in ids)
+
+    for stop, cut in (("bc", "a"), ("\ufffd", "abc"), ("bc\ufffd", "a")):
+        params = SamplingParams(max_tokens=9, stop=(stop,), include_stop=include)
+        stream = TextStream(Decoder(), [], params)
+        text, match = stream.push([0, 1])
+        assert match is None
+        rest, match = stream.flush()
+        assert match is not None
+        assert match.stop == stop
+        assert text + rest == cut + stop * include
 
 
 class StrippingDecoder:
@@ -117,7 +138,7 @@ def test_text_that_never_becomes_a_character_is_released_all_the_same() -> None:
     stream = open_stream()
     released = "".join(stream.push(broken)[0] for _ in range(200))
     assert len(released) >= 100
-    assert released + stream.flush() == "\ufffd" * 200
+    assert released + stream.flush()[0] == "\ufffd" * 200
 
 
 def test_special_tokens_are_left_out_unless_asked_for() -> None:

@@ -8,6 +8,7 @@ probability 3.4e-6, so any of the fewer than 250 here would fail with probabilit
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -247,3 +248,15 @@ def test_a_wrong_law_is_noticed() -> None:
             make_decoding("cos", Combination.weighted([0.3, 0.7])),
             combination=Combination.weighted([0.5, 0.5]),
         )
+
+
+@pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
+def test_law_where_a_proposer_gives_nothing_to_what_is_allowed(schedule: str) -> None:
+    """It then proposes nothing, and the request is served as by standard decoding."""
+    lms = [TableLM(seed=31, zero_share=0.6), *make_lms(2)[1:]]
+    rows = [lms[0].logits(PROMPT), *(lms[0].logits([*PROMPT, token]) for token in (0, 2))]
+    assert any(row[0] == row[2] == -math.inf for row in rows)
+    decoding = decoding_of(schedule, COMBINATIONS["contrastive-2"])
+    warp = {"allowed_token_ids": (0, 2)}
+    check_law(lms, decoding, warp, num_samples=800)
+    check_law(lms, decoding, {**warp, "temperature": 0.0}, num_samples=1)
