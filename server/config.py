@@ -143,8 +143,17 @@ class HttpConfig(Section):
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
     max_prompts: int = Field(64, ge=1, description="Prompts in one request.")
-    max_n: int = Field(16, ge=1, le=128, description="Choices for each prompt.")
+    max_n: int = Field(128, ge=1, le=128, description="Choices for each prompt.")
     max_choices: int = Field(128, ge=1, description="Prompts times n in one request.")
+    max_prompt_chars: int = Field(
+        1 << 20, ge=1, description="Characters of text in one request, before it is tokenised."
+    )
+    template_seconds: float = Field(
+        10.0, gt=0, description="Time the chat template gets to render one conversation."
+    )
+    allow_priority: bool = Field(
+        False, description="Let requests choose their place in the queue by priority."
+    )
     max_stop: int = Field(16, ge=0, description="Stop strings in one request.")
     max_stop_chars: int = Field(256, ge=1, description="Characters in one stop string.")
     max_logprobs: int = Field(20, ge=0, description="Alternatives reported for each token.")

@@ -34,7 +34,7 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     service = service_of(request)
 
     async def read_prompts() -> list[Prompt]:
-        return [Prompt(await conversation_ids(body, service.codec), "messages")]
+        return [Prompt(await conversation_ids(body, service), "messages")]
 
     generation = await make_generation(body, service, "chatcmpl", read_prompts)
     return await respond(request, ChatWriter(body, generation, service), service)

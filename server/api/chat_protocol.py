@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
 
@@ -11,6 +11,9 @@ from server.api.protocol import Body, Finite, GenerationRequest, ReplyBody, any_
 Scalar = Annotated[
     StrictBool | StrictInt | Finite | str | None, any_of("a string, a number, a boolean or null")
 ]
+
+
+ToolChoice = Annotated[str | dict[str, Any], any_of("a string or an object")]
 
 
 class TextPart(Body):
@@ -36,17 +39,57 @@ Content = Annotated[
 ]
 
 
+class FunctionCall(Body):
+    """A call, as a reply's text had it."""
+
+    name: str = Field(min_length=1, max_length=256)
+    arguments: str | None = Field(None, description="JSON.")
+
+
+class ToolCall(Body):
+    """One call in a message of the assistant's."""
+
+    id: str | None = None
+    type: Literal["function"] = Field("function", description="No other kind is known.")
+    function: FunctionCall
+
+
+class Function(Body):
+    """What the model is told of a function; the template shows it as it is."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+
+    name: str = Field(min_length=1, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="A JSON schema; not checked.")
+
+
+class Tool(Body):
+    """One tool that the model may call."""
+
+    type: Literal["function"] = Field(description="No other kind is known.")
+    function: Function
+
+
 class Message(Body):
     """One turn of a conversation."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     role: str = Field(min_length=1, description="Any that the chat template takes.")
-    content: Content = Field(description="Text; parts are joined by line breaks.")
+    content: Content | None = Field(
+        None, description="Text; parts are joined by line breaks. null only beside tool_calls."
+    )
     name: str | None = Field(None, description="Of the speaker, for templates that read it.")
+    tool_calls: list[ToolCall] | None = Field(
+        None, max_length=128, description="For templates that read them."
+    )
+    tool_call_id: str | None = Field(None, description="Of the call that this message answers.")
 
     @property
     def text(self) -> str:
+        if self.content is None:
+            return ""
         if isinstance(self.content, str):
             return self.content
         return "\n".join(part.text for part in self.content)
@@ -66,6 +109,12 @@ class Conversation(Body):
     )
     chat_template_kwargs: dict[str, Scalar] | None = Field(
         None, description="Variables that the chat template reads; plain values only."
+    )
+    tools: list[Tool] | None = Field(
+        None, description="For templates that read them; calls come back as text."
+    )
+    tool_choice: ToolChoice | None = Field(
+        None, description="none leaves the tools out, auto is the default; others are refused."
     )
     add_special_tokens: bool | None = Field(
         None, description="Add the tokenizer's own to the rendered text; false if null."

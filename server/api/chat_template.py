@@ -19,15 +19,17 @@ class Turns:
     """What a template renders.
 
     Attributes:
-        messages: role, content and perhaps name of each.
+        messages: role and content of each, and what else it says.
         opens_reply: end with the head of the reply's turn.
         continues_last: leave the last message's turn open.
+        tools: that the reply may call; None for none.
         variables: others that the template reads.
     """
 
-    messages: list[dict[str, str]]
+    messages: list[dict[str, Any]]
     opens_reply: bool
     continues_last: bool
+    tools: list[dict[str, Any]] | None
     variables: Mapping[str, Scalar]
 
 
@@ -59,6 +61,7 @@ class TokenizerTemplate:
     def render(self, turns: Turns) -> str:
         text = self._tokenizer.apply_chat_template(
             turns.messages,
+            tools=turns.tools,
             chat_template=self.source,
             tokenize=False,
             add_generation_prompt=turns.opens_reply,

@@ -7,10 +7,10 @@ from collections.abc import Sequence as Row
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from server.api.codec import Codec
 from server.api.completion_protocol import Completion, CompletionChoice, CompletionRequest
 from server.api.errors import ERROR_RESPONSES
 from server.api.generation import Generation, Prompt, make_generation
+from server.api.limits import check_chars
 from server.api.logprobs import LogprobsWriter
 from server.api.reply import Piece
 from server.api.respond import Writer, respond
@@ -27,7 +27,7 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
     service = service_of(request)
 
     async def read_prompts() -> list[Prompt]:
-        return await _read_prompts(body, service.codec)
+        return await _read_prompts(body, service)
 
     generation = await make_generation(body, service, "cmpl", read_prompts)
     return await respond(request, CompletionWriter(body, generation, service), service)
@@ -75,19 +75,20 @@ class CompletionWriter(Writer):
         return choice
 
 
-async def _read_prompts(request: CompletionRequest, codec: Codec) -> list[Prompt]:
+async def _read_prompts(request: CompletionRequest, service: Service) -> list[Prompt]:
     """Token ids of each prompt. Texts are tokenised off the event loop."""
     if request.best_of not in (None, request.n or 1):
         raise UnsupportedParameter("best_of", "must be null or equal to n")
-    ids = await _token_ids(request, codec)
+    ids = await _token_ids(request, service)
     fields = ["prompt"] if len(ids) == 1 else [f"prompt.{index}" for index in range(len(ids))]
     return [Prompt(*pair) for pair in zip(ids, fields, strict=True)]
 
 
-async def _token_ids(request: CompletionRequest, codec: Codec) -> list[list[int]]:
-    prompt = request.prompt
+async def _token_ids(request: CompletionRequest, service: Service) -> list[list[int]]:
+    prompt, codec = request.prompt, service.codec
     prompts = [prompt] if isinstance(prompt, str) or _is_token_list(prompt) else list(prompt)
     texts = [each for each in prompts if isinstance(each, str)]
+    check_chars(sum(map(len, texts)), service.config.http, "prompt")
     adds_special = request.add_special_tokens is not False
 
     def encode() -> list[list[int]]:

@@ -7,12 +7,15 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 
+from anyio import fail_after, to_thread
 from jinja2 import TemplateError
 from starlette.concurrency import run_in_threadpool
 
 from server.api.chat_protocol import Conversation, Scalar
 from server.api.chat_template import ChatTemplate, Turns
-from server.api.codec import Codec
+from server.api.limits import check_chars
+from server.api.service import Service
+from server.api.tools import check_tools, offered_tools, template_message
 from server.errors import RequestError, UnsupportedParameter
 
 logger = logging.getLogger(__name__)
@@ -55,8 +58,6 @@ _RESERVED = frozenset(
 )
 # Field of a message to the values that say nothing; null always does.
 _REFUSED_IN_MESSAGES: dict[str, tuple[object, ...]] = {
-    "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "audio": (),
     "reasoning": ("",),
@@ -65,19 +66,38 @@ _REFUSED_IN_MESSAGES: dict[str, tuple[object, ...]] = {
 }
 
 
-async def conversation_ids(conversation: Conversation, codec: Codec) -> list[int]:
+async def conversation_ids(conversation: Conversation, service: Service) -> list[int]:
     """Token ids of a rendered conversation; rendered and tokenised off the event loop.
 
     Raises:
-        RequestError: the template does not take this conversation.
+        RequestError: the template does not take this conversation, or takes too long over it.
     """
+    codec, http = service.codec, service.config.http
     template = _check(conversation, codec.chat_template)
+    check_chars(sum(len(message.text) for message in conversation.messages), http, "messages")
+    turns = _turns(conversation, template)
+    text = await _render_in_time(turns, template, service)
+    check_chars(len(text), http, "messages")
     adds_special = conversation.add_special_tokens is True  # templates write them themselves
+    return await run_in_threadpool(codec.encode, text, adds_special, "messages")
 
-    def encode() -> list[int]:
-        return codec.encode(_render(conversation, template), adds_special, "messages")
 
-    return await run_in_threadpool(encode)
+async def _render_in_time(turns: Turns, template: ChatTemplate, service: Service) -> str:
+    """Rendered in a thread, of which there are a few; one that is given up holds its place.
+
+    A thread cannot be ended from outside: what bounds a template's work in the end is the size of
+    what it renders. The limit keeps the client, and all who share the threads, from waiting on it.
+    """
+    seconds = service.config.http.template_seconds
+    try:
+        with fail_after(seconds):
+            return await to_thread.run_sync(
+                _render, turns, template, abandon_on_cancel=True, limiter=service.render_threads
+            )
+    except TimeoutError as error:
+        raise RequestError(
+            f"messages: the chat template took longer than {seconds:g} s", param="messages"
+        ) from error
 
 
 def _check(conversation: Conversation, template: ChatTemplate | None) -> ChatTemplate:
@@ -104,18 +124,19 @@ def _check(conversation: Conversation, template: ChatTemplate | None) -> ChatTem
             "continue_final_message and add_generation_prompt exclude one another",
             param="continue_final_message",
         )
+    check_tools(conversation, _mentioned(template.source))
     _check_variables(conversation.chat_template_kwargs or {}, template.source)
     return template
 
 
-def _render(conversation: Conversation, template: ChatTemplate) -> str:
+def _render(turns: Turns, template: ChatTemplate) -> str:
     """Slow for long conversations: not for the event loop.
 
     Raises:
         RequestError: the template does not take this conversation.
     """
     try:
-        return template.render(_turns(conversation))
+        return template.render(turns)
     except TemplateError as error:
         # Written for users: templates raise it over roles they do not know, and the like.
         reason = str(error)[:_MAX_REASON_CHARS]
@@ -131,15 +152,21 @@ def _render(conversation: Conversation, template: ChatTemplate) -> str:
         ) from error
 
 
-def _turns(conversation: Conversation) -> Turns:
+def _turns(conversation: Conversation, template: ChatTemplate) -> Turns:
     messages = [
-        {"role": message.role, "content": message.text}
-        | ({} if message.name is None else {"name": message.name})
+        template_message(message, _role(message.role, template.source))
         for message in conversation.messages
     ]
     continues = bool(conversation.continue_final_message)
     opens = not continues and conversation.add_generation_prompt is not False
-    return Turns(messages, opens, continues, conversation.chat_template_kwargs or {})
+    variables = conversation.chat_template_kwargs or {}
+    return Turns(messages, opens, continues, offered_tools(conversation), variables)
+
+
+def _role(role: str, source: str) -> str:
+    """OpenAI's newer name of the system role, for templates that do not know it."""
+    is_unknown = role == "developer" and role not in _mentioned(source)
+    return "system" if is_unknown else role
 
 
 def _check_message(extra: Mapping[str, object], where: str) -> None:

@@ -68,10 +68,11 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, meaning in _MEANINGS.items()
 }
 
+GENERATION_FAILED = "generation_failed"
 _STATUS: dict[type[CosError], tuple[int, str, str | None]] = {
     EngineOverloaded: (429, "rate_limit_error", "queue_full"),
     EngineDraining: (503, "server_error", "unavailable"),
-    GenerationFailed: (500, "server_error", "generation_failed"),
+    GenerationFailed: (500, "server_error", GENERATION_FAILED),
 }
 _RETRY_AFTER = {429: "1", 503: "5"}
 
@@ -110,6 +111,8 @@ def error_response(
     status: int, body: ErrorEnvelope, headers: Mapping[str, str] | None = None
 ) -> Response:
     merged = dict(headers or {})
+    if body.error.code == GENERATION_FAILED:
+        merged["x-should-retry"] = "false"  # OpenAI's clients would; the same would happen again
     if status in _RETRY_AFTER:
         merged["Retry-After"] = _RETRY_AFTER[status]
     return Response(body.model_dump_json(), status, merged, media_type="application/json")

@@ -106,7 +106,13 @@ def _fan_out(
         max_tokens = left if wanted is None else min(wanted, left)
         for k in range(n):
             params = _sampling_params(request, max_tokens, k, vocab_size)
-            yield Sequence.start(f"{unique}-{i * n + k}", prompt.token_ids, params, decoding)
+            yield Sequence.start(
+                f"{unique}-{i * n + k}",
+                prompt.token_ids,
+                params,
+                decoding,
+                priority=request.priority or 0,
+            )
 
 
 def _sampling_params(

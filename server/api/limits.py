@@ -8,7 +8,7 @@ from __future__ import annotations
 from server.api.codec import Codec
 from server.api.protocol import GenerationRequest
 from server.config import HttpConfig, ServerConfig
-from server.errors import ContextLengthExceeded, RequestError
+from server.errors import ContextLengthExceeded, RequestError, UnsupportedParameter
 
 
 def check_limits(request: GenerationRequest, config: ServerConfig) -> None:
@@ -26,6 +26,8 @@ def check_limits(request: GenerationRequest, config: ServerConfig) -> None:
     if request.has_stray_logprobs:
         field = request.logprobs_field
         raise RequestError(f"{field} needs logprobs=true", param=field)
+    if request.priority and not http.allow_priority:
+        raise UnsupportedParameter("priority", "is not taken from requests by this server")
     _check_stop(request, http)
     _check_lengths(request)
     _check_stream_options(request)
@@ -59,6 +61,11 @@ def _check_possible(
             f"but min_tokens is {request.min_tokens}",
             param=field,
         )
+
+
+def check_chars(num_chars: int, http: HttpConfig, param: str) -> None:
+    """Before a text is rendered or tokenised: both take time by its length."""
+    _at_most(param, num_chars, http.max_prompt_chars, "characters of text")
 
 
 def check_prompt(token_ids: list[int], max_length: int, param: str) -> None:

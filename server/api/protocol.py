@@ -110,6 +110,9 @@ class GenerationRequest(Body):
     return_tokens_as_token_ids: bool | None = Field(
         None, description='Log-probabilities call tokens "token_id:N".'
     )
+    priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = Field(
+        None, description="Lower ones leave the queue first; 0 if null. Not for all servers."
+    )
     request_id: RequestId | None = Field(None, description="Ends the reply's id.")
     user: str | None = Field(None, description="Accepted and ignored.")
     cos: CosOptions | None = Field(None, description="Collaborative decoding of this request.")
@@ -174,6 +177,14 @@ class CosReport(BaseModel):
     bonus: int = Field(description="Tokens proposed right after scoring other models' proposals.")
     discarded: int = Field(description="Verified tokens cut off by the end of the text.")
     preemptions: int
+    cycles: int = Field(description="Steps that verified tokens; standard decoding takes one each.")
+    verified_per_cycle: float | None = Field(description="null where there was no cycle.")
+    decode_seconds: float = Field(description="Its shares of the engine's decoding steps.")
+    baseline_seconds: float | None = Field(
+        description="What standard decoding is estimated to take for the same tokens; null where "
+        "the server has not timed it."
+    )
+    estimated_speedup: float | None = Field(description="The ratio of the two.")
 
 
 class ReplyBody(BaseModel):

@@ -96,6 +96,10 @@ class Reply:
     def report(self) -> CosReport:
         """Sums over all choices that have finished."""
         decoding, stats = self._generation.decoding, self._stats
+        cycles, verified = sum(each.num_cycles for each in stats), sum(map(_num_verified, stats))
+        decode_seconds = sum(each.decode_seconds for each in stats)
+        known = [s.baseline_seconds for s in stats if s.baseline_seconds is not None]
+        baseline_seconds = sum(known) if known else None
         is_mixture = decoding.strategy == "mixture"
         by_model = range(len(decoding.gamma))
         return CosReport(
@@ -112,7 +116,18 @@ class Reply:
             bonus=sum(each.num_bonus for each in stats),
             discarded=sum(each.num_discarded for each in stats),
             preemptions=sum(each.num_preemptions for each in stats),
+            cycles=cycles,
+            verified_per_cycle=verified / cycles if cycles else None,
+            decode_seconds=decode_seconds,
+            baseline_seconds=baseline_seconds,
+            estimated_speedup=(
+                baseline_seconds / decode_seconds if baseline_seconds and decode_seconds else None
+            ),
         )
+
+
+def _num_verified(stats: SequenceStats) -> int:
+    return sum(stats.accepted) + stats.num_recovered + stats.num_drawn
 
 
 async def decode(

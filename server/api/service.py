@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Literal
 
+from anyio import CapacityLimiter
 from fastapi import Request
 
 from server.api.codec import Codec
@@ -14,6 +15,8 @@ from server.engine.async_engine import AsyncEngine
 from server.errors import EngineDead, EngineDraining, ModelNotFound
 from server.metrics import Metrics
 from server.tracing import RequestTracer
+
+_RENDER_THREADS = 4
 
 Phase = Literal["loading", "ready", "draining", "failed"]
 
@@ -30,6 +33,7 @@ class Service:
         self.metrics = metrics
         self.tracer = tracer
         self.started_at = int(time.time())
+        self.render_threads = CapacityLimiter(_RENDER_THREADS)
         self.failure: BaseException | None = None
         self._engine: AsyncEngine | None = None
         self._codec: Codec | None = None

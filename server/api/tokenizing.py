@@ -12,6 +12,7 @@ from server.api.chat_protocol import Conversation
 from server.api.codec import Codec
 from server.api.conversation import conversation_ids
 from server.api.errors import ERROR_RESPONSES
+from server.api.limits import check_chars
 from server.api.protocol import Body
 from server.api.route import StrictJsonRoute
 from server.api.service import Service, service_of
@@ -98,8 +99,9 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Tokens:
     codec = service.codec
     check_supported(body)
     if isinstance(body, TokenizeMessages):
-        ids = await conversation_ids(body, codec)
+        ids = await conversation_ids(body, service)
     else:
+        check_chars(len(body.prompt), service.config.http, "prompt")
         adds_special = body.add_special_tokens is not False
         ids = await run_in_threadpool(codec.encode, body.prompt, adds_special)
     names = await run_in_threadpool(_names, ids, codec) if body.return_token_strs else None

@@ -36,11 +36,9 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "ebnf": (),
     "grammar": (),
     "stop_regex": (),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
     "functions": (),
     "function_call": ("none",),
-    "priority": (0,),
     "cache_salt": (),
     "stream_interval": (1,),
     "repetition_detection": (),
@@ -52,6 +50,14 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "typical_p": (1, 1.0),
     "mirostat": (0,),
+}
+
+
+# Without messages only.
+REFUSED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
+    **REFUSED,
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
 }
 
 
@@ -72,7 +78,8 @@ REFUSED_IN_CHAT: dict[str, tuple[object, ...]] = {
 
 def check_supported(request: BaseModel) -> None:
     """Raises UnsupportedParameter naming the first field that would go unheeded."""
-    refused = REFUSED_IN_CHAT if isinstance(request, Conversation) else REFUSED
+    is_chat = isinstance(request, Conversation)
+    refused = REFUSED_IN_CHAT if is_chat else REFUSED_IN_COMPLETIONS
     extra = request.model_extra or {}
     for name in sorted(extra.keys() & refused.keys()):
         value = extra[name]

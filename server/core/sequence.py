@@ -34,6 +34,9 @@ class SequenceStats:
     num_bonus: int = 0
     num_discarded: int = 0  # verified, then cut off by the end of the text
     num_preemptions: int = 0
+    num_cycles: int = 0  # steps that verified any of its tokens
+    decode_seconds: float = 0.0  # its share of the steps that decoded it
+    baseline_seconds: float | None = None  # what standard decoding takes; None if that is unknown
     forwards: list[int] = field(default_factory=list)  # [num_models] forwards that decoded
     first_run: float | None = None  # reading of the engine's clock when a model first ran over it
 
@@ -55,6 +58,7 @@ class Sequence:
         coin_base: mixture with shared coins: index of the batch's coin stream minus position.
         declined_at: length at which a model had nothing to propose that the request allows; the
             token there is drawn. -1: nowhere.
+        priority: waiting sequences are admitted in ascending order of it, then as they came.
     """
 
     id: str
@@ -69,12 +73,18 @@ class Sequence:
     slot: int = -1
     coin_base: int | None = None
     declined_at: int = -1
+    priority: int = 0
     status: Status = Status.WAITING
     stats: SequenceStats = field(default_factory=lambda: SequenceStats([], []))
 
     @classmethod
     def start(
-        cls, id: str, prompt: list[int], params: SamplingParams, decoding: DecodingParams
+        cls,
+        id: str,
+        prompt: list[int],
+        params: SamplingParams,
+        decoding: DecodingParams,
+        priority: int = 0,
     ) -> Sequence:
         """A waiting sequence that nobody has seen yet. `prompt` has at least one token."""
         num_models = len(decoding.gamma)
@@ -87,6 +97,7 @@ class Sequence:
             num_verified=len(prompt),
             num_seen=[0] * num_models,
             resume_at=[0] * num_models,
+            priority=priority,
             stats=SequenceStats([0] * num_models, [0] * num_models, forwards=[0] * num_models),
         )
 

@@ -73,6 +73,12 @@ class StepStats:
     pages_used: tuple[int, ...] = ()
 
     @property
+    def decode_seconds(self) -> float:
+        """The step's seconds, by the share of its tokens that were decoding."""
+        num_decode_tokens = self.num_tokens - self.num_prefill_tokens
+        return self.step_seconds * num_decode_tokens / max(1, self.num_tokens)
+
+    @property
     def num_generated(self) -> int:
         """Tokens delivered to clients."""
         return sum(delivery.num_tokens for delivery in self.deliveries)

@@ -111,20 +111,30 @@ class Engine:
         for sequence in plan.sequences:
             if sequence.stats.first_run is None:
                 sequence.stats.first_run = started
+        num_forwards = [sequence.stats.forwards[plan.model] for sequence in plan.sequences]
         outcome = self._advancer.advance(plan)
         batch = self.scheduler.num_decoding
-        deltas = self._finish(plan.sequences, outcome)
-        self._observe(outcome.stats, batch, plan.num_preempted, started)
+        deltas = self._finish(plan.sequences, outcome, batch)
+        decoding = [
+            sequence
+            for sequence, before in zip(plan.sequences, num_forwards, strict=True)
+            if sequence.stats.forwards[plan.model] > before
+        ]
+        self._observe(outcome.stats, decoding, batch, plan.num_preempted, started)
         return deltas
 
-    def _finish(self, sequences: Iterable[Sequence], outcome: Outcome) -> list[TokenDelta]:
+    def _finish(
+        self, sequences: Iterable[Sequence], outcome: Outcome, batch: int
+    ) -> list[TokenDelta]:
         deltas = []
+        token_seconds: dict[tuple[int, ...], float] = {}
         for sequence in sequences:
             if sequence in outcome.failed:
                 deltas.append(self._fail(sequence))
             elif count := outcome.num_verified.get(sequence, 0):
                 logprobs = outcome.logprobs.get(sequence, [])
                 deltas.append(self._deliver(sequence, count, logprobs, outcome.stats))
+                self._credit(sequence, outcome.stats.deliveries[-1], batch, token_seconds)
         return deltas
 
     def _deliver(
@@ -193,12 +203,41 @@ class Engine:
         del self._sequences[sequence.id]
         del self._texts[sequence]
 
-    def _observe(self, stats: StepStats, batch: int, num_preempted: int, started: float) -> None:
+    def _credit(
+        self,
+        sequence: Sequence,
+        delivery: Delivery,
+        batch: int,
+        token_seconds: dict[tuple[int, ...], float],
+    ) -> None:
+        """Note what standard decoding takes for one delivery of `sequence`.
+
+        `token_seconds` are by scorers, the same all over a step.
+        """
+        sequence.stats.num_cycles += 1
+        if self.costs is None:
+            return
+        scorers = delivery.decoding.combination.scorers
+        if scorers not in token_seconds:
+            token_seconds[scorers] = self.costs.token_seconds(scorers, max(1, batch))
+        seconds = delivery.num_decoded * token_seconds[scorers]
+        sequence.stats.baseline_seconds = (sequence.stats.baseline_seconds or 0.0) + seconds
+
+    def _observe(
+        self,
+        stats: StepStats,
+        decoding: Row[Sequence],
+        batch: int,
+        num_preempted: int,
+        started: float,
+    ) -> None:
         stats.num_preempted = num_preempted
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages_used()
         stats.step_seconds = self.clock() - started
+        for sequence in decoding:
+            sequence.stats.decode_seconds += stats.decode_seconds / len(decoding)
         if self.costs is not None:
             stats.baseline_seconds = self.costs.estimate(stats.deliveries, batch)
             self.costs.observe(stats)

@@ -1,7 +1,8 @@
 """Which sequences run, which model advances next over which of them, and whose pages make room.
 
 There is no prefill phase and no decoding phase: a sequence wants a model to consume what it has
-not seen, few tokens or many. FCFS throughout; the youngest is preempted first.
+not seen, few tokens or many. The waiting come in by priority, then first come, first served; the
+youngest is preempted first, whatever its priority.
 """
 
 from __future__ import annotations
@@ -83,7 +84,11 @@ class Scheduler:
         return min(pool.num_free // pool.pages_for(num_tokens) for pool in self._pools)
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """Queue it behind all that wait with its priority or a better one."""
+        place = len(self.waiting)
+        while place and self.waiting[place - 1].priority > sequence.priority:
+            place -= 1
+        self.waiting.insert(place, sequence)
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, with its pages and its slot."""

@@ -25,8 +25,7 @@ class SpeedupMetrics:
         self._names = names
 
     def observe(self, stats: StepStats) -> None:
-        num_decode_tokens = stats.num_tokens - stats.num_prefill_tokens
-        self.decode_seconds.inc(stats.step_seconds * num_decode_tokens / max(1, stats.num_tokens))
+        self.decode_seconds.inc(stats.decode_seconds)
         if self.baseline_seconds is not None and stats.baseline_seconds is not None:
             self.baseline_seconds.inc(stats.baseline_seconds)
 

@@ -7,12 +7,15 @@ from typing import Any
 import pytest
 
 from server.api.conversation import MAX_MESSAGES
+from server.api.tools import MAX_TOOLS
 from server.api.unsupported import REFUSED_IN_CHAT
 from tests.api.conftest import Live
 from tests.api.test_errors import error_of
 from tests.support.api import MAX_LENGTH, VOCAB_SIZE
 
 HI = {"role": "user", "content": "1 2"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}
+CALL = {"id": "x", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
 
 
 def test_shape_of_a_body(live: Live) -> None:
@@ -54,7 +57,12 @@ def test_a_chat_is_the_completion_of_its_rendered_text(live: Live) -> None:
     ]
     for key in ("finish_reason", "stop_reason"):
         assert [c[key] for c in chat["choices"]] == [c[key] for c in text["choices"]]
-    assert (chat["usage"], chat["cos"]) == (text["usage"], text["cos"])
+    assert (chat["usage"], counts(chat["cos"])) == (text["usage"], counts(text["cos"]))
+
+
+def counts(report: dict[str, Any]) -> dict[str, Any]:
+    """Without what the clock says."""
+    return {key: value for key, value in report.items() if not key.endswith("_seconds")}
 
 
 @pytest.mark.parametrize(
@@ -67,6 +75,11 @@ def test_a_chat_is_the_completion_of_its_rendered_text(live: Live) -> None:
         ({"chat_template_kwargs": {"shout": True}}, "u 1 21 2 a"),
         ({"chat_template_kwargs": {"shout": None}}, "u 1 2 a"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "1"}]}]}, "u 1 a"),
+        ({"messages": [{"role": "developer", "content": "1"}]}, "s 1 a"),
+        ({"messages": [{"role": "tool", "content": "1", "tool_call_id": "x"}]}, "t 1 a"),
+        ({"tools": [TOOL, TOOL]}, "t t u 1 2 a"),
+        ({"tools": [TOOL], "tool_choice": "auto"}, "t u 1 2 a"),
+        ({"tools": [TOOL], "tool_choice": "none"}, "u 1 2 a"),
         ({"messages": [{"role": "critic", "content": "1", "name": None}]}, "c 1 a"),
         (
             {"messages": [HI, {"role": "assistant", "content": "3", "tool_calls": None}]},
@@ -146,8 +159,18 @@ def test_logprobs_without_alternatives(live: Live) -> None:
             },
             "messages.0.content.1.type",
         ),
-        ({"messages": [HI | {"tool_calls": [{"id": "x"}]}]}, "messages.0.tool_calls"),
-        ({"messages": [HI | {"tool_call_id": "x"}]}, "messages.0.tool_call_id"),
+        ({"messages": [HI | {"tool_calls": [CALL]}]}, "messages.0.tool_calls"),
+        (
+            {"messages": [HI | {"tool_calls": [{"id": "x"}]}]},
+            "messages.0.tool_calls.0.function",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": []}]}, "messages.0.content"),
+        ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
+        ({"tools": [TOOL] * (MAX_TOOLS + 1)}, "tools"),
+        ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": {"type": "function"}}, "tool_choice"),
+        ({"tool_choice": 1}, "tool_choice"),
+        ({"messages": [HI | {"content": "1" * ((1 << 20) + 1)}]}, "messages"),
         ({"messages": [{"role": "nobody", "content": "1"}]}, "messages"),
         ({"messages": [HI] * (MAX_MESSAGES + 1)}, "messages"),
         ({"messages": [HI] * MAX_LENGTH}, "messages"),
@@ -169,7 +192,7 @@ def test_logprobs_without_alternatives(live: Live) -> None:
         ({"logprobs": 1}, "logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"top_logprobs": 1}, "top_logprobs"),
-        ({"n": 17}, "n"),
+        ({"n": 129}, "n"),
         ({"stream_options": {}}, "stream_options"),
         ({"cos": {"gama": 1}}, "cos.gama"),
         ({"cos": {"strategy": "mixture"}, "logprobs": True}, "logprobs"),
@@ -203,6 +226,15 @@ def test_what_asks_for_nothing_is_taken(live: Live) -> None:
 def test_the_reason_of_the_template_is_told(live: Live) -> None:
     response = live.post_chat(messages=[{"role": "nobody", "content": "1"}])
     assert "nobody may not speak" in error_of(response)["message"]
+
+
+def test_a_slow_template_is_given_up(start) -> None:
+    live = start(http={"template_seconds": 0.05})
+    for _ in range(6):  # more than there are threads for templates
+        response = live.post_chat(chat_template_kwargs={"seconds": 0.6})
+        assert response.status_code == 400
+        assert "longer than 0.05 s" in error_of(response)["message"]
+    assert live.complete(max_tokens=1)
 
 
 def test_context_length(live: Live) -> None:

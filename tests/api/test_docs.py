@@ -10,7 +10,7 @@ import pytest
 from server.api.chat_protocol import ChatCompletionRequest
 from server.api.completion_protocol import CompletionRequest
 from server.api.protocol import CosOptions, CosReport
-from server.api.unsupported import REFUSED, REFUSED_IN_CHAT
+from server.api.unsupported import REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
 from server.config import HttpConfig
 from tests.api.conftest import Live
 
@@ -39,8 +39,9 @@ def test_every_field_is_documented(model: type, title: str) -> None:
 
 
 def test_every_refusal_is_documented() -> None:
-    both, chat = section("Refused").split("In chats also:")
+    both, completions, chat = re.split("In [a-z]+ also:", section("Refused"))
     assert names(both.split(":\n", 1)[1]) == set(REFUSED)
+    assert names(completions) == set(REFUSED_IN_COMPLETIONS) - set(REFUSED)
     assert names(chat) == set(REFUSED_IN_CHAT) - set(REFUSED)
 
 
@@ -57,5 +58,5 @@ def test_every_route_is_documented(live: Live) -> None:
 def test_the_limits_are_the_defaults() -> None:
     http = HttpConfig()
     shown = (http.max_n, http.max_logit_bias, http.max_stop, http.max_stop_chars, http.max_logprobs)
-    assert shown == (16, 1024, 16, 256, 20)
-    assert http.max_prompts == 64
+    assert shown == (128, 1024, 16, 256, 20)
+    assert (http.max_prompts, http.max_prompt_chars, http.template_seconds) == (64, 1 << 20, 10)

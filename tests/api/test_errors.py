@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from server.api.errors import MAX_INPUT_CHARS, MAX_PROBLEMS, describe
-from server.api.unsupported import REFUSED
+from server.api.unsupported import REFUSED_IN_COMPLETIONS
 from server.errors import EngineDead, EngineDraining, EngineOverloaded, GenerationFailed
 from tests.api.conftest import Live
 from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE
@@ -50,8 +50,12 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"max_tokens": True}, "max_tokens"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
         ({"min_tokens": 17}, "min_tokens"),
+        ({"prompt": "1" * ((1 << 20) + 1)}, "prompt"),
+        ({"prompt": ["1" * (1 << 19)] * 3}, "prompt"),
+        ({"priority": 1}, "priority"),
+        ({"priority": 2**31}, "priority"),
         ({"n": 0}, "n"),
-        ({"n": 17}, "n"),
+        ({"n": 129}, "n"),
         ({"best_of": 2}, "best_of"),
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": -0.1}, "temperature"),
@@ -136,7 +140,7 @@ def test_error_messages_say_which_bound(live: Live) -> None:
     assert "limit 20" in error_of(live.post(logprobs=21))["message"]
 
 
-@pytest.mark.parametrize("name", sorted(REFUSED))
+@pytest.mark.parametrize("name", sorted(REFUSED_IN_COMPLETIONS))
 def test_what_is_not_supported_is_refused_by_name(live: Live, name: str) -> None:
     response = live.post(**{name: {"some": "value"}})
     assert response.status_code == 400
@@ -145,7 +149,7 @@ def test_what_is_not_supported_is_refused_by_name(live: Live, name: str) -> None
 
 
 def test_null_asks_for_nothing(live: Live) -> None:
-    assert live.post(max_tokens=1, **dict.fromkeys(REFUSED)).status_code == 200
+    assert live.post(max_tokens=1, **dict.fromkeys(REFUSED_IN_COMPLETIONS)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -233,6 +237,11 @@ def test_a_large_body_is_413_declared_or_not(live: Live) -> None:
         response = live.http.post(URL, content=content, headers=headers)
         assert response.status_code == 413
         assert error_of(response)["code"] == "request_too_large"
+
+
+def test_priority_where_the_server_takes_it(start) -> None:
+    live = start(http={"allow_priority": True})
+    assert live.post(priority=-7, max_tokens=1).status_code == 200
 
 
 def test_a_full_queue_is_429(start) -> None:

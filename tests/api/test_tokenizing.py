@@ -45,7 +45,7 @@ def test_text_of_tokens(live: Live) -> None:
         ("/tokenize", {"prompt": "1", "model": "gpt-4"}, 404, "model"),
         ("/tokenize", {"messages": []}, 400, "messages"),
         ("/tokenize", {"messages": [{"role": "user"}]}, 400, "messages.0.content"),
-        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools"),
+        ("/tokenize", {"messages": MESSAGES, "tools": [{}]}, 400, "tools.0.type"),
         ("/tokenize", {"messages": MESSAGES, "chat_template": "x"}, 400, "chat_template"),
         (
             "/tokenize",

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.engine.calibration import calibrate
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
-from tests.support.engines import decode, make_decoding
+from tests.support.engines import decode, make_decoding, run
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
 
 BOTH = Combination.weighted((0.5, 0.5))
@@ -129,6 +130,29 @@ def test_standard_decoding_is_as_fast_as_itself(num_sequences: int) -> None:
     decoding = [step for step in steps if step.num_prefill_tokens == 0]
     estimated = sum(step.baseline_seconds or 0.0 for step in steps)
     assert estimated == pytest.approx(sum(step.step_seconds for step in decoding))
+
+
+@pytest.mark.parametrize("strategy", ["standard", "cos"])
+def test_every_sequence_gets_its_share(strategy: str) -> None:
+    engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
+    engine.costs = calibrate(engine, BOTH)
+    sequences = [
+        Sequence.start(str(seed), [0, 1], SamplingParams(max_tokens=9 + seed, seed=seed), decoding)
+        for seed, decoding in enumerate([make_decoding(strategy, BOTH, gamma=3)] * 3)
+    ]
+    run(engine, sequences)
+    stats = [sequence.stats for sequence in sequences]
+    spent, estimated = (
+        sum(each.decode_seconds for each in stats),
+        sum(each.baseline_seconds or 0.0 for each in stats),
+    )
+    assert spent == pytest.approx(sum(step.decode_seconds for step in steps))
+    assert estimated == pytest.approx(sum(step.baseline_seconds or 0.0 for step in steps))
+    if strategy == "standard":
+        assert estimated == pytest.approx(spent)
+        assert [each.num_cycles for each in stats] == [9, 10, 11]
+    else:
+        assert all(0 < each.num_cycles < 11 for each in stats)
 
 
 def test_scoring_many_for_the_price_of_one_is_faster() -> None:

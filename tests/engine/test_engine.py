@@ -110,3 +110,16 @@ def test_counts_add_up() -> None:
     assert sum(step.num_bonus for step in steps) == sum(s.stats.num_bonus for s in sequences) > 0
     prefill = sum(step.num_prefill_tokens for step in steps)
     assert prefill == 12 * 2 * 2
+
+
+def test_the_waiting_come_in_by_priority_then_as_they_came() -> None:
+    engine = make_engine(LMS, max_sequences=1)
+    decoding = make_decoding("cos", Combination.weighted([0.5, 0.5]), gamma=2)
+    params = SamplingParams(max_tokens=4, seed=1)
+    order = []
+    for index, priority in enumerate((5, 0, -1, 0, 5, -1)):
+        engine.add(Sequence.start(str(index), [1], params, decoding, priority))
+    while engine.has_work:
+        order += [d.sequence_id for d in engine.step() if d.finish_reason is not None]
+        engine.scheduler.check_integrity()
+    assert order == ["2", "5", "1", "3", "0", "4"]

@@ -52,16 +52,20 @@ class DigitTokenizer(DigitDecoder):
 
 
 class LetterTemplate:
-    """Each message as one letter for its role and its content; `shout` doubles the content."""
+    """Each message as one letter for its role and its content, after a "t" for each tool.
 
-    source = "role content shout tools tokenize bos_token"
+    `shout` doubles the content, `seconds` is how long it takes.
+    """
+
+    source = "role content shout seconds tools tokenize bos_token"
 
     def render(self, turns: Turns) -> str:
         if turns.messages[0]["role"] == "nobody":
             raise TemplateError("nobody may not speak")
+        time.sleep(float(turns.variables.get("seconds") or 0))
         times = 2 if turns.variables.get("shout") else 1
         letters = [m["role"][0] + " " + m["content"] * times for m in turns.messages]
-        return " ".join([*letters, *["a"] * turns.opens_reply])
+        return " ".join([*["t"] * len(turns.tools or ()), *letters, *["a"] * turns.opens_reply])
 
 
 class PacedRunner(TableRunner):

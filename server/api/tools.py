@@ -1,0 +1,80 @@
+"""Tools and calls of tools, handed to chat templates that know them.
+
+The template writes the tools into the prompt, and the model writes its calls as it was taught to:
+they come back in the reply's text, which is not parsed. A template that never reads tools would
+drop them silently, so there they are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set
+from typing import Any
+
+from pydantic_core import from_json
+
+from server.api.chat_protocol import Conversation, Message, ToolCall
+from server.errors import RequestError, UnsupportedParameter
+
+MAX_TOOLS = 128
+
+
+def check_tools(conversation: Conversation, mentioned: Set[str]) -> None:
+    """Raises RequestError where the template, which mentions these names, cannot take them."""
+    count = len(conversation.tools or ())
+    if count > MAX_TOOLS:
+        raise RequestError(
+            f"tools: {count} is above this server's limit {MAX_TOOLS}", param="tools"
+        )
+    if conversation.tool_choice not in (None, "none", "auto"):
+        reason = "must be none or auto: the model alone decides what it writes"
+        raise UnsupportedParameter("tool_choice", reason)
+    if offered_tools(conversation) and "tools" not in mentioned:
+        raise _unknown("tools")
+    for index, message in enumerate(conversation.messages):
+        where = f"messages.{index}"
+        if message.tool_calls and "tool_calls" not in mentioned:
+            raise _unknown(f"{where}.tool_calls")
+        if message.content is None and not message.tool_calls:
+            raise RequestError(
+                f"{where}.content is required in a message without tool_calls",
+                param=f"{where}.content",
+            )
+
+
+def offered_tools(conversation: Conversation) -> list[dict[str, Any]] | None:
+    """What the template gets; nothing under tool_choice none."""
+    if conversation.tool_choice == "none" or not conversation.tools:
+        return None
+    return [tool.model_dump(exclude_unset=True) for tool in conversation.tools]
+
+
+def template_message(message: Message, role: str) -> dict[str, Any]:
+    """One message as templates read it. Raises RequestError for arguments that are no JSON."""
+    written: dict[str, Any] = {"role": role, "content": message.text}
+    if message.name is not None:
+        written["name"] = message.name
+    if message.tool_call_id is not None:
+        written["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        written["tool_calls"] = [_template_call(call) for call in message.tool_calls]
+    return written
+
+
+def _template_call(call: ToolCall) -> dict[str, Any]:
+    """Arguments as an object: templates write JSON themselves, and would quote a text."""
+    try:
+        arguments = from_json(call.function.arguments or "{}", allow_inf_nan=False)
+    except ValueError as error:
+        raise RequestError(
+            f"messages: the arguments of the call of {call.function.name[:64]!r} are not JSON",
+            param="messages",
+        ) from error
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
+
+
+def _unknown(field: str) -> UnsupportedParameter:
+    return UnsupportedParameter(field, "is not read by the served model's chat template")
