@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
 from server.api import chat, completions, health, models, tokenizing
@@ -26,6 +27,7 @@ from server.api.chat_template import ChatTemplate, TemplatedTokenizer, Tokenizer
 from server.api.codec import Codec, Tokenizer
 from server.api.decoding import make_combination
 from server.api.errors import install_error_handlers
+from server.api.gate import AdmissionMiddleware, AuthMiddleware
 from server.api.middleware import (
     BodyLimitMiddleware,
     CatchAllMiddleware,
@@ -109,16 +111,45 @@ def create_app(
     for module in (completions, chat, tokenizing, models, health):
         app.include_router(module.router)
     install_error_handlers(app)
-    # The last one added is the outermost.
+    if config.http.metrics_port is None:
+        app.include_router(health.metrics_router)
+    _add_middlewares(app, service)
+    return app
+
+
+def _add_middlewares(app: FastAPI, service: Service) -> None:
+    """The last one added is the outermost."""
+    http, metrics = service.config.http, service.metrics
     app.add_middleware(CatchAllMiddleware)
     app.add_middleware(
         BodyLimitMiddleware,
-        max_bytes=config.http.max_body_bytes,
-        on_refusal=lambda: metrics.reject("too_large"),
+        max_bytes=http.max_body_bytes,
+        seconds=http.body_seconds,
+        on_refusal=metrics.reject,
+    )
+    app.add_middleware(
+        AdmissionMiddleware,
+        clients=service.clients,
+        max_bytes=http.max_body_bytes,
+        on_refusal=metrics.reject,
+    )
+    app.add_middleware(
+        AuthMiddleware,
+        keys=service.keys,
+        clients=service.clients,
+        max_bytes=http.max_body_bytes,
+        on_refusal=metrics.reject,
     )
     app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http)
+    if http.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(http.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     app.add_middleware(RequestIdMiddleware)
-    return app
 
 
 def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:

@@ -141,6 +141,49 @@ class HttpConfig(Section):
 
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    keys_file: str | None = Field(
+        None, min_length=1, description="File of API keys, `key` or `name:key` on each line."
+    )
+    keys_env: str = Field(
+        "COS_API_KEYS",
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]*$",
+        description="Environment variable with further API keys, where it is set. Without any key "
+        "everybody is served.",
+    )
+    tls_certificate: str | None = Field(
+        None, min_length=1, description="PEM file of the certificate chain; HTTPS where given."
+    )
+    tls_key: str | None = Field(
+        None, min_length=1, description="PEM file of its private key; in the former if null."
+    )
+    cors_origins: tuple[str, ...] = Field(
+        (), description="Origins whose pages may call, as https://app.example; or * for all."
+    )
+    metrics_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of its own for /metrics, which needs no key there."
+    )
+    metrics_host: str = Field("127.0.0.1", description="Address to listen on for metrics_port.")
+    max_open_requests: int = Field(
+        512, ge=1, description="POST requests open at once, streams included."
+    )
+    max_open_requests_per_key: int | None = Field(
+        None, ge=1, description="The same for each API key's name."
+    )
+    tokens_per_minute_per_key: int | None = Field(
+        None,
+        ge=1,
+        description="Prompt and generated tokens of each API key's name, counted as they come.",
+    )
+    request_seconds: float = Field(
+        600.0, gt=0, description="Time from queueing a request to its last token."
+    )
+    body_seconds: float = Field(30.0, gt=0, description="Time a client gets to send its body.")
+    send_seconds: float = Field(
+        60.0, gt=0, description="Time a client may leave a stream unread before it is cut."
+    )
+    max_header_bytes: int = Field(
+        64 << 10, ge=1024, description="Size of a request's line and headers together."
+    )
     max_body_bytes: int = Field(4 << 20, ge=1024, description="Largest request body.")
     max_prompts: int = Field(64, ge=1, description="Prompts in one request.")
     max_n: int = Field(128, ge=1, le=128, description="Choices for each prompt.")

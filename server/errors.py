@@ -6,9 +6,11 @@ CosError
  |   +- UnsupportedParameter
  |   +- ContextLengthExceeded
  |   +- ModelNotFound      404
+ +- RateLimited            too many requests or tokens of one client or all: HTTP 429
  +- EngineError            the server's fault
      +- EngineOverloaded   the waiting queue is full: HTTP 429
      +- EngineDraining     shutting down, or not started yet: HTTP 503
+     +- RequestTimeout     a request took longer than allowed: HTTP 504
      +- EngineDead         the engine thread has failed: HTTP 500, /health turns red
      +- GenerationFailed   one request's data broke (NaN logits, say): HTTP 500, that request only
 """
@@ -73,6 +75,20 @@ class ModelNotFound(RequestError):
         )
 
 
+class RateLimited(CosError):
+    """The request is fine, and would be served later.
+
+    Attributes:
+        code: machine-readable code of the OpenAI envelope.
+        retry_after: seconds after which to try again.
+    """
+
+    def __init__(self, message: str, code: str, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.code = code
+        self.retry_after = retry_after
+
+
 class EngineError(CosError):
     """The server failed a request that was fine."""
 
@@ -83,6 +99,10 @@ class EngineOverloaded(EngineError):
 
 class EngineDraining(EngineError):
     """The server is starting or shutting down."""
+
+
+class RequestTimeout(EngineError):
+    """The request was not finished within the time that requests get."""
 
 
 class EngineDead(EngineError):

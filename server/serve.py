@@ -11,7 +11,10 @@ import asyncio
 import logging
 import signal
 import socket
+import ssl
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 import uvicorn
@@ -45,14 +48,57 @@ def serve(config: ServerConfig, load: Load | None = None) -> int:
         failures.append(error)
         server.should_exit = True
 
+    _check_tls(config.http)
     app = create_app(config, load=load, on_failure=fail)
     server = DrainingServer(app, config.http)
-    with _bind(config.http) as listener:
-        host, port = listener.getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
-        logger.info("listening on http://%s:%d, loading models", address, port)
+    with _bind(config.http) as listener, _metrics_port(config.http, app.state.service):
+        scheme = "http" if config.http.tls_certificate is None else "https"
+        logger.info("listening on %s, loading models", _url(scheme, *listener.getsockname()[:2]))
+        if not app.state.service.keys:
+            logger.info("no API keys are configured: everybody who reaches the port is served")
         server.run(sockets=[listener])
     return _exit_code(failures)
+
+
+def _url(scheme: str, host: str, port: int) -> str:
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def _check_tls(http: HttpConfig) -> None:
+    """Raises ConfigError where uvicorn would fail, or ask for a password on the terminal."""
+    if http.tls_certificate is None:
+        if http.tls_key is not None:
+            raise ConfigError("http.tls_key needs http.tls_certificate")
+        return
+    try:
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.load_cert_chain(http.tls_certificate, http.tls_key, password=lambda: "")
+    except (OSError, ValueError) as error:  # an SSLError is an OSError
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"http.tls_certificate, http.tls_key: cannot use {http.tls_certificate} with "
+            f"{http.tls_key or 'the key in it'}: {reason}"
+        ) from error
+
+
+@contextmanager
+def _metrics_port(http: HttpConfig, service: Service) -> Iterator[None]:
+    """Serve /metrics on `http.metrics_port`, where there is one, as long as the context lasts."""
+    if http.metrics_port is None:
+        yield
+        return
+    try:
+        server = service.metrics.serve(http.metrics_host, http.metrics_port)
+    except OSError as error:
+        where = f"{http.metrics_host}:{http.metrics_port}"
+        raise ConfigError(
+            f"cannot listen on {where} for metrics: {error.strerror or error}"
+        ) from error
+    logger.info("metrics on %s", _url("http", http.metrics_host, server.port))
+    try:
+        yield
+    finally:
+        server.close()
 
 
 def _exit_code(failures: list[BaseException]) -> int:
@@ -67,10 +113,16 @@ def _exit_code(failures: list[BaseException]) -> int:
 def _bind(http: HttpConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     try:
-        return socket.create_server((http.host, http.port), family=family, backlog=2048)
+        listener = socket.create_server((http.host, http.port), family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or error
         raise ConfigError(f"cannot listen on {http.host}:{http.port}: {reason}") from error
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        # Connections inherit it. Without it one whose client reads nothing would stay for ever,
+        # since a closed connection first sends what it still has.
+        milliseconds = int(http.send_seconds * 1000)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+    return listener
 
 
 class DrainingServer(uvicorn.Server):
@@ -81,7 +133,10 @@ class DrainingServer(uvicorn.Server):
             uvicorn.Config(
                 app,
                 ws="none",
-                http="h11",  # keeps a small limit on the size of headers
+                http="h11",  # has a limit on the size of headers
+                h11_max_incomplete_event_size=http.max_header_bytes,
+                ssl_certfile=http.tls_certificate,
+                ssl_keyfile=http.tls_key,
                 log_config=None,
                 access_log=False,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import threading
@@ -12,11 +13,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
-from tests.support.api import MODEL
+from server.errors import ConfigError
+from server.serve import serve
+from tests.support.api import MODEL, make_config
 from tests.support.live_server import wait_until
 from tests.support.sse import parse
 
@@ -33,7 +38,11 @@ class Process:
 
     def find_url(self) -> str | None:
         assert self.popen.poll() is None, self.lines
-        match = re.search(r"listening on (http://\S+?),", "".join(self.lines))
+        match = re.search(r"listening on (https?://\S+?),", "".join(self.lines))
+        return match and match[1]
+
+    def find_metrics_url(self) -> str | None:
+        match = re.search(r"metrics on (http://\S+)", "".join(self.lines))
         return match and match[1]
 
     def is_ready(self) -> bool:
@@ -55,7 +64,11 @@ def process(**options: Any) -> Iterator[Process]:
         reader.start()
         try:
             wait_until(lambda: server.find_url() is not None, 30)
-            server.http = httpx.Client(base_url=server.find_url() or "", timeout=20)
+            server.http = httpx.Client(
+                base_url=server.find_url() or "",
+                timeout=20,
+                verify=ssl.create_default_context(cafile=CERTIFICATE),
+            )
             wait_until(server.is_ready, 20)
             yield server
         finally:
@@ -80,6 +93,8 @@ def running_stream(server: Process, **body: Any) -> Iterator[Iterator[bytes]]:
 
 
 HTTP = {"port": 0}
+TLS = Path(__file__).parent / "support" / "tls"
+CERTIFICATE, TLS_KEY = str(TLS / "localhost.crt"), str(TLS / "localhost.key")
 
 
 def test_drain_lets_running_requests_finish_and_refuses_new_ones() -> None:
@@ -130,3 +145,41 @@ def test_a_broken_engine_ends_the_process_with_code_1() -> None:
         assert last["error"]["code"] == "engine_dead"
         assert server.popen.wait(10) == 1
     assert any("the engine has failed" in line for line in server.lines)
+
+
+def test_tls_keys_and_a_port_for_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "alice-0123456789abcdef"
+    monkeypatch.setenv("COS_API_KEYS", f"alice:{key}")
+    http = {**HTTP, "tls_certificate": CERTIFICATE, "tls_key": TLS_KEY, "metrics_port": 0}
+    with process(http=http) as server:
+        assert (server.find_url() or "").startswith("https://")
+        assert server.http.get("/v1/models").status_code == 401
+        server.http.headers["Authorization"] = f"Bearer {key}"
+        assert server.http.get("/v1/models").status_code == 200
+        assert server.http.get("/metrics").status_code == 404
+        metrics = httpx.get(f"{server.find_metrics_url()}/metrics")
+        assert "cos_requests_rejected_total" in metrics.text
+        assert key not in metrics.text
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(str(server.http.base_url).replace("127.0.0.1", "localhost"))
+        server.http.close()  # TLS waits some seconds for idle connections to say goodbye
+        server.popen.send_signal(signal.SIGTERM)
+        assert server.popen.wait(10) == 0
+    assert not any("Traceback" in line or key in line for line in server.lines)
+
+
+@pytest.mark.parametrize(
+    ("http", "named"),
+    [
+        ({"tls_key": TLS_KEY}, "http.tls_key needs http.tls_certificate"),
+        ({"tls_certificate": "no/such.crt"}, "No such file"),
+        ({"tls_certificate": TLS_KEY}, "cannot use"),
+        ({"tls_certificate": CERTIFICATE, "tls_key": CERTIFICATE}, "cannot use"),
+        ({"metrics_port": 0, "metrics_host": "192.0.2.1"}, "cannot listen on 192.0.2.1:0"),
+        ({"keys_file": "no/such/keys"}, "http.keys_file"),
+        ({"max_open_requests_per_key": 1}, "needs API keys"),
+    ],
+)
+def test_what_cannot_be_served_securely_is_not_served(http: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        serve(make_config(http={**HTTP, **http}), load=lambda: pytest.fail("loaded"))

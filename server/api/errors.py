@@ -5,7 +5,10 @@
 RequestError          its own status (400, 404)   invalid_request_error
 malformed body        400, never FastAPI's 422    invalid_request_error
 route, method, size   404, 405, 413               invalid_request_error
+bad API key           401                         invalid_request_error
 EngineOverloaded      429 and Retry-After         rate_limit_error
+RateLimited           429 and Retry-After         rate_limit_error
+RequestTimeout        504                         server_error
 EngineDraining        503 and Retry-After         server_error
 anything else         500                         server_error
 """
@@ -28,7 +31,9 @@ from server.errors import (
     EngineDraining,
     EngineOverloaded,
     GenerationFailed,
+    RateLimited,
     RequestError,
+    RequestTimeout,
 )
 
 logger = logging.getLogger(__name__)
@@ -55,12 +60,15 @@ class ErrorEnvelope(BaseModel):
 # What every route may answer besides success, for the OpenAPI document.
 _MEANINGS: dict[int | str, str] = {
     400: "The request is malformed or asks for what is not supported.",
+    401: "No valid API key came with the request.",
     404: "No such model or route.",
     405: "The route does not take this method.",
+    408: "The body came too slowly.",
     413: "The body is larger than the server allows.",
-    429: "The queue is full; try again later.",
+    429: "The queue is full, or this client's limits are reached; try again later.",
     500: "The server failed.",
     503: "The server is starting or shutting down.",
+    504: "The request took longer than this server allows.",
     "default": "Any other error.",
 }
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
@@ -69,10 +77,12 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 GENERATION_FAILED = "generation_failed"
+TIMEOUT = "timeout"
 _STATUS: dict[type[CosError], tuple[int, str, str | None]] = {
     EngineOverloaded: (429, "rate_limit_error", "queue_full"),
     EngineDraining: (503, "server_error", "unavailable"),
     GenerationFailed: (500, "server_error", GENERATION_FAILED),
+    RequestTimeout: (504, "server_error", TIMEOUT),
 }
 _RETRY_AFTER = {429: "1", 503: "5"}
 
@@ -88,6 +98,8 @@ def describe(error: Exception) -> tuple[int, ErrorEnvelope]:
     if isinstance(error, RequestError):
         body = envelope(str(error), "invalid_request_error", error.param, error.code)
         return error.status, body
+    if isinstance(error, RateLimited):
+        return 429, envelope(str(error), "rate_limit_error", code=error.code)
     if isinstance(error, EngineDead):
         # Why is for the log: it is some exception's text, paths and all.
         return 500, envelope("the engine has failed", "server_error", code="engine_dead")
@@ -107,14 +119,18 @@ def rejection_reason(error: RequestError | CosError) -> str | None:
     return "unavailable" if isinstance(error, EngineDraining) else None
 
 
+def error_headers(error: Exception) -> dict[str, str]:
+    """Of the response that tells of an error, besides those of its status."""
+    return {"Retry-After": str(error.retry_after)} if isinstance(error, RateLimited) else {}
+
+
 def error_response(
     status: int, body: ErrorEnvelope, headers: Mapping[str, str] | None = None
 ) -> Response:
-    merged = dict(headers or {})
-    if body.error.code == GENERATION_FAILED:
+    retry = {"Retry-After": _RETRY_AFTER[status]} if status in _RETRY_AFTER else {}
+    merged = {**retry, **(headers or {})}
+    if body.error.code in (GENERATION_FAILED, TIMEOUT):
         merged["x-should-retry"] = "false"  # OpenAI's clients would; the same would happen again
-    if status in _RETRY_AFTER:
-        merged["Retry-After"] = _RETRY_AFTER[status]
     return Response(body.model_dump_json(), status, merged, media_type="application/json")
 
 

@@ -12,6 +12,8 @@ from server.api.service import Phase, service_of
 from server.metrics import CONTENT_TYPE
 
 router = APIRouter(tags=["operation"])
+# Of its own: it may have a port of its own.
+metrics_router = APIRouter(tags=["operation"])
 
 
 class Status(BaseModel):
@@ -52,7 +54,7 @@ async def version() -> Version:
     return Version(version=__version__)
 
 
-@router.get("/metrics", response_class=Response)
+@metrics_router.get("/metrics", response_class=Response)
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     # A plain route: a mounted application would redirect /metrics to /metrics/.

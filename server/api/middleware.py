@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -9,18 +10,17 @@ import time
 from collections.abc import Callable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import logs
+from server.api.body import BodyTooLarge, ClientGone, read_body, replay
 from server.api.errors import describe, envelope, error_response
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
-# A body above the limit is read and dropped up to so many times the limit: a connection that is
-# closed with data unread is reset, and its client would never see the answer.
-_DISCARDED = 4
 _PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -104,63 +104,54 @@ class HttpMetricsMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Reads bodies up to a limit before anything else sees them; 413 above it."""
+    """Reads bodies up to a limit before anything else sees them; 413 above it, 408 if slow."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int, on_refusal: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        seconds: float,
+        on_refusal: Callable[[str], None],
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._seconds = seconds
         self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             await self._app(scope, receive, send)
             return
+        refused: Response | None = None
         try:
-            body = await self._read(scope, receive)
-        except _TooLarge:
-            await self._refuse(scope, receive, send)
+            async with asyncio.timeout(self._seconds):
+                body = await self._read(scope, receive)
+        except ClientGone:
             return
-        if body is not None:
-            await self._app(scope, _replay(body, receive), send)
+        except BodyTooLarge:
+            refused = self._refusal(
+                413, f"the body is larger than {self._max_bytes} bytes", "request_too_large"
+            )
+        except TimeoutError:
+            refused = self._refusal(
+                408, f"the body did not come within {self._seconds:g} seconds", "request_timeout"
+            )
+        if refused is not None:
+            await refused(scope, receive, send)
+        else:
+            await self._app(scope, replay(body, receive), send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None where the client has gone."""
+    async def _read(self, scope: Scope, receive: Receive) -> bytes:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         if declared.isdigit() and int(declared) > self._max_bytes and "expect" in headers:
-            raise _TooLarge  # the client waits for an answer before it sends anything
-        body = bytearray()
-        num_bytes, is_last = 0, False
-        while not is_last and num_bytes <= _DISCARDED * self._max_bytes:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            num_bytes += len(message.get("body", b""))
-            is_last = not message.get("more_body", False)
-            if num_bytes <= self._max_bytes:
-                body += message.get("body", b"")
-        if num_bytes > self._max_bytes:
-            raise _TooLarge
-        return bytes(body)
+            raise BodyTooLarge  # the client waits for an answer before it sends anything
+        return await read_body(receive, self._max_bytes)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._on_refusal()
-        message = f"the body is larger than {self._max_bytes} bytes"
-        body = envelope(message, "invalid_request_error", code="request_too_large")
+    def _refusal(self, status: int, message: str, code: str) -> Response:
+        self._on_refusal("too_large" if status == 413 else "too_slow")
         # A rest of the body may be unread, so the connection cannot be used again.
-        response = error_response(413, body, {"Connection": "close"})
-        await response(scope, receive, send)
-
-
-class _TooLarge(Exception):
-    pass
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """`receive` as if the body had not been read, in one message."""
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return messages.pop() if messages else await receive()
-
-    return replay
+        headers = {"Connection": "close"}
+        return error_response(
+            status, envelope(message, "invalid_request_error", code=code), headers
+        )

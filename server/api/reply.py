@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Literal
 
+from server.api.clients import Client
 from server.api.decoding import describe_combination
 from server.api.generation import Generation
 from server.api.protocol import CosReport, Usage
@@ -136,6 +137,7 @@ async def decode(
     service: Service,
     endpoint: str,
     headers: Mapping[str, str],
+    client: Client,
 ) -> DeltaStream:
     """Decode all sequences of a request; closing the generator aborts what is left.
 
@@ -151,26 +153,30 @@ async def decode(
     observed = service.metrics.request(endpoint, generation.num_prompt_tokens, stats)
     try:
         with observed:
-            stream = service.engine.stream(generation.sequences)
+            seconds = service.config.http.request_seconds
+            stream = service.engine.stream(generation.sequences, seconds)
+            client.charge(generation.num_prompt_tokens)
             async with aclosing(stream):
                 async for deltas in stream:
                     for delta in deltas:
                         if delta.finish_reason == "error":
                             raise GenerationFailed(delta.error or "the request has failed")
+                        client.charge(len(delta.token_ids))
                         observed.tokens(reply.index(delta), len(delta.token_ids))
                     yield deltas
             observed.finish(reply.finish_reason)
     finally:
-        _log_end(generation.id, observed, reply)
+        _log_end(generation.id, client.name, observed, reply)
         if service.tracer is not None:
             service.tracer.record(_finished(generation, observed, reply, service), headers)
 
 
-def _log_end(completion_id: str, observed: RequestObserver, reply: Reply) -> None:
+def _log_end(completion_id: str, client: str, observed: RequestObserver, reply: Reply) -> None:
     """One line for each request; never its text."""
     usage, report = reply.usage(), reply.report()
     fields = {
         "id": completion_id,
+        "client": client,
         "endpoint": observed.endpoint,
         "reason": observed.reason,
         "strategy": report.strategy,

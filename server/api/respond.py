@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from fastapi import Request, Response
 
+from server.api.clients import client_of
 from server.api.disconnect import ClientDisconnected, while_connected
 from server.api.errors import describe
 from server.api.generation import Generation
@@ -71,7 +72,8 @@ async def respond(request: Request, writer: Writer, service: Service) -> Respons
         EngineError: nothing was generated.
     """
     reply = Reply(writer.generation)
-    deltas = decode(writer.generation, reply, service, writer.endpoint, request.headers)
+    client = client_of(request)
+    deltas = decode(writer.generation, reply, service, writer.endpoint, request.headers, client)
     try:
         if not writer.request.stream:
             return await while_connected(request, _whole(deltas, reply, writer))
@@ -80,7 +82,8 @@ async def respond(request: Request, writer: Writer, service: Service) -> Respons
     except ClientDisconnected:
         return Response(status_code=_CLIENT_GONE)
     events = _events(first, deltas, reply, writer)
-    return EventStream(events, deltas.aclose, service.config.http.ping_seconds)
+    http = service.config.http
+    return EventStream(events, deltas.aclose, http.ping_seconds, http.send_seconds)
 
 
 async def _whole(deltas: DeltaStream, reply: Reply, writer: Writer) -> Response:

@@ -8,11 +8,13 @@ from typing import Literal
 from anyio import CapacityLimiter
 from fastapi import Request
 
+from server.api.clients import ANONYMOUS, Clients
 from server.api.codec import Codec
 from server.api.decoding import DecodingDefaults
-from server.config import ServerConfig
+from server.api.keys import load_keys
+from server.config import HttpConfig, ServerConfig
 from server.engine.async_engine import AsyncEngine
-from server.errors import EngineDead, EngineDraining, ModelNotFound
+from server.errors import ConfigError, EngineDead, EngineDraining, ModelNotFound
 from server.metrics import Metrics
 from server.tracing import RequestTracer
 
@@ -27,8 +29,11 @@ class Service:
     def __init__(
         self, config: ServerConfig, metrics: Metrics, tracer: RequestTracer | None = None
     ) -> None:
-        """Raises ConfigError where the configured decoding contradicts itself."""
+        """Raises ConfigError where the configuration contradicts itself, or keys are unreadable."""
         self.config = config
+        self.keys = load_keys(config.http)
+        self.clients = Clients(self.keys.names or {ANONYMOUS}, config.http)
+        _check_client_limits(config.http, bool(self.keys))
         self.decoding = DecodingDefaults(config)
         self.metrics = metrics
         self.tracer = tracer
@@ -101,6 +106,13 @@ class Service:
         """Raises ModelNotFound for any name but the one that is served."""
         if name != self.config.served_model_name:
             raise ModelNotFound(name, self.config.served_model_name)
+
+
+def _check_client_limits(http: HttpConfig, has_keys: bool) -> None:
+    limits = ("max_open_requests_per_key", "tokens_per_minute_per_key")
+    for field in () if has_keys else limits:
+        if getattr(http, field) is not None:
+            raise ConfigError(f"http.{field} needs API keys: http.keys_file or ${http.keys_env}")
 
 
 def service_of(request: Request) -> Service:

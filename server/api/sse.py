@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import AppStatus
+from sse_starlette.sse import AppStatus, SendTimeoutError
 from starlette.types import Receive, Scope, Send
+
+logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 
@@ -25,11 +28,16 @@ class EventStream(EventSourceResponse):
         events: AsyncGenerator[bytes],
         close: Callable[[], Awaitable[None]],
         ping_seconds: int,
+        send_seconds: float,
     ) -> None:
-        """`close` runs last, even where the client left before the first event was sent."""
+        """`close` runs last, even where the client left before the first event was sent.
+
+        A client that takes nothing for `send_seconds` is disconnected.
+        """
         super().__init__(
             events,
             ping=ping_seconds,
+            send_timeout=send_seconds,
             sep="\n",  # the library's default, CRLF, breaks clients that split at "\n\n"
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep="\n"),
         )
@@ -38,6 +46,8 @@ class EventStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
+        except* SendTimeoutError:
+            logger.warning("a client left its stream unread and was disconnected")
         finally:
             await self._close()
 

@@ -9,6 +9,7 @@ import httpx
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from server.api_key import authorization
 from server.bench.client import BenchClient
 from server.bench.closed_loop import BlockResult, run_block
 from server.bench.estimate import read_estimate
@@ -41,7 +42,11 @@ async def measure(
     limits = httpx.Limits(max_connections=max(settings.concurrency) + 1)
     # trust_env: a proxy between client and server would be measured with it.
     async with httpx.AsyncClient(
-        base_url=target.base_url, timeout=target.timeout_seconds, limits=limits, trust_env=False
+        base_url=target.base_url,
+        headers=authorization(),
+        timeout=target.timeout_seconds,
+        limits=limits,
+        trust_env=False,
     ) as http:
         model = target.model or await _first_model(http)
         client = BenchClient(http, model, settings)

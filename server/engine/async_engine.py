@@ -13,13 +13,13 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence as Row
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence as Row
 from functools import partial
 
 from server.core.output import TokenDelta
 from server.core.sequence import Sequence
 from server.engine.engine import Engine
-from server.errors import EngineDead, EngineDraining, EngineOverloaded
+from server.errors import EngineDead, EngineDraining, EngineOverloaded, RequestTimeout
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,11 @@ class AsyncEngine:
         # Seconds of finished waits, and when the present one began: one value, so that a reader on
         # another thread never sees half of a change.
         self._idle: tuple[float, float | None] = (0.0, None)
+
+    @property
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        assert self._loop is not None
+        return self._loop
 
     @property
     def num_models(self) -> int:
@@ -122,8 +127,14 @@ class AsyncEngine:
         """Return when the engine thread has failed; `error` says why."""
         await self._dead.wait()
 
-    async def stream(self, sequences: Row[Sequence]) -> AsyncGenerator[list[TokenDelta]]:
+    async def stream(
+        self, sequences: Row[Sequence], seconds: float | None = None
+    ) -> AsyncGenerator[list[TokenDelta]]:
         """Decode all sequences of a request.
+
+        Args:
+            sequences: none of them submitted yet.
+            seconds: time they get, whether or not anybody reads.
 
         Yields:
             What has come since the last time, for any of them, until all have finished.
@@ -132,9 +143,13 @@ class AsyncEngine:
             EngineOverloaded: not all of them fit into the queue; nothing was submitted.
             EngineDraining: the server is starting or shutting down.
             EngineDead: the engine has failed.
+            RequestTimeout: the time is over; what had come by then was yielded.
         """
         stream = self._open(sequences)
         unfinished = {sequence.id for sequence in sequences}
+        timer = None
+        if seconds is not None:
+            timer = self._running_loop.call_later(seconds, self._expire, stream, seconds)
         try:
             while unfinished:
                 await stream.bell.wait()
@@ -145,7 +160,15 @@ class AsyncEngine:
                 if unfinished and stream.error is not None:
                     raise stream.error
         finally:
+            if timer is not None:
+                timer.cancel()
             self._close(unfinished)
+
+    def _expire(self, stream: _Stream, seconds: float) -> None:
+        """End what is unfinished of a stream, though its reader may be busy elsewhere."""
+        stream.error = RequestTimeout(f"the request was not finished within {seconds:g} seconds")
+        self._close([key for key, value in self._streams.items() if value is stream])
+        stream.bell.set()
 
     def _open(self, sequences: Row[Sequence]) -> _Stream:
         if self.error is not None:
@@ -166,7 +189,7 @@ class AsyncEngine:
             self._commands.put(partial(self._engine.add, sequence))
         return stream
 
-    def _close(self, sequence_ids: set[str]) -> None:
+    def _close(self, sequence_ids: Iterable[str]) -> None:
         """Abort what has not finished."""
         for sequence_id in sequence_ids:
             self._streams.pop(sequence_id, None)
@@ -174,14 +197,14 @@ class AsyncEngine:
 
     def _run(self) -> None:
         """The engine thread."""
-        assert self._loop is not None
+        loop = self._running_loop
         try:
             while self._obey():
                 if deltas := self._engine.step():
-                    self._loop.call_soon_threadsafe(self._deliver, deltas)
+                    loop.call_soon_threadsafe(self._deliver, deltas)
         except BaseException as error:
             logger.exception("the engine has failed")
-            self._loop.call_soon_threadsafe(self._die, error)
+            loop.call_soon_threadsafe(self._die, error)
 
     def _obey(self) -> bool:
         """Run queued commands, waiting for one if there is nothing to step; False to stop."""

@@ -11,6 +11,8 @@ import platform
 import time
 from collections.abc import Sequence as Row
 from importlib.metadata import version
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
 
 from prometheus_client import (
     CONTENT_TYPE_PLAIN_0_0_4,
@@ -20,6 +22,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    start_http_server,
 )
 
 from server import __version__
@@ -55,6 +58,23 @@ CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
+class MetricsServer:
+    """A port that answers scrapes."""
+
+    def __init__(self, server: WSGIServer, thread: Thread) -> None:
+        self._server = server
+        self._thread = thread
+
+    @property
+    def port(self) -> int:
+        return self._server.server_port
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
 class Metrics:
     """All series of one app, in a registry of its own."""
 
@@ -84,6 +104,15 @@ class Metrics:
     def reject(self, reason: str) -> None:
         """Count a request that was refused before any work; `reason` is one of REJECTIONS."""
         self.requests.rejected.labels(reason).inc()
+
+    def serve(self, host: str, port: int) -> MetricsServer:
+        """Answer scrapes on a port of their own, in a thread.
+
+        Raises:
+            OSError: the port cannot be had.
+        """
+        server, thread = start_http_server(port, host, self.registry)
+        return MetricsServer(server, thread)
 
     def render(self) -> bytes:
         """The text format, of type CONTENT_TYPE."""

@@ -10,17 +10,20 @@ from types import TracebackType
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server.core.sequence import SequenceStats
-from server.errors import EngineDraining, EngineOverloaded
+from server.errors import EngineDraining, EngineOverloaded, RequestTimeout
 from server.metrics.buckets import SECONDS, TOKEN_SECONDS, TOKENS
 
 ENDPOINTS = ("completions", "chat")
-FINISH_REASONS = ("stop", "length", "cancelled", "error")
+FINISH_REASONS = ("stop", "length", "cancelled", "timeout", "error")
 REJECTIONS = (
     "validation",
     "unsupported_parameter",
     "model_not_found",
     "context_length_exceeded",
     "too_large",
+    "too_slow",
+    "invalid_api_key",
+    "rate_limit",
     "queue_full",
     "unavailable",
 )
@@ -157,6 +160,8 @@ class RequestObserver:
             return
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             self.reason = "cancelled"
+        if isinstance(error, RequestTimeout):
+            self.reason = "timeout"
         self._metrics.finished.labels(self.endpoint, self.reason).inc()
         self._metrics.duration.observe(self.seconds)
         if self.first_token_seconds is not None:

@@ -12,6 +12,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from server.api_key import authorization
 from server.errors import CosError
 from server.scrape import Scrape, parse_metrics
 from server.top.view import render
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)  # its lines would tear the screen
     url = options.url.rstrip("/")
     console = Console()
-    with httpx.Client(timeout=_TIMEOUT) as http:
+    with httpx.Client(timeout=_TIMEOUT, headers=authorization()) as http:
         first = fetch(http, url)  # a wrong address ends the command
         if options.once:
             time.sleep(options.window)
