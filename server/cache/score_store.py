@@ -1,4 +1,4 @@
-"""Raw scores (logits) of the positions that are still undecided, for every model."""
+"""Raw scores (logits) of the positions that are still open, for every model."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from torch import Tensor
 
 
 class ScoreStore:
-    """One ring of `capacity` positions per (model, slot).
+    """One ring of `capacity` positions per (model, slot), and one wider ring.
 
     Undecided positions of a sequence are consecutive and fewer than `capacity`, so position
     modulo capacity never collides. Rolling back needs no call: stale rows are overwritten by the
     forward that scores the position anew.
+
+    The wide ring is lent to one sequence at a time whose prompt's log-probabilities are wanted;
+    others score their prompts in their own rings, in shorter windows.
     """
 
     def __init__(
@@ -23,11 +26,20 @@ class ScoreStore:
         vocab_size: int,
         dtypes: Sequence[torch.dtype],
         devices: Sequence[torch.device],
+        wide_capacity: int = 0,
     ) -> None:
-        """One tensor [num_slots * capacity, vocab_size] per model, in its dtype, on its device."""
+        """One tensor [num_rows, vocab_size] per model, in its dtype, on its device.
+
+        num_rows is num_slots * capacity + wide_capacity; a wide ring that would be no wider than
+        the others is left out.
+        """
         self.capacity = capacity
+        self._wide_slot = num_slots
+        self._wide_capacity = wide_capacity if wide_capacity > capacity else 0
+        self._wide_is_free = self._wide_capacity > 0
+        num_rows = num_slots * capacity + self._wide_capacity
         self._rows = [
-            torch.empty(num_slots * capacity, vocab_size, dtype=dtype, device=device)
+            torch.empty(num_rows, vocab_size, dtype=dtype, device=device)
             for dtype, device in zip(dtypes, devices, strict=True)
         ]
         self._free = list(range(num_slots - 1, -1, -1))
@@ -43,9 +55,24 @@ class ScoreStore:
         assert slot not in self._free
         self._free.append(slot)
 
+    def take_prompt_slot(self, slot: int) -> int:
+        """The wide ring if nobody has it, else the sequence's own `slot`."""
+        if not self._wide_is_free:
+            return slot
+        self._wide_is_free = False
+        return self._wide_slot
+
+    def give_back_prompt_slot(self, slot: int) -> None:
+        if slot == self._wide_slot:
+            self._wide_is_free = True
+
+    def num_positions(self, slot: int) -> int:
+        """Consecutive positions that the ring of `slot` holds."""
+        return self._wide_capacity if slot == self._wide_slot else self.capacity
+
     def index(self, slot: int, position: int) -> int:
         """Row of (slot, position) in the tensor of any model."""
-        return slot * self.capacity + position % self.capacity
+        return slot * self.capacity + position % self.num_positions(slot)
 
     def write(self, model: int, rows: Sequence[int], logits: Tensor) -> None:
         """Store logits [len(rows), vocab_size] at `rows` (see `index`)."""

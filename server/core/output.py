@@ -18,11 +18,13 @@ class TokenLogprob:
         token_id: the token that stands there.
         logprob: its log-probability; may be -inf.
         top: the most probable (token id, logprob) pairs, best first; as many as were asked for.
+        rank: the token's place among all, 1 for the most probable; 0 where it was not computed.
     """
 
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,8 @@ class TokenDelta:
         text: newly decided text; characters that may yet turn out to belong to a stop string or
             to an unfinished UTF-8 character are held back for a later delta.
         logprobs: one for each token, or empty where none were asked for.
+        prompt_logprobs: of the prompt from its second token on, all of them on the first delta;
+            empty where none were asked for.
         finish_reason: set on the last delta of a sequence.
         stop_reason: the stop string or stop token id that ended the text, None for the models'
             own end-of-text token and for every other end.
@@ -46,6 +50,7 @@ class TokenDelta:
     token_ids: tuple[int, ...] = ()
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     stats: SequenceStats | None = None

@@ -13,7 +13,7 @@ class SamplingParams:
     """Warps and ends of one sequence; validated at the edge, trusted here.
 
     Attributes:
-        max_tokens: verified tokens to generate at most, at least 1.
+        max_tokens: verified tokens to generate at most; 0 only with prompt_logprobs.
         min_tokens: no stop token ends the text before so many tokens, and stop strings are looked
             for only in the text after them.
         temperature: 0 is greedy.
@@ -31,6 +31,7 @@ class SamplingParams:
         ignore_eos: the models' own end-of-text tokens do not end the text.
         skip_special_tokens: leave special tokens out of the text.
         logprobs: alternatives to report for each token; 0 reports only the token, None nothing.
+        prompt_logprobs: the same for the tokens of the prompt.
     """
 
     max_tokens: int = 16
@@ -51,6 +52,7 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     @property
     def is_greedy(self) -> bool:

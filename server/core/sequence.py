@@ -54,7 +54,10 @@ class Sequence:
         resume_at: [num_models]; model k feeds up to here before the sequence takes part in
             decoding: the prompt for models that must score its end, or what k had seen when
             the sequence was preempted.
-        slot: row of the ScoreStore while running, else -1.
+        slot: ring of the ScoreStore while running, else -1.
+        num_scored: tokens of the prompt whose log-probabilities are known, the first one
+            included; num_prompt where none were asked for. See `open_window`.
+        prompt_slot: ring that holds scores of the prompt's positions meanwhile, else -1.
         coin_base: mixture with shared coins: index of the batch's coin stream minus position.
         declined_at: length at which a model had nothing to propose that the request allows; the
             token there is drawn. -1: nowhere.
@@ -71,6 +74,8 @@ class Sequence:
     proposers: list[int] = field(default_factory=list)
     resume_at: list[int] = field(default_factory=list)
     slot: int = -1
+    num_scored: int = 0
+    prompt_slot: int = -1
     coin_base: int | None = None
     declined_at: int = -1
     priority: int = 0
@@ -95,6 +100,7 @@ class Sequence:
             decoding=decoding,
             num_prompt=len(prompt),
             num_verified=len(prompt),
+            num_scored=len(prompt) if params.prompt_logprobs is None else 1,
             num_seen=[0] * num_models,
             resume_at=[0] * num_models,
             priority=priority,
@@ -139,6 +145,29 @@ class Sequence:
     def is_resuming(self) -> bool:
         """Some model must still consume the prompt, or what it lost to a preemption."""
         return any(seen < until for seen, until in zip(self.num_seen, self.resume_at, strict=True))
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Log-probabilities of the prompt were asked for, and some are still missing."""
+        return self.num_scored < self.num_prompt
+
+    @property
+    def first_open(self) -> int:
+        """First position whose scores are still needed."""
+        return self.num_scored if self.scores_prompt else self.num_verified
+
+    def open_window(self, size: int) -> None:
+        """Let every scorer feed the prompt up to where it has scored `size` open positions.
+
+        Scorers go through the prompt window by window, since a position's log-probabilities need
+        the scores of all of them at once, and these are too large to keep for a whole prompt.
+        After the last one the whole prompt is open, so that decoding begins at its end.
+        """
+        until = self.num_prompt
+        if self.scores_prompt:
+            until = min(until, self.num_scored - 1 + size)
+        for model in self.decoding.combination.scorers:
+            self.resume_at[model] = until
 
     def num_unseen(self, model: int) -> int:
         """Tokens that `model` would feed in an unbounded advance."""
@@ -204,6 +233,7 @@ class Sequence:
     def check(self) -> None:
         """Raise AssertionError where the counters contradict each other."""
         assert 0 < self.num_prompt <= self.num_verified <= len(self.token_ids) <= self.limit
+        assert 0 < self.num_scored <= self.num_prompt
         assert len(self.proposers) == self.num_pending
         assert all(0 <= seen <= len(self.token_ids) for seen in self.num_seen)
         assert all(0 <= until <= len(self.token_ids) for until in self.resume_at)

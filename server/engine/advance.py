@@ -12,9 +12,10 @@ scored proposals of others.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence as Row
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
@@ -35,6 +36,8 @@ from server.runner.base import Batch, ModelRunner, Span
 
 Key = TypeVar("Key")
 
+_PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
+
 
 @dataclass(slots=True)
 class Outcome:
@@ -43,6 +46,7 @@ class Outcome:
     Attributes:
         num_verified: tokens newly verified, for each sequence that got any.
         logprobs: one entry for each of them, where the request asked.
+        prompt_logprobs: of further tokens of prompts, where the request asked.
         failed: sequences whose scores are no distribution.
         stats: counts for metrics.
     """
@@ -50,6 +54,7 @@ class Outcome:
     stats: StepStats
     num_verified: dict[Sequence, int] = field(default_factory=dict)
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
+    prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     failed: set[Sequence] = field(default_factory=set)
 
 
@@ -80,6 +85,7 @@ class Advancer:
         deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
         self._feed(plan, outcome.stats)
+        self._score_prompts(plan.sequences, outcome)
         fed = self._clock()
         verified = self._verify(deciding, outcome)
         self._draw(plan.sequences, outcome)
@@ -98,10 +104,10 @@ class Advancer:
             start = sequence.num_seen[plan.model]
             end = start + count
             # After token i the model scores position i + 1.
-            first = max(start + 1, sequence.num_verified)
+            first = max(start + 1, sequence.first_open)
             kept = range(first, end + 1)
             spans.append(Span(pages, start, sequence.token_ids[start:end], len(kept)))
-            rows += [self._scores.index(sequence.slot, position) for position in kept]
+            rows += [self._row(sequence, position) for position in kept]
             sequence.num_seen[plan.model] = end
             num_prefill = _num_prefill(sequence, plan.model, start, end)
             stats.num_prefill_tokens += num_prefill
@@ -115,6 +121,43 @@ class Advancer:
             self._scores.write(plan.model, rows, logits)
         stats.num_tokens = batch.num_tokens
         stats.forward_seconds = self._clock() - started
+
+    def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
+        for sequence in sequences:
+            if sequence.scores_prompt:
+                self._score_prompt(sequence, outcome)
+
+    def _score_prompt(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Log-probabilities of the prompt's tokens that every scorer has now scored."""
+        first = sequence.num_scored
+        seen = min(sequence.num_seen[k] for k in sequence.decoding.combination.scorers)
+        end = min(seen + 1, sequence.num_prompt)
+        entries: list[TokenLogprob] = []
+        for start in range(first, end, _PROMPT_ROWS):
+            positions = range(start, min(end, start + _PROMPT_ROWS))
+            entries += self._prompt_logprobs(sequence, positions)
+        if any(math.isnan(entry.logprob) for entry in entries):
+            outcome.failed.add(sequence)
+            return
+        outcome.prompt_logprobs[sequence] = entries
+        sequence.num_scored = max(first, end)
+        sequence.open_window(self._scores.num_positions(sequence.prompt_slot))
+        if not sequence.scores_prompt:
+            self._scores.give_back_prompt_slot(sequence.prompt_slot)
+            sequence.prompt_slot = -1
+
+    def _prompt_logprobs(self, sequence: Sequence, positions: range) -> list[TokenLogprob]:
+        num_top = sequence.params.prompt_logprobs
+        assert num_top is not None
+        places = [(sequence, position) for position in positions]
+        logprobs = log_combined(
+            lambda model: self._read(model, places), sequence.decoding.combination
+        )
+        tokens = sequence.token_ids[positions.start : positions.stop]
+        entries = _token_logprobs(logprobs, tokens, num_top)
+        chosen = torch.tensor([entry.logprob for entry in entries], device=logprobs.device)
+        ranks: list[int] = (logprobs > chosen[:, None]).sum(-1).tolist()
+        return [replace(entry, rank=rank + 1) for entry, rank in zip(entries, ranks, strict=True)]
 
     def _verify(self, sequences: Iterable[Sequence], outcome: Outcome) -> set[Sequence]:
         """Decide pending tokens; returns the sequences that had any to decide."""
@@ -204,6 +247,7 @@ class Advancer:
         return (
             sequence.num_pending == 0
             and not sequence.is_full
+            and not sequence.scores_prompt
             and self._is_scored(sequence, len(sequence))
         )
 
@@ -251,8 +295,12 @@ class Advancer:
         return self._strategies.of(sequence).target(sequence, position)
 
     def _read(self, model: int, places: list[Place]) -> Tensor:
-        rows = [self._scores.index(sequence.slot, position) for sequence, position in places]
+        rows = [self._row(sequence, position) for sequence, position in places]
         return self._scores.read(model, rows, self._device)
+
+    def _row(self, sequence: Sequence, position: int) -> int:
+        is_prompt = position < sequence.num_prompt
+        return self._scores.index(sequence.prompt_slot if is_prompt else sequence.slot, position)
 
     def _uniforms(self, places: list[Place], purpose: Purpose) -> Tensor:
         seeds = [sequence.params.seed for sequence, _ in places]

@@ -29,6 +29,10 @@ class EngineLimits:
     max_waiting: int = 256
 
 
+# Positions of one prompt that all its scorers score before its log-probabilities are reported.
+_PROMPT_WINDOW = 128
+
+
 @dataclass(frozen=True, slots=True)
 class _End:
     """Where and why a text ends: after `num_tokens` of the newly verified tokens."""
@@ -70,6 +74,7 @@ class Engine:
             self.vocab_size,
             [runner.dtype for runner in runners],
             [runner.device for runner in runners],
+            min(_PROMPT_WINDOW, limits.max_step_tokens),
         )
         self.scheduler = Scheduler(
             [PagePool(runner.num_pages, runner.page_size) for runner in runners],
@@ -82,6 +87,7 @@ class Engine:
         self._advancer = Advancer(runners, scores, strategies, eos_token_ids, clock)
         self._texts: dict[Sequence, TextStream] = {}
         self._sequences: dict[str, Sequence] = {}
+        self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
 
     @property
     def has_work(self) -> bool:
@@ -129,8 +135,12 @@ class Engine:
         deltas = []
         token_seconds: dict[tuple[int, ...], float] = {}
         for sequence in sequences:
+            if entries := outcome.prompt_logprobs.get(sequence):
+                self._prompt_logprobs.setdefault(sequence, []).extend(entries)
             if sequence in outcome.failed:
                 deltas.append(self._fail(sequence))
+            elif sequence.params.max_tokens == 0 and not sequence.scores_prompt:
+                deltas.append(self._end_at_prompt(sequence))
             elif count := outcome.num_verified.get(sequence, 0):
                 logprobs = outcome.logprobs.get(sequence, [])
                 deltas.append(self._deliver(sequence, count, logprobs, outcome.stats))
@@ -159,6 +169,7 @@ class Engine:
         kept = end.num_tokens if end is not None else count
         stats.deliveries.append(Delivery(sequence.decoding, kept, start == sequence.num_prompt))
         stats.num_discarded += count - kept
+        prompt_logprobs = self._prompt_logprobs.pop(sequence, ())
         if end is not None:
             self._release(sequence, start + kept)
         return TokenDelta(
@@ -166,9 +177,21 @@ class Engine:
             token_ids=tuple(new[:kept]),
             text=text,
             logprobs=tuple(logprobs[:kept]),
+            prompt_logprobs=tuple(prompt_logprobs),
             finish_reason=end.finish_reason if end is not None else None,
             stop_reason=end.stop_reason if end is not None else None,
             stats=sequence.stats if end is not None else None,
+        )
+
+    def _end_at_prompt(self, sequence: Sequence) -> TokenDelta:
+        """Nothing was to be generated: the prompt's log-probabilities are all."""
+        prompt_logprobs = self._prompt_logprobs.pop(sequence, ())
+        self._release(sequence, sequence.num_verified)
+        return TokenDelta(
+            sequence_id=sequence.id,
+            prompt_logprobs=tuple(prompt_logprobs),
+            finish_reason="length",
+            stats=sequence.stats,
         )
 
     def _find_end(self, sequence: Sequence, new: list[int]) -> _End | None:
@@ -202,6 +225,7 @@ class Engine:
         sequence.finish(num_verified)
         del self._sequences[sequence.id]
         del self._texts[sequence]
+        self._prompt_logprobs.pop(sequence, None)
 
     def _credit(
         self,

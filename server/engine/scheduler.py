@@ -144,6 +144,9 @@ class Scheduler:
         self.running.append(sequence)
         if not any(sequence.resume_at):
             self._prepare(sequence)
+        if sequence.scores_prompt:
+            sequence.prompt_slot = self._scores.take_prompt_slot(sequence.slot)
+            sequence.open_window(self._scores.num_positions(sequence.prompt_slot))
 
     def _prepare(self, sequence: Sequence) -> None:
         """First admission: models that score the first position begin with the prompt."""
@@ -239,8 +242,9 @@ class Scheduler:
     def _free(self, sequence: Sequence) -> None:
         for table in self._tables.pop(sequence.id):
             table.release()
+        self._scores.give_back_prompt_slot(sequence.prompt_slot)
         self._scores.give_back(sequence.slot)
-        sequence.slot = -1
+        sequence.slot = sequence.prompt_slot = -1
 
     def pages_used(self) -> tuple[int, ...]:
         return tuple(pool.num_used for pool in self._pools)
