@@ -127,6 +127,16 @@ class EngineConfig(Section):
         "the speedup over it.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; all cores if null.")
+    attention: Literal["auto", "portable", "triton"] = Field(
+        "auto",
+        description="Attention of few tokens over long texts: torch's own operations, or Triton "
+        "kernels; auto takes the kernels on a GPU where Triton runs.",
+    )
+    cuda_graphs: Literal["auto", "off", "static"] = Field(
+        "auto",
+        description="Capture decoding steps as CUDA graphs: auto does on a GPU with Triton; static "
+        "pads steps as for capturing and runs them as they are, to find faults.",
+    )
 
     @field_validator("kv_memory")
     @classmethod

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
+
+# Triton's kernels run in its interpreter where no GPU is; it decides when it is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Tiny models gain nothing from a second thread, and its barriers cost scheduler quanta whenever
 # something else runs on the machine.

@@ -22,9 +22,8 @@ from rich.table import Table
 
 from server.bench.machine import describe_machine, describe_versions
 from server.config import load_config
-from server.runner.base import Batch, Span
+from server.runner.base import Batch, ModelRunner, Span
 from server.runner.loader import load_models
-from server.runner.torch_runner import TorchRunner
 
 SHAPES = ((1, 1), (1, 2), (1, 5), (1, 8), (4, 1), (4, 5), (16, 1), (16, 5))
 _MAX_BATCH = max(batch for batch, _ in SHAPES)
@@ -38,7 +37,7 @@ class Timing:
     cpu: float = float("inf")
     wall: float = float("inf")
 
-    def measure(self, runner: TorchRunner, batch: Batch) -> None:
+    def measure(self, runner: ModelRunner, batch: Batch) -> None:
         cpu, wall = time.process_time(), time.perf_counter()
         runner.forward(batch)
         if runner.device.type == "cuda":
@@ -76,7 +75,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _table(pair: tuple[TorchRunner, TorchRunner], past: int, rounds: int) -> Table:
+def _table(pair: tuple[ModelRunner, ModelRunner], past: int, rounds: int) -> Table:
     table = Table(title=pair[0].name, title_justify="left", box=SIMPLE_HEAD)
     for column in (
         "batch",
@@ -107,7 +106,7 @@ def _cells(seconds: list[float]) -> tuple[str, ...]:
     return f"{before * 1e3:.1f}", f"{after * 1e3:.1f}", f"{before / after:.2f}"
 
 
-def _batch(runner: TorchRunner, size: int, past: int, tokens: int, num_kept: int) -> Batch:
+def _batch(runner: ModelRunner, size: int, past: int, tokens: int, num_kept: int) -> Batch:
     """`size` sequences, each feeding `tokens` tokens after `past`; pages lie in order."""
     width = runner.num_pages // _MAX_BATCH
     return Batch(

@@ -38,6 +38,10 @@ class KVStore:
         tensors = [*self._keys.values(), *self._values.values()]
         return sum(math.prod(t.shape[2:]) * t.element_size() for t in tensors)
 
+    def slots(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer that has been written, [slots, kv_heads, dim] each."""
+        return self._slots[layer]
+
     def resized(self, num_pages: int, page_size: int) -> KVStore:
         """An empty store for the same layers, allocated now."""
         store = KVStore(num_pages, page_size)

@@ -10,7 +10,7 @@ Grouped queries are not repeated: the query heads of one KV head are laid side b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +18,25 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.cache.kv_store import KVStore
-from server.runner.plan import MAX_GROUPED_TOKENS, ForwardPlan, SpanGroup
+from server.runner.plan import MAX_GROUPED_TOKENS, ForwardPlan, Group
+from server.runner.style import Style
 
 NAME = "cos_paged"
 _ATTRIBUTE = "cos_paged_attention"
 
 
-@dataclass(frozen=True, slots=True)
-class Style:
-    """How a layer scores: `softcap * tanh(scale * q.k / softcap)` within `window` tokens.
+class ShortAttention(Protocol):
+    """Attention of groups of few tokens by other means than torch's; see `triton_attention`."""
 
-    Attributes:
-        scale: of q.k; None: one over the root of the head dimension.
-        window: how many tokens back a query sees, itself included; 0: all.
-        softcap: bound of the scores, or None.
-        sinks: [heads] scores of a key without value that every query also sees, or None.
-    """
+    def supports(self, group: Group, num_heads: int, num_kv_heads: int) -> bool:
+        """May `group` be given to `attend_group`?"""
+        ...
 
-    scale: float | None
-    window: int
-    softcap: float | None
-    sinks: Tensor | None
+    def attend_group(
+        self, group: Group, queries: Tensor, store: KVStore, layer: int, style: Style
+    ) -> Tensor:
+        """Queries [B * num_tokens, heads, d] -> [B * num_tokens, heads, value dim]."""
+        ...
 
 
 class PagedAttention:
@@ -46,11 +44,13 @@ class PagedAttention:
 
     Attributes:
         store: KV memory of the model.
+        short: attends the groups it supports; None: all attention is torch's.
         plan: of the forward in progress; set before it, None outside.
     """
 
-    def __init__(self, store: KVStore) -> None:
+    def __init__(self, store: KVStore, short: ShortAttention | None = None) -> None:
         self.store = store
+        self.short = short
         self.plan: ForwardPlan | None = None
 
     def attach(self, model: PreTrainedModel) -> None:
@@ -69,13 +69,16 @@ class PagedAttention:
         self.store.write(layer, self.plan.slots, keys, values)
         groups = self.plan.groups
         if len(groups) == 1:
-            return _attend_group(groups[0], queries, self.store, layer, style)
+            return self._attend_group(groups[0], queries, layer, style)
         return torch.cat(
-            [
-                _attend_group(group, queries[group.rows], self.store, layer, style)
-                for group in groups
-            ]
+            [self._attend_group(group, queries[group.rows], layer, style) for group in groups]
         )
+
+    def _attend_group(self, group: Group, queries: Tensor, layer: int, style: Style) -> Tensor:
+        num_kv_heads = self.store.slots(layer)[0].shape[1]
+        if self.short and self.short.supports(group, queries.shape[1], num_kv_heads):
+            return self.short.attend_group(group, queries, self.store, layer, style)
+        return attend_group(group, queries, self.store, layer, style)
 
 
 def _attend(
@@ -100,10 +103,11 @@ def _attend(
     return attention.attend(module.layer_idx, *rows, style)[None], None  # type: ignore[arg-type]
 
 
-def _attend_group(
-    group: SpanGroup, queries: Tensor, store: KVStore, layer: int, style: Style
-) -> Tensor:
-    """Queries [B * num_tokens, heads, d] of one group -> [B * num_tokens, heads, value dim]."""
+def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, style: Style) -> Tensor:
+    """Queries [B * num_tokens, heads, d] of one group -> [B * num_tokens, heads, value dim].
+
+    The portable path: torch's own operations over views of the pages, or copies.
+    """
     keys, values = store.read(layer, group.selection(style.window).slots)
     if keys.dim() == 3:
         keys, values = keys[None], values[None]
@@ -116,7 +120,7 @@ def _attend_group(
 
 
 def _attend_packed(
-    group: SpanGroup, queries: Tensor, keys: Tensor, values: Tensor, style: Style
+    group: Group, queries: Tensor, keys: Tensor, values: Tensor, style: Style
 ) -> Tensor:
     """Few tokens a span; keys and values [B, kv_heads, L, d]."""
     packed = _pack(group, queries, keys.shape[1])
@@ -128,7 +132,7 @@ def _attend_packed(
 
 
 def _attend_long(
-    group: SpanGroup, queries: Tensor, keys: Tensor, values: Tensor, style: Style
+    group: Group, queries: Tensor, keys: Tensor, values: Tensor, style: Style
 ) -> Tensor:
     """One span of many tokens; keys and values [1, kv_heads, L, d].
 
@@ -138,7 +142,7 @@ def _attend_long(
     num_heads, num_kv_heads = queries.shape[1], keys.shape[1]
     heads = queries.reshape(len(queries), num_kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
     shared = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
-    from_start = group.lengths[0] == group.num_tokens and not style.window
+    from_start = group.is_whole(style.window)
     output = F.scaled_dot_product_attention(
         heads,
         keys[0][:, None].expand(shared),
@@ -151,7 +155,7 @@ def _attend_long(
 
 
 def _attend_plainly(
-    group: SpanGroup, queries: Tensor, keys: Tensor, values: Tensor, style: Style
+    group: Group, queries: Tensor, keys: Tensor, values: Tensor, style: Style
 ) -> Tensor:
     """Softcap and sinks, written out; keys and values [B, kv_heads, L, d]."""
     num_kv_heads = keys.shape[1]
@@ -171,13 +175,13 @@ def _attend_plainly(
     return _unpack(group, weights.to(values.dtype) @ values)
 
 
-def _pack(group: SpanGroup, queries: Tensor, num_kv_heads: int) -> Tensor:
+def _pack(group: Group, queries: Tensor, num_kv_heads: int) -> Tensor:
     """[B * tokens, heads, d] -> [B, kv_heads, repeats * tokens, d]."""
     size = (group.num_spans, group.num_tokens, num_kv_heads, -1, queries.shape[-1])
     return queries.reshape(size).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
-def _unpack(group: SpanGroup, output: Tensor) -> Tensor:
+def _unpack(group: Group, output: Tensor) -> Tensor:
     """[B, kv_heads, repeats * tokens, d] -> [B * tokens, heads, d]."""
     num_kv_heads, dim = output.shape[1], output.shape[-1]
     by_head = output.reshape(group.num_spans, num_kv_heads, -1, group.num_tokens, dim)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.runner.attention import PagedAttention, Style
+from server.runner.attention import PagedAttention
 from server.runner.packed_linear import PackingReport, pack_embedding, pack_linear
 from server.runner.plan import ForwardPlan
+from server.runner.style import Style
 
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}

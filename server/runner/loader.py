@@ -12,13 +12,17 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from server.config import ServerConfig
 from server.errors import ConfigError
 from server.runner.architecture import check_architecture, native_max_length
+from server.runner.graph_runner import GraphRunner
 from server.runner.member import MemberLoader
 from server.runner.memory import KvNeed, free_bytes, num_pages
 from server.runner.source import ModelSource
+from server.runner.static_shapes import Shapes
 from server.runner.torch_runner import TorchRunner
 from server.runner.vocabulary import end_of_text_ids, shared_vocab_size
 
 logger = logging.getLogger(__name__)
+
+LoadedRunner = TorchRunner | GraphRunner
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +38,7 @@ class LoadedModels:
         vocab_size: of the shared vocabulary.
     """
 
-    runners: tuple[TorchRunner, ...]
+    runners: tuple[LoadedRunner, ...]
     tokenizer: PreTrainedTokenizerFast
     eos_token_ids: frozenset[int]
     max_length: int
@@ -65,11 +69,13 @@ def load_models(
         check_architecture(source.name, model_config)
     max_length = _max_length(sources, configs, config.engine.max_length)
     tokenizer, vocab_size = _shared_vocabulary(sources, report)
-    runners = tuple(
-        MemberLoader(source, member, max_length, vocab_size, report).load(fast)
+    attention = config.engine.attention
+    loaded = tuple(
+        MemberLoader(source, member, max_length, vocab_size, report, attention).load(fast)
         for source, member in zip(sources, config.models, strict=True)
     )
-    _allocate(runners, config, max_length, report)
+    _allocate(loaded, config, max_length, report)
+    runners = tuple(_with_graphs(runner, config, report) for runner in loaded)
     generation = sources[-1].generation_config()
     eos = end_of_text_ids(
         vocab_size,
@@ -129,3 +135,23 @@ def _allocate(
     tokens = (pages - 1) * config.engine.page_size
     size = sum(need.bytes_per_token for need in needs) * pages * config.engine.page_size
     report(f"KV memory: {tokens} tokens a model, {size / (1 << 20):.0f} MiB in all")
+
+
+def _with_graphs(runner: TorchRunner, config: ServerConfig, report: _Reporter) -> LoadedRunner:
+    """`runner` for steps of few shapes, where that is wanted and possible."""
+    wanted = config.engine.cuda_graphs
+    # Torch's attention would gather the longest possible text for every sequence of a graph.
+    capture = runner.device.type == "cuda" and runner.attends_with_kernels
+    if wanted == "off" or (wanted == "auto" and not capture):
+        return runner
+    decoding = config.decoding
+    gamma = decoding.gamma if isinstance(decoding.gamma, int) else max(decoding.gamma)
+    shapes = Shapes.of(
+        config.engine.max_sequences,
+        decoding.max_gamma + len(config.models),
+        config.engine.max_step_tokens,
+        gamma + 1,
+    )
+    graphs = GraphRunner(runner, shapes, capture=wanted == "auto")
+    graphs.warm_up(report)
+    return graphs

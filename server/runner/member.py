@@ -14,6 +14,7 @@ from server.config import ModelConfig
 from server.errors import ConfigError
 from server.runner import self_check
 from server.runner.architecture import pin_rope
+from server.runner.attention_choice import AttentionName, choose_attention
 from server.runner.llama_body import LlamaBody, is_llama_shaped
 from server.runner.packed_linear import PackingReport, pack_weights
 from server.runner.source import ModelSource
@@ -30,8 +31,9 @@ class MemberLoader:
         max_length: int,
         vocab_size: int,
         report: Callable[[str], None],
+        attention: AttentionName = "auto",
     ) -> None:
-        """`report` takes one line for each phase."""
+        """`report` takes one line for each phase; `attention` is of EngineConfig."""
         self._source = source
         self._name = member.name
         self._max_length = max_length
@@ -40,6 +42,10 @@ class MemberLoader:
         self._device = _device(member)
         self._dtype = _dtype(member, self._device)
         self._packs = member.dtype == "auto" and self._device.type == "cpu"
+        self._short = choose_attention(
+            attention, self._device, lambda line: report(f"{member.name}: {line}")
+        )
+        self._insists = attention == "triton"
 
     def load(self, fast: bool) -> TorchRunner:
         """A runner that passed the self-check.
@@ -69,7 +75,7 @@ class MemberLoader:
         body = LlamaBody(model, packed=self._packs)
         runner = self._runner(model, body, size - body.packing.saved)
         try:
-            self_check.self_check(runner, reference)
+            self._check(runner, reference)
         except ConfigError as error:
             self._report(f"{self._name}: falling back to the forward of transformers: {error}")
             return None
@@ -83,13 +89,34 @@ class MemberLoader:
             self._report_packing(packing)
             size -= packing.saved
         runner = self._runner(model, None, size)
-        self_check.self_check(runner, reference)
+        self._check(runner, reference)
         return runner
+
+    def _check(self, runner: TorchRunner, reference: list[Tensor]) -> None:
+        """With the kernels first; where they fail or give other logits, with torch's attention."""
+        if not self._insists and self._short is not None:
+            try:
+                self_check.self_check(runner, reference)
+            except Exception as error:  # a kernel may fail to compile in any way
+                reason = str(error).split("\n")[0]
+                self._report(f"{self._name}: falling back to torch's attention: {reason}")
+                runner.drop_kernels()
+                runner.store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
+            else:
+                return
+        self_check.self_check(runner, reference)
 
     def _runner(self, model: PreTrainedModel, body: Body | None, weight_bytes: int) -> TorchRunner:
         store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
         return TorchRunner(
-            self._name, model, self._vocab_size, self._max_length, store, body, weight_bytes
+            self._name,
+            model,
+            self._vocab_size,
+            self._max_length,
+            store,
+            body,
+            weight_bytes,
+            self._short,
         )
 
     def _read(self) -> PreTrainedModel:

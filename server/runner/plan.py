@@ -34,29 +34,48 @@ class KeySelection:
     allowed: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Paging:
+    """Where the keys of a group's sequences lie, as tensors on the device.
+
+    Attributes:
+        table: [B, width] int64, pages of each sequence; entries beyond its tokens are any page.
+        starts: [B] int64, position of the first query of each span.
+        lengths: [B] int64, tokens of each sequence, the fed ones included.
+    """
+
+    table: Tensor
+    starts: Tensor
+    lengths: Tensor
+
+
 @dataclass(slots=True)
-class SpanGroup:
+class Group:
     """Spans with the same number of tokens, their rows consecutive in the packed batch.
 
     Attributes:
-        rows: of the packed batch, len(lengths) * num_tokens of them.
+        rows: of the packed batch, num_spans * num_tokens of them.
         num_tokens: of each span.
-        lengths: tokens of each sequence, the fed ones included.
-        pages: page table of each sequence.
     """
 
     rows: slice
     num_tokens: int
-    lengths: list[int]
-    pages: list[Sequence[int]]
     page_size: int
     device: torch.device
-    _selections: dict[int, KeySelection] = field(default_factory=dict)
-    _biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    _selections: dict[int, KeySelection] = field(default_factory=dict, init=False)
+    _biases: dict[tuple[int, int], Tensor] = field(default_factory=dict, init=False)
 
     @property
     def num_spans(self) -> int:
-        return len(self.lengths)
+        return (self.rows.stop - self.rows.start) // self.num_tokens  # type: ignore[no-any-return]
+
+    def paging(self) -> Paging:
+        """For attention that reads the page table itself."""
+        raise NotImplementedError
+
+    def is_whole(self, window: int) -> bool:
+        """Is it one span from the start of its sequence, of which all is within `window`?"""
+        raise NotImplementedError
 
     def selection(self, window: int) -> KeySelection:
         """Keys within `window` tokens of the queries; 0 means all that came before."""
@@ -75,6 +94,41 @@ class SpanGroup:
             bias.masked_fill_(~allowed, float("-inf"))
             self._biases[key] = bias.repeat(1, repeats, 1)[:, None]
         return self._biases[key]
+
+    def _select(self, window: int) -> KeySelection:
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class SpanGroup(Group):
+    """A group known to the host.
+
+    Attributes:
+        lengths: tokens of each sequence, the fed ones included.
+        pages: page table of each sequence.
+    """
+
+    lengths: list[int]
+    pages: list[Sequence[int]]
+    _paging: Paging | None = field(default=None, init=False)
+
+    def paging(self) -> Paging:
+        """See Group.paging."""
+        if self._paging is None:
+            rows = zip(self.lengths, self._table(), strict=True)
+            numbers = [[length - self.num_tokens, length, *table] for length, table in rows]
+            packed = torch.tensor(numbers).to(self.device)
+            self._paging = Paging(packed[:, 2:], packed[:, 0].clone(), packed[:, 1].clone())
+        return self._paging
+
+    def is_whole(self, window: int) -> bool:
+        """See Group.is_whole."""
+        return self.lengths == [self.num_tokens] and not window
+
+    def _table(self) -> list[list[int]]:
+        """Short tables are padded with page 0, which holds finite values nobody may see."""
+        width = max(-(-length // self.page_size) for length in self.lengths)
+        return [[*pages[:width], *[0] * (width - len(pages))] for pages in self.pages]
 
     def _select(self, window: int) -> KeySelection:
         oldest = [length - self.num_tokens - window + 1 if window else 0 for length in self.lengths]
@@ -100,15 +154,9 @@ class SpanGroup:
     def _slots(self, first: list[int], positions: Tensor) -> slice | Tensor:
         if self.num_spans == 1 and (start := self._contiguous_start(first[0])) is not None:
             return slice(start, start + self.lengths[0] - first[0])
-        width = max(-(-length // self.page_size) for length in self.lengths)
-        # Short tables are padded with page 0, which holds finite values nobody may see.
-        table = torch.tensor(
-            [[*pages[:width], *[0] * (width - len(pages))] for pages in self.pages],
-            device=self.device,
-        )
+        table = torch.tensor(self._table(), device=self.device)
         last = torch.tensor(self.lengths, device=self.device)[:, None]
-        page = table.gather(1, (positions // self.page_size).clamp(max=width - 1))
-        return torch.where(positions < last, page * self.page_size + positions % self.page_size, 0)
+        return page_slots(table, positions, last, self.page_size)
 
     def _contiguous_start(self, first: int) -> int | None:
         """Slot of position `first` of the only span if all later ones follow it in memory."""
@@ -118,6 +166,12 @@ class SpanGroup:
         if used != list(range(used[0], used[0] + len(used))):
             return None
         return used[0] * self.page_size + first % self.page_size
+
+
+def page_slots(table: Tensor, positions: Tensor, lengths: Tensor, page_size: int) -> Tensor:
+    """Slots [B, L] of positions [B, L] below `lengths` [B, 1]; slot 0 for the others."""
+    page = table.gather(1, (positions // page_size).clamp(max=table.shape[1] - 1))
+    return torch.where(positions < lengths, page * page_size + positions % page_size, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +189,7 @@ class ForwardPlan:
     position_ids: Tensor
     slots: Tensor
     keep: Tensor
-    groups: tuple[SpanGroup, ...]
+    groups: tuple[Group, ...]
 
 
 def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan:
@@ -177,7 +231,7 @@ def _make_groups(spans: list[Span], page_size: int, device: torch.device) -> lis
             lengths = [span.num_past + num_tokens for span in members]
             pages = [span.pages for span in members]
             rows = slice(first_row, end_row)
-            groups.append(SpanGroup(rows, num_tokens, lengths, pages, page_size, device))
+            groups.append(SpanGroup(rows, num_tokens, page_size, device, lengths, pages))
             first_row = end_row
     return groups
 

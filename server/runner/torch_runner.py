@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.cache.kv_store import KVStore
-from server.runner.attention import PagedAttention
+from server.runner.attention import PagedAttention, ShortAttention
 from server.runner.base import Batch
 from server.runner.plan import ForwardPlan, make_plan
 
@@ -60,6 +60,7 @@ class TorchRunner:
         store: KVStore,
         body: Body | None = None,
         weight_bytes: int = 0,
+        short_attention: ShortAttention | None = None,
     ) -> None:
         """`model` is in eval mode on its device; it attends through this runner from now on.
 
@@ -71,6 +72,7 @@ class TorchRunner:
             store: KV memory.
             body: computes the logits instead of `model`.
             weight_bytes: memory of the weights, for whoever asks.
+            short_attention: attends groups of few tokens instead of torch.
         """
         self.name = name
         self.model = model
@@ -79,7 +81,7 @@ class TorchRunner:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.weight_bytes = weight_bytes
-        self._attention = PagedAttention(store)
+        self._attention = PagedAttention(store, short_attention)
         if body is None:
             self._attention.attach(model)
         self._body = body or TransformersBody(model)
@@ -94,6 +96,15 @@ class TorchRunner:
         self._attention.store = store
 
     @property
+    def attends_with_kernels(self) -> bool:
+        """Are groups of few tokens attended by something else than torch's operations?"""
+        return self._attention.short is not None
+
+    def drop_kernels(self) -> None:
+        """Attend with torch's operations only."""
+        self._attention.short = None
+
+    @property
     def page_size(self) -> int:
         return self.store.page_size
 
@@ -104,9 +115,11 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """See ModelRunner.forward."""
-        return self._run(make_plan(batch, self.page_size, self.device))
+        return self.run(make_plan(batch, self.page_size, self.device))
 
-    def _run(self, plan: ForwardPlan) -> Tensor:
+    @torch.inference_mode()
+    def run(self, plan: ForwardPlan) -> Tensor:
+        """A prepared forward: logits [len(plan.keep), vocab_size]."""
         self._attention.plan = plan
         try:
             logits = self._body(plan, self._attention)

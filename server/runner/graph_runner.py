@@ -1,0 +1,193 @@
+"""Steps of few tokens in padded shapes, each captured as a CUDA graph: one launch, no host work.
+
+Without capture the same padded forwards run eagerly, on any device. That is how the padding is
+tested, and how a fault on a GPU is told from one of capturing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from server.cache.kv_store import KVStore
+from server.runner.base import Batch, Span
+from server.runner.self_check import TOLERANCE
+from server.runner.static_shapes import Shape, Shapes, StaticBuffers
+from server.runner.torch_runner import TorchRunner
+
+# Before a capture: kernels are compiled and libraries take their workspaces.
+_WARM_UPS = 2
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Buffers of one shape, and the graph that reads them once it is captured."""
+
+    buffers: StaticBuffers
+    graph: torch.cuda.CUDAGraph | None = field(default=None)
+
+
+class GraphRunner:
+    """A ModelRunner: steps that fit a shape are padded to it, all others pass through as they are.
+
+    Like the runner below it, not thread-safe.
+    """
+
+    def __init__(self, runner: TorchRunner, shapes: Shapes, capture: bool) -> None:
+        """`runner` has its final store; it is not forwarded by anyone else from now on.
+
+        Args:
+            runner: runs what fits no shape, and is what is captured.
+            shapes: to pad to.
+            capture: as CUDA graphs, at `warm_up`; False: run padded forwards eagerly.
+        """
+        self._runner = runner
+        self._shapes = shapes
+        self._capture = capture
+        self._width = -(-runner.max_length // runner.page_size)
+        self._slots: dict[Shape, _Slot] = {}
+        self._output = torch.empty(0, device=runner.device, dtype=runner.dtype)
+        self._enabled = True
+
+    @property
+    def name(self) -> str:
+        return self._runner.name
+
+    @property
+    def vocab_size(self) -> int:
+        return self._runner.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        return self._runner.max_length
+
+    @property
+    def page_size(self) -> int:
+        return self._runner.page_size
+
+    @property
+    def num_pages(self) -> int:
+        return self._runner.num_pages
+
+    @property
+    def device(self) -> torch.device:
+        return self._runner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._runner.dtype
+
+    @property
+    def store(self) -> KVStore:
+        return self._runner.store
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._runner.weight_bytes
+
+    @property
+    def num_graphs(self) -> int:
+        """Captured so far."""
+        return sum(slot.graph is not None for slot in self._slots.values())
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch) -> Tensor:
+        """See ModelRunner.forward."""
+        shape = self._shapes.find(batch) if self._enabled else None
+        if shape is None or (self._capture and shape not in self._slots):
+            return self._runner.forward(batch)
+        slot = self._slot(shape)
+        keep = slot.buffers.fill(batch)
+        if slot.graph is not None:
+            slot.graph.replay()
+        else:
+            self._compute(slot)
+        return self._output.index_select(0, keep)
+
+    @torch.inference_mode()
+    def warm_up(self, report: Callable[[str], None]) -> None:
+        """Capture every shape and check one; where that fails, run everything eagerly.
+
+        Args:
+            report: takes one line for each phase.
+        """
+        if not self._capture:
+            return
+        started = time.perf_counter()
+        shapes = self._shapes.all()
+        report(f"{self.name}: capturing {len(shapes)} CUDA graphs")
+        try:
+            self._capture_all(shapes)
+            difference = self._difference()
+        except RuntimeError as error:  # not capturable, or out of memory
+            self._give_up(report, str(error).split("\n")[0])
+            return
+        if not difference <= TOLERANCE.get(self.dtype, 5e-2):  # NaN too
+            self._give_up(report, f"relative difference {difference:.1e} to the eager forward")
+            return
+        seconds = time.perf_counter() - started
+        report(f"{self.name}: captured {self.num_graphs} CUDA graphs, {seconds:.1f} s")
+
+    def _give_up(self, report: Callable[[str], None], reason: str) -> None:
+        self._enabled = False
+        self._slots.clear()
+        report(f"{self.name}: running without CUDA graphs: {reason}")
+
+    def _capture_all(self, shapes: list[Shape]) -> None:
+        """Largest first, so that the smaller ones find their memory in the pool they share."""
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self.device)
+        self._reserve_output(max(shape.num_rows for shape in shapes))
+        for shape in shapes:
+            slot = self._slot(shape)
+            current = torch.cuda.current_stream(self.device)
+            stream.wait_stream(current)
+            with torch.cuda.stream(stream):
+                for _ in range(_WARM_UPS):
+                    self._compute(slot)
+            current.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            # The HTTP side of the process may touch CUDA meanwhile: only this thread is watched.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=stream, capture_error_mode="thread_local"
+            ):
+                self._compute(slot)
+            slot.graph = graph
+        torch.cuda.synchronize(self.device)
+
+    def _slot(self, shape: Shape) -> _Slot:
+        if shape not in self._slots:
+            self._slots[shape] = _Slot(
+                StaticBuffers(shape, self._width, self.page_size, self.device)
+            )
+        return self._slots[shape]
+
+    def _compute(self, slot: _Slot) -> None:
+        """Logits of what the buffers hold, into the first rows of the output that all share."""
+        logits = self._runner.run(slot.buffers.plan())
+        if slot.graph is None and len(self._output) < len(logits):
+            self._reserve_output(len(logits))
+        self._output[: len(logits)].copy_(logits)
+
+    def _reserve_output(self, num_rows: int) -> None:
+        self._output = self._output.new_empty(num_rows, self.vocab_size)
+
+    def _difference(self) -> float:
+        """Largest difference of replayed to eager logits, as a share of the largest logit.
+
+        Writes KV into the first pages; nothing is in them yet.
+        """
+        spans = tuple(
+            Span([1 + number], 0, [(31 * number + 7) % self.vocab_size], 1) for number in range(3)
+        )
+        worst = 0.0
+        for count in range(1, min(4, self.num_pages)):
+            batch = Batch(spans[:count])
+            eager = self._runner.forward(batch).float()
+            replayed = self.forward(batch).float()
+            worst = max(worst, float((replayed - eager).abs().max() / eager.abs().max()))
+        return worst

@@ -1,0 +1,234 @@
+"""Forwards of few shapes: the tensors of a step are padded into buffers that never move.
+
+A captured CUDA graph runs the same kernels on the same memory again, so whatever changes from step
+to step has to be written into that memory first. Nothing here needs a GPU.
+
+A span shorter than its shape is filled up with copies of its last token, and a batch smaller than
+its shape with spans of one token over page 0. Padding writes its KV to slot 0, looks at what a real
+token looks at, so that nothing turns infinite, and its logits are dropped.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from server.runner.base import Batch
+from server.runner.plan import (
+    MAX_GROUPED_TOKENS,
+    ForwardPlan,
+    Group,
+    KeySelection,
+    Paging,
+    page_slots,
+)
+
+_QUERY_LENGTHS = (1, 2, 3, 5, 9, MAX_GROUPED_TOKENS)
+# A forward of fewer rows takes a GPU as long as reading the weights does.
+_FREE_ROWS = 128
+# Of larger ones, no more than this multiple of the tokens fed.
+_MOST_PADDING = 2
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Shape:
+    """Of a padded forward: `batch` spans of `num_tokens` tokens each."""
+
+    batch: int
+    num_tokens: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.batch * self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """The sizes a step is padded to.
+
+    Attributes:
+        batches, lengths: ascending.
+        max_step_tokens: the most tokens a step has.
+    """
+
+    batches: tuple[int, ...]
+    lengths: tuple[int, ...]
+    max_step_tokens: int
+
+    @staticmethod
+    def of(max_sequences: int, longest: int, max_step_tokens: int, usual: int) -> Shapes:
+        """Sizes for up to `max_sequences` spans of up to `longest` tokens.
+
+        `usual` is a number of tokens that is not to be padded: of scoring a whole proposal.
+        """
+        batches = {1, 2, 4, 8, max_sequences}
+        size = 16
+        while size < max_sequences:
+            batches |= {size, size * 3 // 2}
+            size *= 2
+        longest = min(longest, MAX_GROUPED_TOKENS)
+        lengths = {length for length in (*_QUERY_LENGTHS, usual) if length < longest} | {longest}
+        fitting = sorted(batch for batch in batches if batch <= max_sequences)
+        return Shapes(tuple(fitting), tuple(sorted(lengths)), max_step_tokens)
+
+    def find(self, batch: Batch) -> Shape | None:
+        """The smallest shape that holds `batch`; None where no shape does, or padding costs."""
+        longest = max(len(span.token_ids) for span in batch.spans)
+        if len(batch.spans) > self.batches[-1] or longest > self.lengths[-1]:
+            return None
+        shape = Shape(
+            self.batches[bisect_left(self.batches, len(batch.spans))],
+            self.lengths[bisect_left(self.lengths, longest)],
+        )
+        if shape.num_rows > max(_FREE_ROWS, _MOST_PADDING * batch.num_tokens):
+            return None
+        return shape
+
+    def all(self) -> list[Shape]:
+        """Every shape some step needs, largest first."""
+        found = []
+        for i, batch in enumerate(self.batches):
+            least_spans = self.batches[i - 1] + 1 if i else 1
+            for j, length in enumerate(self.lengths):
+                least_tokens = self.lengths[j - 1] + 1 if j else 1
+                # One span of the longest kind is enough to need the shape.
+                if least_spans - 1 + least_tokens <= self.max_step_tokens:
+                    found.append(Shape(batch, length))
+        return sorted(found, key=lambda shape: (shape.num_rows, shape.batch), reverse=True)
+
+
+@dataclass(slots=True)
+class StaticGroup(Group):
+    """A whole padded batch, known to the device alone."""
+
+    tables: Paging
+
+    def paging(self) -> Paging:
+        """See Group.paging."""
+        return self.tables
+
+    def is_whole(self, window: int) -> bool:
+        """See Group.is_whole; not known, and of no use to few tokens."""
+        return False
+
+    def _select(self, window: int) -> KeySelection:
+        """Every key the table has room for, most of them masked."""
+        table, starts, lengths = self.tables.table, self.tables.starts, self.tables.lengths
+        positions = torch.arange(table.shape[1] * self.page_size, device=self.device)
+        positions = positions.expand(len(table), -1)
+        last = lengths[:, None]
+        tokens = torch.arange(self.num_tokens, device=self.device)
+        queries = torch.minimum(starts[:, None] + tokens, last - 1)[:, :, None]
+        allowed = positions[:, None, :] <= queries
+        if window:
+            allowed &= positions[:, None, :] > queries - window
+        return KeySelection(page_slots(table, positions, last, self.page_size), allowed)
+
+
+@dataclass(slots=True)
+class StaticBuffers:
+    """Input of forwards of one shape: one tensor on the host, one on the device, cut into views.
+
+    Attributes:
+        shape: of the forwards.
+        width: pages of a table row, enough for the longest sequence.
+    """
+
+    shape: Shape
+    width: int
+    page_size: int
+    device: torch.device
+    _host: Tensor = field(init=False)
+    _host_views: list[np.ndarray] = field(init=False)
+    _device: Tensor = field(init=False)
+    _copied: torch.cuda.Event | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        rows, batch = self.shape.num_rows, self.shape.batch
+        size = 4 * rows + batch * (2 + self.width)
+        pinned = self.device.type == "cuda"
+        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
+        self._device = torch.zeros(size, dtype=torch.int64, device=self.device)
+        if pinned:
+            self._copied = torch.cuda.Event()
+        self._host_views = [view.numpy() for view in _cut(self._host, self.shape, self.width)]
+        self.fill(Batch(()))
+
+    def fill(self, batch: Batch) -> Tensor:
+        """Hold `batch`, padded.
+
+        Returns:
+            [batch.num_kept] int64, rows of the padded forward whose logits are wanted.
+        """
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still be reading the host's tensor
+        num_tokens = self.shape.num_tokens
+        ids, positions, slots, keep, starts, lengths, table = self._host_views
+        used = len(batch.spans)
+        for row, span in enumerate(batch.spans):
+            count = len(span.token_ids)
+            past, width = span.num_past, -(-(span.num_past + count) // self.page_size)
+            ids[row, :count] = span.token_ids
+            ids[row, count:] = span.token_ids[-1]
+            table[row, :width] = span.pages[:width]
+            starts[row], lengths[row] = past, past + count
+        steps = np.arange(num_tokens)
+        starts[used:], lengths[used:], table[used:, 0], ids[used:] = 0, 1, 0, 0
+        np.minimum(starts[:, None] + steps, lengths[:, None] - 1, out=positions)
+        pages = np.take_along_axis(table, positions // self.page_size, axis=1)
+        np.multiply(pages, self.page_size, out=slots)
+        slots += positions % self.page_size
+        slots[starts[:, None] + steps >= lengths[:, None]] = 0
+        slots[used:] = 0
+        kept = _kept_rows(batch, num_tokens)
+        keep.reshape(-1)[: len(kept)] = kept
+        self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        return _cut(self._device, self.shape, self.width)[3].view(-1)[: len(kept)]
+
+    def plan(self) -> ForwardPlan:
+        """Of a forward of everything the buffers hold; keeps every row.
+
+        Its tensors are views, so that it stays right when the buffers are filled again; what the
+        portable attention derives from them does not, so ask anew for every forward.
+        """
+        ids, positions, slots, _, starts, lengths, table = _cut(
+            self._device, self.shape, self.width
+        )
+        rows = self.shape.num_rows
+        group = StaticGroup(
+            slice(0, rows),
+            self.shape.num_tokens,
+            self.page_size,
+            self.device,
+            Paging(table, starts, lengths),
+        )
+        return ForwardPlan(
+            token_ids=ids.view(1, rows),
+            position_ids=positions.view(1, rows),
+            slots=slots.view(rows),
+            keep=torch.arange(rows, device=self.device),
+            groups=(group,),
+        )
+
+
+def _kept_rows(batch: Batch, num_tokens: int) -> list[int]:
+    rows: list[int] = []
+    for index, span in enumerate(batch.spans):
+        end = index * num_tokens + len(span.token_ids)
+        rows += range(end - span.num_kept, end)
+    return rows
+
+
+def _cut(memory: Tensor, shape: Shape, width: int) -> list[Tensor]:
+    """Views: ids, positions, slots and kept rows [B, n]; starts, lengths [B]; table [B, width]."""
+    batch, rows = shape.batch, shape.num_rows
+    sizes = [rows] * 4 + [batch] * 2 + [batch * width]
+    parts = memory.split(sizes)
+    by_row = [part.view(batch, shape.num_tokens) for part in parts[:4]]
+    return [*by_row, *parts[4:6], parts[6].view(batch, width)]

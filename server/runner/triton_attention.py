@@ -1,0 +1,281 @@
+"""Attention of short queries over long paged KV on a GPU, written in Triton.
+
+Imported only where Triton is (see `attention_choice`). One program takes the query rows of one
+span and one KV head, (token, head of the group), and a *split* of the keys; where sequences are
+few, several splits of one span run side by side and a second kernel combines them. Keys are read
+where they lie: nothing is gathered, and lengths are read on the device, so that a captured launch
+serves sequences of any length.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.cache.kv_store import KVStore
+from server.runner.plan import MAX_GROUPED_TOKENS, Group
+from server.runner.style import Style
+
+# Query rows (tokens times heads of a group) of one program; more do not fit into its registers.
+_MAX_ROWS = 128
+# tl.dot takes no side shorter than this.
+_MIN_SIDE = 16
+_MAX_SPLITS = 16
+# Programs that fill the machine, where it cannot be asked (the interpreter).
+_DEFAULT_PROCESSORS = 132
+# Bytes of a tile of keys in shared memory, beside one of values and the stages in flight.
+_TILE_BYTES = 16 << 10
+_NEVER = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _attend_split(
+    queries,
+    keys,
+    values,
+    sinks,
+    output,
+    partial_output,
+    partial_state,
+    table,
+    starts,
+    lengths,
+    scale,
+    softcap,
+    table_stride,
+    query_stride,
+    query_head_stride,
+    key_stride,
+    key_head_stride,
+    value_stride,
+    value_head_stride,
+    num_tokens,
+    HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PADDED: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    PAGE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """One (span, KV head, split): softmax over its keys, kept as (sum, maximum, weight)."""
+    span = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    start = tl.load(starts + span)
+    length = tl.load(lengths + span)
+
+    row = tl.arange(0, ROWS)
+    token = row // HEADS
+    head = kv_head * HEADS + row % HEADS
+    is_row = token < num_tokens
+    dim = tl.arange(0, DIM_PADDED)
+    value_dim = tl.arange(0, VALUE_DIM_PADDED)
+    query_row = (span * num_tokens + token).to(tl.int64)
+    query = tl.load(
+        queries + (query_row * query_stride + head * query_head_stride)[:, None] + dim[None, :],
+        mask=is_row[:, None] & (dim < DIM)[None, :],
+        other=0.0,
+    )
+    # Padding tokens look at what the last real one looks at, never at nothing.
+    position = tl.minimum(start + token, length - 1)
+
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(start - WINDOW + 1, 0)
+    chunk = tl.cdiv(tl.cdiv(length - first, TILE), SPLITS) * TILE
+    begin = first + split * chunk
+    end = tl.minimum(begin + chunk, length)
+
+    maximum = tl.full([ROWS], _NEVER, tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    if HAS_SINKS:
+        # The first split alone sees the sink.
+        sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32)
+        maximum = tl.where(split == 0, sink, _NEVER)
+        weight += tl.where(split == 0, 1.0, 0.0)
+    total = tl.zeros([ROWS, VALUE_DIM_PADDED], tl.float32)
+    for tile in range(begin, end, TILE):
+        key = tile + tl.arange(0, TILE)
+        is_key = key < end
+        page = tl.load(table + span * table_stride + key // PAGE, mask=is_key, other=0)
+        slot = page.to(tl.int64) * PAGE + key % PAGE
+        k = tl.load(
+            keys + (slot * key_stride + kv_head * key_head_stride)[None, :] + dim[:, None],
+            mask=is_key[None, :] & (dim < DIM)[:, None],
+            other=0.0,
+        )
+        score = tl.dot(query, k, input_precision="ieee") * scale
+        if HAS_SOFTCAP:
+            score = softcap * (2.0 * tl.sigmoid(2.0 * score / softcap) - 1.0)
+        seen = is_key[None, :] & (key[None, :] <= position[:, None])
+        if WINDOW > 0:
+            seen = seen & (key[None, :] > position[:, None] - WINDOW)
+        score = tl.where(seen, score, _NEVER)
+        larger = tl.maximum(maximum, tl.max(score, 1))
+        fading = tl.exp(maximum - larger)
+        share = tl.where(seen, tl.exp(score - larger[:, None]), 0.0)
+        v = tl.load(
+            values
+            + (slot * value_stride + kv_head * value_head_stride)[:, None]
+            + value_dim[None, :],
+            mask=is_key[:, None] & (value_dim < VALUE_DIM)[None, :],
+            other=0.0,
+        )
+        total = total * fading[:, None] + tl.dot(share.to(v.dtype), v, input_precision="ieee")
+        weight = weight * fading + tl.sum(share, 1)
+        maximum = larger
+
+    is_value = is_row[:, None] & (value_dim < VALUE_DIM)[None, :]
+    if SPLITS == 1:
+        # The output is dense, [tokens, all heads, VALUE_DIM].
+        out_row = query_row * (tl.num_programs(1) * HEADS) + head
+        tl.store(
+            output + (out_row * VALUE_DIM)[:, None] + value_dim[None, :],
+            (total / weight[:, None]).to(output.dtype.element_ty),
+            mask=is_value,
+        )
+    else:
+        part = ((span * tl.num_programs(1) + kv_head) * SPLITS + split).to(tl.int64) * ROWS + row
+        tl.store(
+            partial_output + (part * VALUE_DIM)[:, None] + value_dim[None, :], total, mask=is_value
+        )
+        tl.store(partial_state + part * 2, maximum, mask=is_row)
+        tl.store(partial_state + part * 2 + 1, weight, mask=is_row)
+
+
+@triton.jit
+def _combine_splits(
+    partial_output,
+    partial_state,
+    output,
+    num_tokens,
+    HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    VALUE_DIM_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """One (span, KV head, query row): the softmax over all keys from that of each split."""
+    span = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2)
+    value_dim = tl.arange(0, VALUE_DIM_PADDED)
+    is_value = value_dim < VALUE_DIM
+    split = tl.arange(0, SPLITS)
+    part = ((span * tl.num_programs(1) + kv_head).to(tl.int64) * SPLITS + split) * ROWS + row
+    maximum = tl.load(partial_state + part * 2)
+    weight = tl.load(partial_state + part * 2 + 1)
+    share = tl.exp(maximum - tl.max(maximum, 0))
+    total = tl.load(
+        partial_output + (part * VALUE_DIM)[:, None] + value_dim[None, :],
+        mask=is_value[None, :],
+        other=0.0,
+    )
+    combined = tl.sum(total * share[:, None], 0) / tl.sum(weight * share, 0)
+    query_row = (span * num_tokens + row // HEADS).to(tl.int64)
+    out_row = query_row * (tl.num_programs(1) * HEADS) + kv_head * HEADS + row % HEADS
+    tl.store(
+        output + out_row * VALUE_DIM + value_dim,
+        combined.to(output.dtype.element_ty),
+        mask=is_value,
+    )
+
+
+def supports(group: Group, num_heads: int, num_kv_heads: int) -> bool:
+    """Is the group small enough for one program a span and KV head?"""
+    rows = group.num_tokens * (num_heads // num_kv_heads)
+    return group.num_tokens <= MAX_GROUPED_TOKENS and rows <= _MAX_ROWS
+
+
+def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, style: Style) -> Tensor:
+    """Queries [B * num_tokens, heads, d] of one group -> [B * num_tokens, heads, value dim].
+
+    The group is one that `supports` accepts; the last dimension of queries, keys and values is
+    dense. Nothing is read back to the host.
+    """
+    keys, values = store.slots(layer)
+    num_heads, dim = queries.shape[1:]
+    num_kv_heads, value_dim = values.shape[1:]
+    heads = num_heads // num_kv_heads
+    paging = group.paging()
+    rows = max(_MIN_SIDE, triton.next_power_of_2(group.num_tokens * heads))
+    splits = num_splits(group.num_spans * num_kv_heads, paging.table.shape[1], store, queries)
+    output = queries.new_empty(len(queries), num_heads, value_dim)
+    parts = (group.num_spans, num_kv_heads, splits, rows) if splits > 1 else (1, 1, 1, 1)
+    partial_output = queries.new_empty(*parts, value_dim, dtype=torch.float32)
+    partial_state = queries.new_empty(*parts, 2, dtype=torch.float32)
+    shape = {
+        "HEADS": heads,
+        "VALUE_DIM": value_dim,
+        "VALUE_DIM_PADDED": _padded(value_dim),
+        "ROWS": rows,
+        "SPLITS": splits,
+    }
+    _attend_split[(group.num_spans, num_kv_heads, splits)](
+        queries,
+        keys,
+        values,
+        queries if style.sinks is None else style.sinks,
+        output,
+        partial_output,
+        partial_state,
+        paging.table,
+        paging.starts,
+        paging.lengths,
+        dim**-0.5 if style.scale is None else style.scale,
+        style.softcap or 0.0,
+        paging.table.stride(0),
+        queries.stride(0),
+        queries.stride(1),
+        keys.stride(0),
+        keys.stride(1),
+        values.stride(0),
+        values.stride(1),
+        group.num_tokens,
+        DIM=dim,
+        DIM_PADDED=_padded(dim),
+        TILE=_tile(max(dim, value_dim), keys.element_size()),
+        PAGE=store.page_size,
+        WINDOW=style.window,
+        HAS_SOFTCAP=style.softcap is not None,
+        HAS_SINKS=style.sinks is not None,
+        num_warps=4,
+        num_stages=2,
+        **shape,
+    )
+    if splits > 1:
+        _combine_splits[(group.num_spans, num_kv_heads, group.num_tokens * heads)](
+            partial_output, partial_state, output, group.num_tokens, num_warps=1, **shape
+        )
+    return output
+
+
+def num_splits(programs: int, num_pages: int, store: KVStore, queries: Tensor) -> int:
+    """Parts of a span's keys, a power of two: enough to fill the machine twice.
+
+    No more than there are pairs of tiles in the longest table of `num_pages` pages.
+    """
+    processors = _DEFAULT_PROCESSORS
+    if queries.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(queries.device).multi_processor_count
+    useful = num_pages * store.page_size // (2 * _tile(queries.shape[-1], queries.element_size()))
+    wanted = min(2 * processors // programs, useful, _MAX_SPLITS)
+    return 1 << max(0, wanted.bit_length() - 1)
+
+
+def _padded(dim: int) -> int:
+    padded: int = triton.next_power_of_2(dim)
+    return max(_MIN_SIDE, padded)
+
+
+def _tile(dim: int, element_size: int) -> int:
+    """Keys of one step, a power of two from 16 to 64."""
+    return max(_MIN_SIDE, min(64, _TILE_BYTES // (_padded(dim) * element_size)))
