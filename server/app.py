@@ -45,7 +45,7 @@ from server.metrics import Metrics, ModelFacts
 from server.tracing import RequestTracer, make_tracer
 
 if TYPE_CHECKING:
-    from server.runner.torch_runner import TorchRunner
+    from server.runner.loader import LoadedRunner
 
 logger = logging.getLogger(__name__)
 
@@ -194,7 +194,7 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     )
 
 
-def _facts(runner: TorchRunner) -> ModelFacts:
+def _facts(runner: LoadedRunner) -> ModelFacts:
     return ModelFacts(
         device=str(runner.device),
         dtype=str(runner.dtype).removeprefix("torch."),

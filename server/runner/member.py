@@ -94,17 +94,19 @@ class MemberLoader:
 
     def _check(self, runner: TorchRunner, reference: list[Tensor]) -> None:
         """With the kernels first; where they fail or give other logits, with torch's attention."""
-        if not self._insists and self._short is not None:
-            try:
-                self_check.self_check(runner, reference)
-            except Exception as error:  # a kernel may fail to compile in any way
-                reason = str(error).split("\n")[0]
-                self._report(f"{self._name}: falling back to torch's attention: {reason}")
-                runner.drop_kernels()
-                runner.store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
-            else:
-                return
-        self_check.self_check(runner, reference)
+        try:
+            self_check.self_check(runner, reference)
+        except Exception as error:  # a kernel may fail to compile in any way
+            if self._short is None:
+                raise
+            reason = str(error).split("\n")[0]
+            if self._insists:
+                message = f"model {self._name}: engine.attention: triton fails here: {reason}"
+                raise ConfigError(message) from error
+            self._report(f"{self._name}: falling back to torch's attention: {reason}")
+            runner.drop_kernels()
+            runner.store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
+            self_check.self_check(runner, reference)
 
     def _runner(self, model: PreTrainedModel, body: Body | None, weight_bytes: int) -> TorchRunner:
         store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)

@@ -1,0 +1,136 @@
+"""Which attention a configuration gets, and that the engine's output does not depend on it."""
+
+import importlib
+
+import pytest
+import torch
+
+from server.config import parse_config
+from server.core.combination import Combination
+from server.core.sampling_params import SamplingParams
+from server.engine.engine import Engine, EngineLimits
+from server.errors import ConfigError
+from server.runner.attention_choice import choose_attention
+from server.runner.graph_runner import GraphRunner
+from server.runner.loader import load_models
+from tests.support.engines import decode, make_decoding
+from tests.support.tiny_models import make_pair
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture
+def _no_triton(monkeypatch):
+    """An installation without Triton."""
+    real = importlib.import_module
+
+    def import_module(name):
+        if name == "triton":
+            raise ModuleNotFoundError("No module named 'triton'")
+        return real(name)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+
+
+def refuse(line):
+    pytest.fail(f"nothing to report, got {line!r}")
+
+
+def test_the_cpu_has_torch_alone():
+    assert choose_attention("auto", CPU, refuse) is None
+    assert choose_attention("portable", CUDA, refuse) is None
+
+
+@pytest.mark.usefixtures("_no_triton")
+def test_a_gpu_without_triton_falls_back_and_says_so():
+    lines: list[str] = []
+    assert choose_attention("auto", CUDA, lines.append) is None
+    assert len(lines) == 1
+    assert "No module named 'triton'" in lines[0]
+
+
+@pytest.mark.usefixtures("_no_triton")
+def test_insisting_on_triton_fails_without_it():
+    with pytest.raises(ConfigError, match="engine.attention: triton cannot run on cpu"):
+        choose_attention("triton", CPU, refuse)
+
+
+def test_the_cpu_needs_the_interpreter(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ConfigError, match="TRITON_INTERPRET=1"):
+        choose_attention("triton", CPU, refuse)
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory):
+    return make_pair(tmp_path_factory.mktemp("models"))
+
+
+def load(directories, **engine):
+    lines: list[str] = []
+    config = {
+        "served_model_name": "tiny",
+        "models": [
+            {"name": f"m{k}", "path": str(path), "device": "cpu"}
+            for k, path in enumerate(directories)
+        ],
+        "combination": {"method": "contrastive"},
+        "engine": {"kv_memory": "8MiB", "max_length": 64, "max_sequences": 4, **engine},
+    }
+    return load_models(parse_config(config), lines.append), lines
+
+
+def tokens_of(loaded, max_tokens):
+    engine = Engine(
+        loaded.runners,
+        loaded.tokenizer.backend_tokenizer,
+        loaded.eos_token_ids,
+        EngineLimits(max_sequences=4, max_step_tokens=64),
+    )
+    decoding = make_decoding("cos", Combination.contrastive(2, 0.1), 3)
+    params = [
+        SamplingParams(max_tokens=max_tokens, temperature=t, seed=seed, ignore_eos=True)
+        for seed, t in enumerate((0.0, 1.0, 0.7))
+    ]
+    return decode(engine, [5, 9, 31], params, decoding)
+
+
+def test_padded_steps_leave_the_output_alone(directories):
+    plain, _ = load(directories, cuda_graphs="off")
+    padded, _ = load(directories, cuda_graphs="static")
+    assert all(isinstance(runner, GraphRunner) for runner in padded.runners)
+    assert not any(isinstance(runner, GraphRunner) for runner in plain.runners)
+    assert tokens_of(padded, 24) == tokens_of(plain, 24)
+
+
+def test_kernels_leave_the_output_alone(directories, monkeypatch):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled where a GPU is; see tests/gpu")
+    plain, _ = load(directories)
+    kernels, lines = load(directories, attention="triton", cuda_graphs="static")
+    assert not any("falling back" in line for line in lines)
+    assert tokens_of(kernels, 2) == tokens_of(plain, 2)
+
+
+def test_failing_kernels_are_replaced(directories, monkeypatch):
+    """As where no C compiler is found, or a kernel is wrong on this GPU."""
+
+    class Broken:
+        @staticmethod
+        def supports(group, num_heads, num_kv_heads):
+            return True
+
+        @staticmethod
+        def attend_group(group, queries, store, layer, style):
+            raise FileNotFoundError("no C compiler")
+
+    monkeypatch.setattr("server.runner.member.choose_attention", lambda *_: Broken)
+    loaded, lines = load(directories)
+    assert sum("falling back to torch's attention: no C compiler" in line for line in lines) >= 2
+    plain, _ = load(directories, attention="portable")
+    assert tokens_of(loaded, 8)
+    assert not any(runner.attends_with_kernels for runner in loaded.runners)
+    with pytest.raises(ConfigError, match="triton fails here: no C compiler"):
+        load(directories, attention="triton")
