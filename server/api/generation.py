@@ -134,6 +134,7 @@ def _sampling_params(
         logit_bias=tuple(logit_bias(request)),
         allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
         seed=seed,
+        is_seeded=request.seed is not None,
         stop=stop_strings(request),
         stop_token_ids=frozenset(request.stop_token_ids or ()),
         include_stop=bool(request.include_stop_str_in_output),

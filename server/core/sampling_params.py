@@ -25,6 +25,7 @@ class SamplingParams:
         logit_bias: (token id, bias) pairs.
         allowed_token_ids: only these may be generated; None allows all.
         seed: of the counter-based randomness; the caller draws one where the client gave none.
+        is_seeded: the client gave it, so the text must be a function of it and of the target alone.
         stop: strings that end the text.
         stop_token_ids: tokens that end the text, besides the models' own end-of-text tokens.
         include_stop: leave the stop string in the text.
@@ -46,6 +47,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
     seed: int = 0
+    is_seeded: bool = False
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
     include_stop: bool = False
@@ -57,6 +59,11 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+    @property
+    def is_coupled(self) -> bool:
+        """Proposals and targets share their randomness; see `decoding.verify`."""
+        return self.is_seeded or self.is_greedy
 
     @property
     def has_penalties(self) -> bool:

@@ -23,18 +23,22 @@ _FLOOR = -1e4
 
 
 def combine(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
-    """The target distribution r, float32 [R, V]; greedy rows are one-hot."""
+    """The target distribution r, float32 [R, V]; greedy rows' is that at temperature 1."""
     if combination.is_logit_level:
-        return warp.distribution(mix_logits(scores, combination))
-    total: Tensor | None = None
-    for model in combination.scorers:
-        part = warp.probs(scores(model))
-        weight = combination.weights[model]
-        if weight != 1:
-            part = part.mul_(weight)
-        total = part if total is None else total.add_(part)
-    assert total is not None
-    return warp.sharpen(total)
+        return warp.probs(mix_logits(scores, combination))
+    return _mix_probs(scores, combination, warp)
+
+
+def rank(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
+    """Something that ranks tokens as r does, float32 [R, V]: its argmax is the greedy token.
+
+    For greedy rows only: what they take from the logits needs no softmax.
+    """
+    if combination.is_logit_level:
+        return warp(mix_logits(scores, combination))
+    if len(combination.scorers) == 1:
+        return warp(scores(combination.scorers[0]))
+    return _mix_probs(scores, combination, warp)
 
 
 def log_combined(scores: Scores, combination: Combination) -> Tensor:
@@ -48,6 +52,20 @@ def log_combined(scores: Scores, combination: Combination) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).logsumexp(0)
 
 
+def _mix_probs(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
+    """sum_k w_k softmax(warp(l_k)), float32 [R, V]."""
+    total: Tensor | None = None
+    for model in combination.scorers:
+        part = warp.probs(scores(model))
+        weight = combination.weights[model]
+        if total is None:
+            total = part if weight == 1 else part.mul_(weight)
+        else:
+            total.add_(part, alpha=weight)
+    assert total is not None
+    return total
+
+
 def mix_logits(scores: Scores, combination: Combination) -> Tensor:
     """sum_k w_k l_k with the plausibility mask, float32 [R, V].
 
@@ -59,8 +77,7 @@ def mix_logits(scores: Scores, combination: Combination) -> Tensor:
         logits = scores(model)
         if weight < 0:
             logits = logits.clamp_min(_FLOOR)
-        part = logits * weight
-        total = part if total is None else total.add_(part)
+        total = logits * weight if total is None else total.add_(logits, alpha=weight)
     assert total is not None
     if combination.plausibility > 0:
         total = total.masked_fill(_implausible(scores, combination), -torch.inf)

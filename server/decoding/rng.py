@@ -16,6 +16,10 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _FACTOR_1 = 0xBF58476D1CE4E5B9
 _FACTOR_2 = 0x94D049BB133111EB
 _MASK = (1 << 64) - 1
+# Of a well-mixing 32-bit hash: triple32's second and third multipliers (Wellons 2018).
+_FACTOR_32_1 = 0xAC4C1B51
+_FACTOR_32_2 = 0x31848BAB
+_MAX_INT32 = (1 << 31) - 1
 _BITS = 24  # a float32 holds 24 bits exactly, so no uniform rounds up to 1
 
 
@@ -28,6 +32,7 @@ class Purpose(IntEnum):
     DRAW = 4
     COIN = 5
     CHOICE = 6
+    NOISE = 7
 
 
 def uniform(seed: int, position: int, purpose: Purpose) -> float:
@@ -48,6 +53,31 @@ def uniforms(
     state = _mix(state + torch.tensor(positions, device=device) * _signed(_GOLDEN))
     state = _mix(state + _signed(int(purpose) * _GOLDEN))
     return _shift_right(state, 64 - _BITS).to(torch.float32) * 2.0**-_BITS
+
+
+def exponentials(
+    seeds: Sequence[int], positions: Sequence[int], vocab_size: int, device: torch.device
+) -> Tensor:
+    """Exp(1) noise for every token of the vocabulary, float32 [len(seeds), vocab_size], above 0.
+
+    A row is a pure function of (seed, position). Tokens are told apart by two rounds of a 32-bit
+    integer hash, with half of the row's 64-bit key before each: cheap passes over small integers,
+    since a row has as many entries as the vocabulary.
+    """
+    keys = [_hash(s, p, Purpose.NOISE) for s, p in zip(seeds, positions, strict=True)]
+    halves = [[_signed32(key), _signed32(key >> 32)] for key in keys]
+    first, second = torch.tensor(halves, dtype=torch.int32, device=device)[:, :, None].unbind(1)
+    x = torch.arange(vocab_size, dtype=torch.int32, device=device) * _signed32(_GOLDEN) + first
+    x ^= (x >> 16) & 0xFFFF
+    x *= _signed32(_FACTOR_32_1)
+    x ^= (x >> 15) & 0x1FFFF
+    x += second
+    x *= _signed32(_FACTOR_32_2)
+    x ^= (x >> 15) & 0x1FFFF
+    x &= _MAX_INT32
+    # Small values, which decide, keep their relative precision in -log(1 - u).
+    u = x.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_max_(1 - 2.0**-_BITS)
+    return u.neg_().log1p_().neg_()
 
 
 def _hash(seed: int, position: int, purpose: Purpose) -> int:
@@ -73,6 +103,12 @@ def _mix(x: Tensor) -> Tensor:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift of int64; torch's own is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed32(x: int) -> int:
+    """The int32 with the same bits as the low 32 bits of `x`."""
+    x &= (1 << 32) - 1
+    return x - (1 << 32) if x >> 31 else x
 
 
 def _signed(x: int) -> int:

@@ -1,11 +1,19 @@
-"""Verification: exact acceptance of proposals (Leviathan et al. 2023; paper eq. 6 and A.1).
+"""Verification: exact acceptance of proposals, in one of two ways.
 
-A token x that was proposed from g is *accepted* with probability min(1, r(x) / g(x)). If it is
-not, the *recovered* token, drawn from norm(max(0, r - g)), takes its place and the rest of the
-tail is dropped. A *drawn* token comes from r with nothing proposed. Each position of a tail has
-its own g, that of its proposer; the law of the output is r's whatever the proposers were, as long
-as proposer and g of a position are fixed before its token is drawn, a drawn token leaves the tail
-only through verification, and the uniforms are fresh (`rng`).
+**Free** (Leviathan et al. 2023; paper eq. 6 and A.1). A token x that was proposed from g is
+*accepted* with probability min(1, r(x) / g(x)). If it is not, the *recovered* token, drawn from
+norm(max(0, r - g)), takes its place and the rest of the tail is dropped. A *drawn* token comes from
+r with nothing proposed. Each position of a tail has its own g, that of its proposer; the law of the
+output is r's whatever the proposers were, as long as proposer and g of a position are fixed before
+its token is drawn, a drawn token leaves the tail only through verification, and the uniforms are
+fresh (`rng`).
+
+**Coupled**. Exponential noise E, one value for each token, is a function of (seed, position), and
+whoever has a distribution p for the position picks argmax p / E, which has law p (the Gumbel-max
+trick: argmax log p + G). A proposal is the pick of g, the position's token is the pick of r with
+the same noise, and a proposal is accepted iff it is that token. So the text depends on the seed and
+on r alone, not on who proposed how many tokens; the price is that fewer proposals are accepted than
+min(1, r / g) would. Greedy decoding is this without noise.
 """
 
 from __future__ import annotations
@@ -52,6 +60,45 @@ def sample(probs: Tensor, uniforms: Tensor) -> list[int]:
     picked = torch.searchsorted(cumulative, threshold, right=True)
     valid = torch.isfinite(total) & (total > 0)
     return torch.where(valid, picked, INVALID).flatten().tolist()
+
+
+def pick(weights: Tensor, noise: Tensor | None = None) -> list[int]:
+    """The token of each row under coupled randomness: argmax of weights / noise.
+
+    Args:
+        weights: float32 [R, V]; probabilities, or without noise whatever ranks the tokens.
+        noise: float32 [R, V], above 0 (`rng.exponentials`).
+
+    Returns:
+        R token ids, INVALID for rows that are no distribution.
+    """
+    best = (weights if noise is None else weights / noise).max(-1)
+    valid = best.values.isfinite()
+    if noise is not None:
+        valid &= best.values > 0
+    return torch.where(valid, best.indices, INVALID).tolist()
+
+
+def verify_picks(
+    picks: Sequence[int], token_ids: Sequence[int], lengths: Sequence[int]
+) -> list[Verdict]:
+    """Decide windows of coupled proposals: accepted iff equal to the target's own picks.
+
+    Args:
+        picks: of the target, one for each row.
+        token_ids: the proposed token of each row.
+        lengths: rows of each window, in order.
+    """
+    failures = _first_failures([p == t for p, t in zip(picks, token_ids, strict=True)], lengths)
+    verdicts = []
+    start = 0
+    for length, failure in zip(lengths, failures, strict=True):
+        if failure is None:
+            verdicts.append(Verdict(length, None))
+        else:
+            verdicts.append(Verdict(failure - start, picks[failure]))
+        start += length
+    return verdicts
 
 
 def verify(

@@ -5,8 +5,8 @@ before min_tokens); temperature; min-p; top-k; top-p. A row is one position of o
 penalties count the tokens before that position, pending ones included, so that a position's warp
 is the same whether it is proposed, verified or drawn.
 
-Greedy rows are warped at temperature 1 without truncation; `sharpen` then puts all mass on the
-most probable token of the *combined* distribution.
+Greedy rows are warped at temperature 1 without truncation: greedy text takes the most probable
+token of the *combined* distribution (`combine.rank`).
 """
 
 from __future__ import annotations
@@ -36,9 +36,6 @@ class Warp:
             p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or p.min_tokens
             for p in params
         )
-        self._is_greedy = torch.tensor([p.is_greedy for p in params], device=device)[:, None]
-        self._any_greedy = any(p.is_greedy for p in params)
-        self._all_greedy = all(p.is_greedy for p in params)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)
         self._temperature = torch.tensor(temperature, device=device)[:, None]
@@ -67,21 +64,6 @@ class Warp:
     def probs(self, logits: Tensor) -> Tensor:
         """Softmax of the warped logits: float32 [R, V]."""
         return self(logits).softmax(-1)
-
-    def sharpen(self, probs: Tensor) -> Tensor:
-        """Replace greedy rows of [R, V], probabilities or logits, by one-hots of their argmax."""
-        if not self._any_greedy:
-            return probs
-        best = probs.argmax(-1, keepdim=True)
-        # A row of NaN, or of -inf only, becomes NaN: it must fail loudly, not decode as token 0.
-        mass = torch.where(probs.gather(1, best).isfinite(), 1.0, torch.nan)
-        one_hot = torch.zeros_like(probs).scatter_(1, best, mass)
-        return one_hot if self._all_greedy else torch.where(self._is_greedy, one_hot, probs)
-
-    def distribution(self, logits: Tensor) -> Tensor:
-        """What a token is drawn from, given logits [R, V] of one model or of their mix."""
-        # The softmax does not move the argmax.
-        return self.sharpen(self(logits) if self._all_greedy else self.probs(logits))
 
 
 def _threshold(

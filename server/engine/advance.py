@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence as Row
+from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -26,15 +27,17 @@ from server.core.combination import Combination
 from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.decoding.combine import combine, log_combined
-from server.decoding.rng import Purpose, uniforms
+from server.decoding.combine import combine, log_combined, rank
+from server.decoding.rng import Purpose, exponentials, uniforms
 from server.decoding.strategies import Strategies
-from server.decoding.verify import INVALID, sample, verify
+from server.decoding.verify import INVALID, Verdict, pick, sample, verify, verify_picks
 from server.decoding.warp import Place, Warp
 from server.engine.scheduler import StepPlan
 from server.runner.base import Batch, ModelRunner, Span
 
 Key = TypeVar("Key")
+Item = TypeVar("Item")
+Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
 
 _PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
 
@@ -150,9 +153,7 @@ class Advancer:
         num_top = sequence.params.prompt_logprobs
         assert num_top is not None
         places = [(sequence, position) for position in positions]
-        logprobs = log_combined(
-            lambda model: self._read(model, places), sequence.decoding.combination
-        )
+        logprobs = log_combined(partial(self._read_of, places), sequence.decoding.combination)
         tokens = sequence.token_ids[positions.start : positions.stop]
         entries = _token_logprobs(logprobs, tokens, num_top)
         chosen = torch.tensor([entry.logprob for entry in entries], device=logprobs.device)
@@ -165,8 +166,15 @@ class Advancer:
         if not windows:
             return set()
         outcome.stats.tails += [s.num_pending for s, _ in windows]
-        places = [(s, s.num_verified + offset) for s, count in windows for offset in range(count)]
-        verdicts = verify(
+        for is_coupled, group in _split(windows, lambda window: window[0].params.is_coupled):
+            verdicts = self._verify_coupled(group) if is_coupled else self._verify_free(group)
+            for (sequence, _), verdict in zip(group, verdicts, strict=True):
+                self._apply(sequence, verdict.num_accepted, verdict.recovered, outcome)
+        return {sequence for sequence, _ in windows}
+
+    def _verify_free(self, windows: list[Window]) -> list[Verdict]:
+        places = _places(windows)
+        return verify(
             self._target(places),
             self._proposal(places),
             [s.token_ids[position] for s, position in places],
@@ -174,9 +182,14 @@ class Advancer:
             self._uniforms(places, Purpose.ACCEPT),
             self._uniforms(places, Purpose.RECOVER),
         )
-        for (sequence, _), verdict in zip(windows, verdicts, strict=True):
-            self._apply(sequence, verdict.num_accepted, verdict.recovered, outcome)
-        return {sequence for sequence, _ in windows}
+
+    def _verify_coupled(self, windows: list[Window]) -> list[Verdict]:
+        places = _places(windows)
+        return verify_picks(
+            self._pick_target(places),
+            [s.token_ids[position] for s, position in places],
+            [count for _, count in windows],
+        )
 
     def _apply(
         self, sequence: Sequence, num_accepted: int, recovered: int | None, outcome: Outcome
@@ -200,14 +213,18 @@ class Advancer:
         ready = [s for s in sequences if s not in outcome.failed and self._may_draw(s)]
         if not ready:
             return
-        places = [(sequence, len(sequence)) for sequence in ready]
-        tokens = sample(self._target(places), self._uniforms(places, Purpose.DRAW))
-        for sequence, token_id in zip(ready, tokens, strict=True):
-            if token_id == INVALID:
-                outcome.failed.add(sequence)
+        for is_coupled, group in _split(ready, lambda sequence: sequence.params.is_coupled):
+            places = [(sequence, len(sequence)) for sequence in group]
+            if is_coupled:
+                tokens = self._pick_target(places)
             else:
-                sequence.draw(token_id)
-                outcome.stats.num_drawn += 1
+                tokens = sample(self._target(places), self._uniforms(places, Purpose.DRAW))
+            for sequence, token_id in zip(group, tokens, strict=True):
+                if token_id == INVALID:
+                    outcome.failed.add(sequence)
+                else:
+                    sequence.draw(token_id)
+                    outcome.stats.num_drawn += 1
 
     def _propose(
         self, model: int, sequences: Iterable[Sequence], verified: set[Sequence], outcome: Outcome
@@ -215,11 +232,7 @@ class Advancer:
         ready = [s for s in sequences if s not in outcome.failed and self._may_propose(s, model)]
         if not ready:
             return
-        places = [(sequence, len(sequence)) for sequence in ready]
-        warp = Warp(places, self._eos, self._device)
-        proposal = warp.distribution(self._read(model, places))
-        tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
-        for sequence, token_id in zip(ready, tokens, strict=True):
+        for sequence, token_id in self._choose(model, ready):
             if token_id == INVALID:
                 # It gives nothing to any token that the request allows; the target may.
                 sequence.decline()
@@ -229,6 +242,19 @@ class Advancer:
             sequence.stats.num_bonus += is_bonus
             outcome.stats.num_proposed += 1
             outcome.stats.num_bonus += is_bonus
+
+    def _choose(self, model: int, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+        """The token that `model` proposes to each sequence, from its own distribution alone."""
+        only = Combination.only(len(self._runners), model)
+        for is_coupled, group in _split(sequences, lambda sequence: sequence.params.is_coupled):
+            places = [(sequence, len(sequence)) for sequence in group]
+            if is_coupled:
+                tokens = self._pick(places, lambda place: only)
+            else:
+                warp = Warp(places, self._eos, self._device)
+                proposal = warp.probs(self._read(model, places))
+                tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
+            yield from zip(group, tokens, strict=True)
 
     def _num_verifiable(self, sequence: Sequence) -> int:
         """Pending tokens, in order, whose scorers have all scored them."""
@@ -261,7 +287,7 @@ class Advancer:
 
         def evaluate(combination: Combination, group: list[Place]) -> Tensor:
             warp = Warp(group, self._eos, self._device)
-            return combine(lambda model: self._read(model, group), combination, warp)
+            return combine(partial(self._read_of, group), combination, warp)
 
         return self._by_key(places, self._combination, evaluate)
 
@@ -270,9 +296,36 @@ class Advancer:
 
         def evaluate(proposer: int, group: list[Place]) -> Tensor:
             warp = Warp(group, self._eos, self._device)
-            return warp.distribution(self._read(proposer, group))
+            return warp.probs(self._read(proposer, group))
 
         return self._by_key(places, _proposer, evaluate)
+
+    def _pick_target(self, places: list[Place]) -> list[int]:
+        """The token of each place of coupled sequences."""
+        return self._pick(places, self._combination)
+
+    def _pick(self, places: list[Place], combine_by: Callable[[Place], Combination]) -> list[int]:
+        """The pick of a combination for each place of coupled sequences."""
+        tokens: dict[Place, int] = {}
+
+        def key(place: Place) -> tuple[bool, Combination]:
+            return place[0].params.is_greedy, combine_by(place)
+
+        for (is_greedy, combination), group in _split(places, key):
+            warp = Warp(group, self._eos, self._device)
+            scores = partial(self._read_of, group)
+            if is_greedy:
+                picked = pick(rank(scores, combination, warp))
+            else:
+                picked = pick(combine(scores, combination, warp), self._noise(group))
+            tokens.update(zip(group, picked, strict=True))
+        return [tokens[place] for place in places]
+
+    def _noise(self, places: list[Place]) -> Tensor:
+        """float32 [len(places), V], the same for everyone who picks a token there."""
+        seeds = [sequence.params.seed for sequence, _ in places]
+        positions = [position for _, position in places]
+        return exponentials(seeds, positions, self._runners[0].vocab_size, self._device)
 
     def _by_key(
         self,
@@ -281,18 +334,19 @@ class Advancer:
         evaluate: Callable[[Key, list[Place]], Tensor],
     ) -> Tensor:
         """Evaluate places that share a key together, and put the rows back in order."""
-        groups: dict[Key, list[int]] = {}
-        for row, place in enumerate(places):
-            groups.setdefault(key(place), []).append(row)
+        groups = _split(list(range(len(places))), lambda row: key(places[row]))
         if len(groups) == 1:
-            return evaluate(next(iter(groups)), places)
-        parts = [evaluate(k, [places[row] for row in rows]) for k, rows in groups.items()]
-        order = torch.tensor([row for rows in groups.values() for row in rows])
+            return evaluate(groups[0][0], places)
+        parts = [evaluate(k, [places[row] for row in rows]) for k, rows in groups]
+        order = torch.tensor([row for _, rows in groups for row in rows])
         return torch.cat(parts).index_select(0, order.argsort().to(self._device))
 
     def _combination(self, place: Place) -> Combination:
         sequence, position = place
         return self._strategies.of(sequence).target(sequence, position)
+
+    def _read_of(self, places: list[Place], model: int) -> Tensor:
+        return self._read(model, places)
 
     def _read(self, model: int, places: list[Place]) -> Tensor:
         rows = [self._row(sequence, position) for sequence, position in places]
@@ -316,12 +370,22 @@ class Advancer:
             logprobs = self._by_key(
                 places,
                 self._combination,
-                lambda combination, group: log_combined(
-                    lambda model: self._read(model, group), combination
-                ),
+                lambda combination, group: log_combined(partial(self._read_of, group), combination),
             )
             tokens = sequence.token_ids[start : start + count]
             outcome.logprobs[sequence] = _token_logprobs(logprobs, tokens, sequence.params.logprobs)
+
+
+def _split(items: list[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:
+    """Items by key, in order of first appearance."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
+
+
+def _places(windows: list[Window]) -> list[Place]:
+    return [(s, s.num_verified + offset) for s, count in windows for offset in range(count)]
 
 
 def _proposer(place: Place) -> int:

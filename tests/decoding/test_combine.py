@@ -7,7 +7,7 @@ import torch
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
-from server.decoding.combine import combine, log_combined, mix_logits
+from server.decoding.combine import combine, log_combined, mix_logits, rank
 from server.decoding.warp import Warp
 from tests.support.exact import softmax
 
@@ -45,10 +45,14 @@ def test_plausibility_masks_by_the_expert() -> None:
 
 
 def test_greedy_takes_the_argmax_at_temperature_one() -> None:
-    """Temperature 0 sharpens the combined distribution, not the members."""
+    """The most probable token of the combined distribution, not of any member's own."""
     rows = torch.tensor([[[1.0, 0.0, 0.9]], [[0.0, 1.0, 0.9]]])
-    r = combine(lambda k: rows[k], Combination.weighted([0.5, 0.5]), warp_of(temperature=0.0))
-    assert r.tolist() == [[0.0, 0.0, 1.0]]
+    warp = warp_of(temperature=0.0, top_k=1)
+    for combination in (Combination.weighted([0.5, 0.5]), Combination.linear([1.0, 1.0])):
+        r = combine(lambda k: rows[k], combination, warp)
+        assert rank(lambda k: rows[k], combination, warp).argmax(-1).tolist() == [2]
+        assert r.argmax(-1).tolist() == [2]
+    assert rank(lambda k: rows[k], Combination.only(2, 1), warp).argmax(-1).tolist() == [1]
 
 
 def test_log_combined_ignores_warps() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from server.decoding.rng import Purpose, derive_seed, uniform, uniforms
+from server.decoding.rng import Purpose, derive_seed, exponentials, uniform, uniforms
 
 CPU = torch.device("cpu")
 
@@ -37,3 +37,22 @@ def test_derived_seeds() -> None:
     seeds = {derive_seed(seed, index) for seed in range(50) for index in range(1, 50)}
     assert len(seeds) == 50 * 49
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_noise_is_exponential_and_a_function_of_seed_and_position() -> None:
+    noise = exponentials([3, 3, 4, 3], [7, 8, 7, 7], 40_000, CPU)
+    assert torch.equal(noise[0], noise[3])
+    assert noise.min() > 0
+    for row in noise[:3]:
+        assert stats.kstest(row.numpy(), "expon").pvalue > 1e-3
+    correlations = np.corrcoef(noise[:3].numpy())[np.triu_indices(3, 1)]
+    assert np.abs(correlations).max() < 4 / 200
+    neighbours = np.corrcoef(noise[0, :-1].numpy(), noise[0, 1:].numpy())[0, 1]
+    assert abs(neighbours) < 4 / 200
+
+
+def test_the_least_noise_falls_on_every_token_alike() -> None:
+    least = exponentials(range(40_000), [1] * 40_000, 16, CPU).argmin(-1)
+    assert stats.chisquare(least.bincount(minlength=16).numpy()).pvalue > 1e-3
+    pairs = least[:-1] * 16 + least[1:]
+    assert stats.chisquare(pairs.bincount(minlength=256).numpy()).pvalue > 1e-3

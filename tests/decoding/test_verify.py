@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from scipy import stats
 
-from server.decoding.verify import INVALID, Verdict, sample, verify
+from server.decoding.rng import exponentials
+from server.decoding.verify import INVALID, Verdict, pick, sample, verify, verify_picks
 from tests.support.exact import Floats
 
 
@@ -77,3 +79,32 @@ def test_rows_that_are_no_distribution_are_invalid() -> None:
     verdicts = verify(rows, good, [0, 0, 0, 0], [1, 1, 1, 1], u * 3, u)
     assert [v.recovered for v in verdicts[1:2]] == [INVALID]
     assert verdicts[0].recovered == INVALID
+
+
+def test_picks_follow_the_law() -> None:
+    probs = torch.tensor([0.5, 0.0, 0.2, 0.3])
+    noise = exponentials(range(20_000), [5] * 20_000, 4, torch.device("cpu"))
+    counts = np.bincount(pick(probs.expand(20_000, 4), noise), minlength=4)
+    assert counts[1] == 0
+    assert stats.chisquare(counts[[0, 2, 3]], 20_000 * probs[[0, 2, 3]].numpy()).pvalue > 1e-3
+
+
+def test_picks_of_like_distributions_mostly_agree() -> None:
+    r, g = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
+    noise = exponentials(range(5_000), [5] * 5_000, 3, torch.device("cpu"))
+    picks = [pick(p.expand(5_000, 3), noise) for p in (r, g)]
+    agreed = np.mean([a == b for a, b in zip(*picks, strict=True)])
+    overlap = float(torch.minimum(r, g).sum())
+    assert overlap / (2 - overlap) < agreed <= overlap + 0.02
+
+
+def test_a_broken_row_has_no_pick() -> None:
+    rows = torch.tensor([[0.0, 0.0], [torch.nan, 1.0], [0.0, 1.0]])
+    assert pick(rows, torch.ones(3, 2)) == [INVALID, INVALID, 1]
+    logits = torch.tensor([[-torch.inf, -torch.inf], [torch.nan, 1.0], [-5.0, -7.0]])
+    assert pick(logits) == [INVALID, INVALID, 0]
+
+
+def test_coupled_windows_end_at_the_first_difference() -> None:
+    verdicts = verify_picks([1, 2, 3, 4, 5, INVALID], [1, 2, 3, 9, 5, 6], [3, 2, 1])
+    assert verdicts == [Verdict(3, None), Verdict(0, 4), Verdict(0, INVALID)]

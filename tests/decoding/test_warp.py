@@ -71,11 +71,3 @@ def test_min_tokens_masks_every_way_to_stop() -> None:
     ignoring = place([1], [2], min_tokens=2, ignore_eos=True, stop_token_ids=frozenset({5}))
     masked = Warp([early, late, ignoring], EOS, CPU)(torch.zeros(3, 6)).isinf()
     assert masked[:, [3, 5]].tolist() == [[True, True], [False, False], [False, True]]
-
-
-def test_greedy_rows_are_one_hot_and_broken_ones_stay_broken() -> None:
-    places = [place([1], []), place([1], [], temperature=0.0), place([1], [], temperature=0.0)]
-    probs = torch.tensor([[0.2, 0.8], [0.4, 0.6], [torch.nan, torch.nan]])
-    sharp = Warp(places, EOS, CPU).sharpen(probs)
-    assert sharp[:2].tolist() == [pytest.approx([0.2, 0.8]), [0.0, 1.0]]
-    assert sharp[2].isnan().any()

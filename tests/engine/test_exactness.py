@@ -158,6 +158,56 @@ def test_law_of_mixtures_under_warps(warp: str, mixture: str) -> None:
     check_law(make_lms(2), decoding, dict(WARPS[warp]))
 
 
+@pytest.mark.parametrize("schedule", ["standard", "speculative-3", "cos-3", "cos-each-2"])
+@pytest.mark.parametrize("name", ["weighted-2", "contrastive-2", "weighted-3", "first-zero"])
+def test_law_of_seeded_requests(name: str, schedule: str) -> None:
+    combination = (COMBINATIONS | DEGENERATE)[name]
+    decoding = decoding_of(schedule, combination)
+    check_law(make_lms(len(combination.weights)), decoding, {"is_seeded": True})
+
+
+@pytest.mark.parametrize("warp", ["top-k", "top-p", "penalties", "allowed"])
+def test_law_of_seeded_requests_under_warps(warp: str) -> None:
+    decoding = decoding_of("cos-each-2", COMBINATIONS["weighted-2"])
+    check_law(make_lms(2), decoding, {**WARPS[warp], "is_seeded": True})
+
+
+@pytest.mark.parametrize("zero_share", [0.0, 0.4])
+@pytest.mark.parametrize("name", [*COMBINATIONS, *DEGENERATE])
+def test_seeded_text_is_that_of_standard_whoever_proposes(name: str, zero_share: float) -> None:
+    """Token for token: a function of the seed and of the target alone."""
+    combination = (COMBINATIONS | DEGENERATE)[name]
+    num_models = len(combination.weights)
+    lms = [TableLM(40 + k, vocab_size=12, zero_share=zero_share) for k in range(num_models)]
+    params = [
+        SamplingParams(max_tokens=12, seed=seed, is_seeded=True, **WARPS[warp])
+        for seed, warp in enumerate(["plain", "hot", "top-k", "top-p", "min-p", "penalties"])
+    ]
+    params.append(SamplingParams(max_tokens=12, seed=9, is_seeded=True, logprobs=2))
+    texts = [
+        decode(make_engine(lms), PROMPT, params, decoding_of(schedule, combination))
+        for schedule in SCHEDULES
+        if zero_share == 0.0 or schedule in ("standard", "speculative-1", "cos-each-2")
+    ]
+    assert len(set(map(tuple, texts))) == 1
+    assert len(set(texts[0])) > 1
+
+
+@pytest.mark.parametrize("name", ["weighted-2", "weighted-3"])
+def test_seeded_mixtures(name: str) -> None:
+    """Coins and noise are functions of the seed, so the length of windows changes nothing."""
+    combination = COMBINATIONS[name]
+    lms = make_lms(len(combination.weights))
+    seeded = {"is_seeded": True}
+    check_law(lms, make_decoding("mixture", combination, kappa=2, gamma=4), seeded)
+    params = [SamplingParams(max_tokens=9, seed=seed, is_seeded=True) for seed in range(20)]
+    texts = [
+        decode(make_engine(lms), PROMPT, params, make_decoding("mixture", combination, **mixture))
+        for mixture in MIXTURES.values()
+    ]
+    assert len(set(map(tuple, texts))) == 1
+
+
 def test_law_of_single() -> None:
     only = Combination.only(2, 1)
     check_law(make_lms(2), make_decoding("single", only), combination=only)
