@@ -179,6 +179,7 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         on_step=metrics.observe_step,
         coin_seed=secrets.randbits(63),
     )
+    engine.on_fault = metrics.engine.observe_fault
     metrics.engine.watch_models(engine.scheduler.pages_used, [_facts(r) for r in loaded.runners])
     if config.engine.calibrate:
         combination = make_combination(config.combination, len(config.models))

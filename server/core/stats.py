@@ -8,6 +8,12 @@ from typing import Literal
 from server.core.sampling_params import DecodingParams
 
 Phase = Literal["prefill", "propose", "score"]
+# What the engine survives:
+# invalid_scores    a sequence's scores are no distribution; it ends
+# internal          an error in the path of one sequence; it ends
+# out_of_memory     a sequence does not fit into the machine's memory even alone; it ends
+# memory_pressure   a step did not fit; smaller ones follow
+Fault = Literal["invalid_scores", "internal", "out_of_memory", "memory_pressure"]
 
 
 @dataclass(frozen=True, slots=True)

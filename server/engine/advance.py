@@ -12,9 +12,11 @@ scored proposals of others.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as Row
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeVar
@@ -26,14 +28,17 @@ from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
 from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
-from server.core.stats import StepStats
+from server.core.stats import Fault, StepStats
 from server.decoding.combine import combine, log_combined, rank
 from server.decoding.rng import Purpose, exponentials, uniforms
 from server.decoding.strategies import Strategies
 from server.decoding.verify import INVALID, Verdict, pick, sample, verify, verify_picks
 from server.decoding.warp import Place, Warp
+from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import StepPlan
 from server.runner.base import Batch, ModelRunner, Span
+
+logger = logging.getLogger(__name__)
 
 Key = TypeVar("Key")
 Item = TypeVar("Item")
@@ -51,6 +56,8 @@ class Outcome:
         logprobs: one entry for each of them, where the request asked.
         prompt_logprobs: of further tokens of prompts, where the request asked.
         failed: sequences whose scores are no distribution.
+        broken: sequences in whose path an error was raised.
+        ran_out: of memory, after the forward.
         stats: counts for metrics.
     """
 
@@ -59,6 +66,12 @@ class Outcome:
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     failed: set[Sequence] = field(default_factory=set)
+    broken: dict[Sequence, Fault] = field(default_factory=dict)
+    ran_out: bool = False
+
+    def fault_of(self, sequence: Sequence) -> Fault | None:
+        """Why a sequence must end; None where it may go on."""
+        return "invalid_scores" if sequence in self.failed else self.broken.get(sequence)
 
 
 class Advancer:
@@ -82,7 +95,10 @@ class Advancer:
 
     @torch.inference_mode()
     def advance(self, plan: StepPlan) -> Outcome:
-        """Run the plan; mutates its sequences and nothing else but scores and KV."""
+        """Run the plan; mutates its sequences and nothing else but scores and KV.
+
+        Where the forward itself fails, nothing but `num_seen` of the plan's model has changed.
+        """
         outcome = Outcome(StepStats(plan.model, num_sequences=len(plan.sequences)))
         # Recomputation restores a state; it must not decide anything anew.
         deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
@@ -90,15 +106,37 @@ class Advancer:
         self._feed(plan, outcome.stats)
         self._score_prompts(plan.sequences, outcome)
         fed = self._clock()
-        verified = self._verify(deciding, outcome)
-        self._draw(plan.sequences, outcome)
-        self._propose(plan.model, deciding, verified, outcome)
+        self._decide(plan.model, plan.sequences, deciding, outcome)
         for sequence, start in before.items():
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
         self._report(before, outcome)
         outcome.stats.combine_seconds = self._clock() - fed
         return outcome
+
+    def _decide(
+        self, model: int, sequences: Row[Sequence], deciding: Row[Sequence], outcome: Outcome
+    ) -> None:
+        """Verify, draw and propose; an error in the path of one sequence breaks that one only."""
+        try:
+            self._decide_together(model, sequences, deciding, outcome)
+        except Exception as error:
+            outcome.ran_out = is_out_of_memory(error)
+            logger.warning("a step failed; its sequences are tried one by one: %r", error)
+            free_cached_memory()
+            for sequence in sequences:
+                # What was left undone: decisions that were made are not made again.
+                alone = [sequence] if sequence in deciding else []
+                if sequence not in outcome.failed:
+                    with _guarding(sequence, outcome):
+                        self._decide_together(model, [sequence], alone, outcome)
+
+    def _decide_together(
+        self, model: int, sequences: Row[Sequence], deciding: Row[Sequence], outcome: Outcome
+    ) -> None:
+        verified = self._verify(deciding, outcome)
+        self._draw(sequences, outcome)
+        self._propose(model, deciding, verified, outcome)
 
     def _feed(self, plan: StepPlan, stats: StepStats) -> None:
         """One packed forward; scores of undecided positions go to the store."""
@@ -128,7 +166,8 @@ class Advancer:
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
             if sequence.scores_prompt:
-                self._score_prompt(sequence, outcome)
+                with _guarding(sequence, outcome):
+                    self._score_prompt(sequence, outcome)
 
     def _score_prompt(self, sequence: Sequence, outcome: Outcome) -> None:
         """Log-probabilities of the prompt's tokens that every scorer has now scored."""
@@ -363,17 +402,32 @@ class Advancer:
     def _report(self, before: dict[Sequence, int], outcome: Outcome) -> None:
         """Log-probabilities of newly verified tokens; their scores are still in the store."""
         for sequence, count in outcome.num_verified.items():
-            if sequence.params.logprobs is None or sequence in outcome.failed:
-                continue
-            start = before[sequence]
-            places = [(sequence, position) for position in range(start, start + count)]
-            logprobs = self._by_key(
-                places,
-                self._combination,
-                lambda combination, group: log_combined(partial(self._read_of, group), combination),
-            )
-            tokens = sequence.token_ids[start : start + count]
-            outcome.logprobs[sequence] = _token_logprobs(logprobs, tokens, sequence.params.logprobs)
+            num_top = sequence.params.logprobs
+            if num_top is not None and sequence not in outcome.failed:
+                with _guarding(sequence, outcome):
+                    entries = self._logprobs(sequence, before[sequence], count, num_top)
+                    outcome.logprobs[sequence] = entries
+
+    def _logprobs(
+        self, sequence: Sequence, start: int, count: int, num_top: int
+    ) -> list[TokenLogprob]:
+        places = [(sequence, position) for position in range(start, start + count)]
+        logprobs = self._by_key(
+            places,
+            self._combination,
+            lambda combination, group: log_combined(partial(self._read_of, group), combination),
+        )
+        return _token_logprobs(logprobs, sequence.token_ids[start : start + count], num_top)
+
+
+@contextmanager
+def _guarding(sequence: Sequence, outcome: Outcome) -> Iterator[None]:
+    """An error in here breaks `sequence`, and nothing else."""
+    try:
+        yield
+    except Exception as error:
+        logger.exception("sequence %s is broken", sequence.id)
+        outcome.broken[sequence] = "out_of_memory" if is_out_of_memory(error) else "internal"
 
 
 def _split(items: list[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:

@@ -186,8 +186,22 @@ class AsyncEngine:
         for sequence in sequences:
             self._streams[sequence.id] = stream
         for sequence in sequences:
-            self._commands.put(partial(self._engine.add, sequence))
+            self._commands.put(partial(self._submit, sequence))
         return stream
+
+    def _submit(self, sequence: Sequence) -> None:
+        """On the engine thread: what cannot be queued ends alone."""
+        try:
+            self._engine.add(sequence)
+        except Exception:
+            logger.exception("sequence %s cannot be queued", sequence.id)
+            delta = TokenDelta(
+                sequence_id=sequence.id,
+                finish_reason="error",
+                stats=sequence.stats,
+                error="an internal error in this request's path",
+            )
+            self._running_loop.call_soon_threadsafe(self._deliver, [delta])
 
     def _close(self, sequence_ids: Iterable[str]) -> None:
         """Abort what has not finished."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Sequence as Row
 from dataclasses import dataclass
@@ -10,13 +11,16 @@ from server.cache.page_pool import PagePool
 from server.cache.score_store import ScoreStore
 from server.core.output import FinishReason, TokenDelta, TokenLogprob
 from server.core.sequence import Sequence
-from server.core.stats import Delivery, StepStats
+from server.core.stats import Delivery, Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine.advance import Advancer, Outcome
 from server.engine.cost_table import CostTable
 from server.engine.detokenizer import Decoder, TextStream
-from server.engine.scheduler import Scheduler
+from server.engine.faults import free_cached_memory, is_out_of_memory
+from server.engine.scheduler import Scheduler, StepPlan
 from server.runner.base import ModelRunner
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,14 @@ class _End:
     stop_reason: str | int | None = None
 
 
+_REASONS: dict[Fault, str] = {
+    "invalid_scores": "a model returned NaN, or gives no probability to any token that this "
+    "request allows",
+    "internal": "an internal error in this request's path",
+    "out_of_memory": "the server has not enough memory for this request",
+}
+
+
 class Engine:
     """Decodes sequences over one set of models, one advance a step."""
 
@@ -58,6 +70,7 @@ class Engine:
     ) -> None:
         """`coin_seed` seeds the coins that sequences of strategy mixture share."""
         self.on_step = on_step
+        self.on_fault: Callable[[Fault], None] | None = None
         self.clock = clock
         self.costs: CostTable | None = None
         self.limits = limits
@@ -98,9 +111,10 @@ class Engine:
         assert sequence.limit <= self.max_length
         assert max(sequence.decoding.gamma) <= self.limits.max_gamma
         assert sequence.id not in self._sequences
-        self._sequences[sequence.id] = sequence
-        self._texts[sequence] = TextStream(self._decoder, sequence.token_ids, sequence.params)
+        text = TextStream(self._decoder, sequence.token_ids, sequence.params)
         self.scheduler.add(sequence)
+        self._sequences[sequence.id] = sequence
+        self._texts[sequence] = text
 
     def abort(self, sequence_id: str) -> None:
         """Drop a sequence wherever it is; unknown and finished ones are ignored."""
@@ -118,7 +132,18 @@ class Engine:
             if sequence.stats.first_run is None:
                 sequence.stats.first_run = started
         num_forwards = [sequence.stats.forwards[plan.model] for sequence in plan.sequences]
-        outcome = self._advancer.advance(plan)
+        seen = [sequence.num_seen[plan.model] for sequence in plan.sequences]
+        try:
+            outcome = self._advancer.advance(plan)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return self._give_way(plan, seen)
+        if outcome.ran_out:
+            self._count("memory_pressure")
+            self.scheduler.shrink(plan)
+        else:
+            self.scheduler.relax()
         batch = self.scheduler.num_decoding
         deltas = self._finish(plan.sequences, outcome, batch)
         decoding = [
@@ -129,6 +154,17 @@ class Engine:
         self._observe(outcome.stats, decoding, batch, plan.num_preempted, started)
         return deltas
 
+    def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
+        """A forward did not fit into memory: undo the step, and make the next ones smaller."""
+        logger.warning("a forward over %d tokens ran out of memory", sum(plan.num_tokens))
+        free_cached_memory()
+        self._count("memory_pressure")
+        for sequence, before in zip(plan.sequences, seen, strict=True):
+            sequence.num_seen[plan.model] = before
+        if self.scheduler.shrink(plan):
+            return []
+        return [self._fail(sequence, "out_of_memory") for sequence in plan.sequences]
+
     def _finish(
         self, sequences: Iterable[Sequence], outcome: Outcome, batch: int
     ) -> list[TokenDelta]:
@@ -137,13 +173,18 @@ class Engine:
         for sequence in sequences:
             if entries := outcome.prompt_logprobs.get(sequence):
                 self._prompt_logprobs.setdefault(sequence, []).extend(entries)
-            if sequence in outcome.failed:
-                deltas.append(self._fail(sequence))
+            if (fault := outcome.fault_of(sequence)) is not None:
+                deltas.append(self._fail(sequence, fault))
             elif sequence.params.max_tokens == 0 and not sequence.scores_prompt:
                 deltas.append(self._end_at_prompt(sequence))
             elif count := outcome.num_verified.get(sequence, 0):
                 logprobs = outcome.logprobs.get(sequence, [])
-                deltas.append(self._deliver(sequence, count, logprobs, outcome.stats))
+                try:
+                    deltas.append(self._deliver(sequence, count, logprobs, outcome.stats))
+                except Exception:
+                    logger.exception("sequence %s is broken", sequence.id)
+                    deltas.append(self._fail(sequence, "internal"))
+                    continue
                 self._credit(sequence, outcome.stats.deliveries[-1], batch, token_seconds)
         return deltas
 
@@ -208,17 +249,22 @@ class Engine:
                 return _End(count, "length")
         return None
 
-    def _fail(self, sequence: Sequence) -> TokenDelta:
-        """End one sequence whose scores are no distribution."""
+    def _fail(self, sequence: Sequence, fault: Fault) -> TokenDelta:
+        """End one sequence that cannot go on."""
+        self._count(fault)
         position = sequence.num_verified - sequence.num_prompt
-        self._release(sequence, sequence.num_verified)
+        if sequence.id in self._sequences:
+            self._release(sequence, sequence.num_verified)
         return TokenDelta(
             sequence_id=sequence.id,
             finish_reason="error",
             stats=sequence.stats,
-            error=f"token {position} cannot be drawn: a model returned NaN, or gives no "
-            "probability to any token that this request allows",
+            error=f"token {position} cannot be drawn: {_REASONS[fault]}",
         )
+
+    def _count(self, fault: Fault) -> None:
+        if self.on_fault is not None:
+            self.on_fault(fault)
 
     def _release(self, sequence: Sequence, num_verified: int) -> None:
         self.scheduler.release(sequence)

@@ -17,6 +17,9 @@ from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence, Status
 from server.decoding.strategies import Strategies
 
+# Steps that must go well, after one that ran out of memory, before steps may be twice as large.
+_SMOOTH_STEPS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
@@ -67,6 +70,10 @@ class Scheduler:
         # A decoding sequence has no more unseen tokens than this; a prompt or recomputation may.
         assert max_step_tokens >= max_gamma + len(pools)
         self._short = max_gamma + len(pools)
+        # Lower than the two above for a while after a step that did not fit into memory.
+        self._running_limit = max_sequences
+        self._token_limit = max_step_tokens
+        self._num_smooth = 0  # steps since then
         self._tables: dict[str, tuple[PageTable, ...]] = {}
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
 
@@ -112,6 +119,37 @@ class Scheduler:
             if plan.sequences:
                 return replace(plan, num_preempted=num_preempted)
 
+    def shrink(self, plan: StepPlan) -> bool:
+        """Make the next steps smaller than `plan`, which ran out of memory.
+
+        Preempts the youngest; False where `plan` was as small as can be. Its sequences must be as
+        they were before it.
+        """
+        self._num_smooth = 0
+        num_tokens = sum(plan.num_tokens)
+        if len(plan.sequences) > 1:
+            self._running_limit = len(plan.sequences) // 2
+            while len(self.running) > self._running_limit:
+                self._preempt(self.running[-1])
+        elif num_tokens > self._short:
+            self._token_limit = max(self._short, num_tokens // 2)
+        else:
+            return False
+        return True
+
+    def relax(self) -> None:
+        """A step went well: after some of them, allow larger ones again."""
+        if (
+            self._running_limit == self._max_sequences
+            and self._token_limit == self._max_step_tokens
+        ):
+            return
+        self._num_smooth += 1
+        if self._num_smooth >= _SMOOTH_STEPS:
+            self._num_smooth = 0
+            self._running_limit = min(self._max_sequences, 2 * self._running_limit)
+            self._token_limit = min(self._max_step_tokens, 2 * self._token_limit)
+
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page and slot is held exactly once."""
         tables = list(self._tables.values())
@@ -125,7 +163,7 @@ class Scheduler:
             sequence.check()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._max_sequences:
+        while self.waiting and len(self.running) < self._running_limit:
             sequence = self.waiting[0]
             # The page of the next token included: nobody is admitted only to be preempted.
             num_tokens = len(sequence) + 1
@@ -196,7 +234,7 @@ class Scheduler:
             and want.sequence.num_seen[model] < want.sequence.resume_at[model]
         ]
         chosen.sort(key=lambda want: want.num_tokens > self._short)
-        budget = self._max_step_tokens
+        budget = self._token_limit
         num_tokens: dict[Sequence, int] = {}
         victims = 0
         for want in chosen:

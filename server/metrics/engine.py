@@ -13,11 +13,12 @@ from prometheus_client.registry import Collector
 
 from server.config import StrategyName
 from server.core.combination import Method
-from server.core.stats import Phase, StepStats
+from server.core.stats import Fault, Phase, StepStats
 from server.metrics.buckets import SIZES, TOKEN_SECONDS
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 METHODS: tuple[Method, ...] = get_args(Method)
+FAULTS: tuple[Fault, ...] = get_args(Fault)
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 
 
@@ -88,6 +89,14 @@ class EngineMetrics:
         self.preemptions = counter(
             "cos_preemptions", "Sequences that lost their pages to older ones."
         )
+        self.faults = counter(
+            "cos_engine_faults",
+            "Faults that the engine survived: sequences that ended because of one, and steps that "
+            "did not fit into memory and were made smaller.",
+            "kind",
+        )
+        for kind in FAULTS:
+            self.faults.labels(kind)
         self.step_seconds = Histogram(
             "cos_engine_step_seconds",
             "One advance of one model, everything included.",
@@ -124,6 +133,9 @@ class EngineMetrics:
         for (method, strategy), count in _num_generated(stats).items():
             self.generated.labels(method, strategy).inc(count)
         self.preemptions.inc(stats.num_preempted)
+
+    def observe_fault(self, fault: Fault) -> None:
+        self.faults.labels(fault).inc()
 
     def watch_phase(self, read: Callable[[], str]) -> None:
         """Export whether requests are taken; called once for each app."""

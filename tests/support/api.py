@@ -133,6 +133,7 @@ def make_engine(config: ServerConfig, metrics: Metrics) -> tuple[Engine, list[Pa
         max_waiting=config.engine.max_waiting,
     )
     engine = Engine(runners, DigitDecoder(), frozenset({EOS}), limits, on_step=metrics.observe_step)
+    engine.on_fault = metrics.engine.observe_fault
     return engine, runners
 
 

@@ -1,0 +1,271 @@
+"""Errors thrown into each stage of the engine: what each sequence gets, and what is left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from server.core.combination import Combination
+from server.core.output import TokenDelta
+from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
+from server.decoding.warp import Warp
+from server.engine import scheduler
+from server.engine.detokenizer import TextStream
+from server.engine.engine import Engine, EngineLimits
+from server.runner.base import Batch
+from tests.support.engines import generated, make_decoding, run
+from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
+
+VOCAB = 20
+STRATEGIES = ("standard", "speculative", "cos", "mixture")
+BAD = 3  # the sequence that something happens to; its prompt holds this token only
+
+
+class FaultyRunner(TableRunner):
+    """Fails on purpose: `fail(batch)` may raise, `poison` makes NaN of one prompt's scores."""
+
+    fail: Callable[[Batch], None] | None = None
+    poison = False
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.fail is not None:
+            self.fail(batch)
+        scores = super().forward(batch)
+        if self.poison:
+            row = 0
+            for span in batch.spans:
+                is_bad = self._pages[span.pages[0], 0] == BAD
+                if is_bad:
+                    scores[row : row + span.num_kept] = torch.nan
+                row += span.num_kept
+        return scores
+
+
+def make_engine(num_pages: int = 4096, **limits: int) -> tuple[Engine, list[FaultyRunner]]:
+    runners = [FaultyRunner(TableLM(k, VOCAB), f"m{k}", num_pages=num_pages) for k in range(2)]
+    return Engine(runners, DigitDecoder(), frozenset(), EngineLimits(**limits)), runners
+
+
+def make_sequences(strategy: str = "cos", max_tokens: int = 12, **params: Any) -> list[Sequence]:
+    decoding = make_decoding(strategy, Combination.weighted([0.5, 0.5]), gamma=3)
+    return [
+        Sequence.start(
+            f"s{i}", [i, i], SamplingParams(max_tokens=max_tokens, seed=i, **params), decoding
+        )
+        for i in range(6)
+    ]
+
+
+def clean_run(strategy: str = "cos", **params: Any) -> dict[str, list[TokenDelta]]:
+    return run(make_engine()[0], make_sequences(strategy, **params))
+
+
+def check_only_the_bad_one_failed(
+    deltas: dict[str, list[TokenDelta]], strategy: str, reason: str, **params: Any
+) -> None:
+    expected = clean_run(strategy, **params)
+    for name, each in deltas.items():
+        if name == f"s{BAD}":
+            assert each[-1].finish_reason == "error"
+            assert reason in (each[-1].error or "")
+            continue
+        assert generated(each) == generated(expected[name]), name
+        assert "".join(d.text for d in each) == "".join(d.text for d in expected[name])
+        assert [d.logprobs for d in each] == [d.logprobs for d in expected[name]]
+        assert each[-1].finish_reason == "length"
+
+
+def check_clean(engine: Engine) -> None:
+    engine.scheduler.check_integrity()
+    assert not engine.has_work
+    assert engine.scheduler.pages_used() == (0, 0)
+
+
+def record_faults(engine: Engine) -> list[str]:
+    faults: list[str] = []
+    engine.on_fault = faults.append
+    return faults
+
+
+@pytest.mark.parametrize(
+    ("strategy", "temperature"),
+    [*((strategy, 1.0) for strategy in STRATEGIES), ("standard", 0.0), ("cos", 0.0)],
+)
+def test_nan_scores_end_one_sequence(strategy: str, temperature: float) -> None:
+    engine, runners = make_engine()
+    faults = record_faults(engine)
+    runners[1].poison = True
+    deltas = run(engine, make_sequences(strategy, temperature=temperature))
+    check_only_the_bad_one_failed(deltas, strategy, "returned NaN", temperature=temperature)
+    check_clean(engine)
+    assert faults == ["invalid_scores"]
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+@pytest.mark.parametrize("strategy", STRATEGIES[:3])
+def test_an_error_while_deciding_ends_one_sequence(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, logprobs: int | None
+) -> None:
+    """Raised for every batch that the sequence is in, as by its grammar or its bias."""
+    original = Warp.__init__
+
+    def raising(self: Warp, places: list[Any], *rest: Any) -> None:
+        if any(s.id == f"s{BAD}" and position > 6 for s, position in places):
+            raise ValueError("told to fail")
+        original(self, places, *rest)
+
+    monkeypatch.setattr(Warp, "__init__", raising)
+    engine, _ = make_engine()
+    faults = record_faults(engine)
+    deltas = run(engine, make_sequences(strategy, logprobs=logprobs))
+    monkeypatch.undo()
+    check_only_the_bad_one_failed(deltas, strategy, "internal error", logprobs=logprobs)
+    check_clean(engine)
+    assert faults == ["internal"]
+
+
+def test_an_error_in_the_detokeniser_ends_one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = TextStream.push
+
+    def raising(self: TextStream, token_ids: list[int]) -> Any:
+        if self._ids[0] == BAD and len(self._ids) > 6:
+            raise ValueError("told to fail")
+        return original(self, token_ids)
+
+    monkeypatch.setattr(TextStream, "push", raising)
+    engine, _ = make_engine()
+    faults = record_faults(engine)
+    deltas = run(engine, make_sequences())
+    monkeypatch.undo()
+    check_only_the_bad_one_failed(deltas, "cos", "internal error")
+    check_clean(engine)
+    assert faults == ["internal"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+    ],
+)
+def test_forwards_that_do_not_fit_are_made_smaller(strategy: str, error: Exception) -> None:
+    """No forward of more than 2 spans or 6 tokens ever fits; every text is what it would be."""
+    engine, runners = make_engine(max_step_tokens=64, max_gamma=3)
+    faults = record_faults(engine)
+
+    def fail(batch: Batch) -> None:
+        if len(batch.spans) > 2 or batch.num_tokens > 6:
+            raise error
+
+    for runner in runners:
+        runner.fail = fail
+    deltas = run(engine, make_sequences(strategy))
+    expected = clean_run(strategy)
+    assert {name: generated(each) for name, each in deltas.items()} == {
+        name: generated(each) for name, each in expected.items()
+    }
+    check_clean(engine)
+    assert set(faults) == {"memory_pressure"}
+
+
+def test_what_does_not_fit_alone_is_refused() -> None:
+    engine, runners = make_engine()
+    faults = record_faults(engine)
+
+    def fail(batch: Batch) -> None:
+        if any(runners[0]._pages[span.pages[0], 0] == BAD for span in batch.spans):
+            raise MemoryError
+
+    runners[1].fail = fail
+    deltas = run(engine, make_sequences("standard"))
+    check_only_the_bad_one_failed(deltas, "standard", "not enough memory")
+    check_clean(engine)
+    assert faults.count("out_of_memory") == 1
+
+
+def test_memory_that_runs_out_while_deciding_costs_nobody_a_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    original = Warp.__init__
+
+    def raising(self: Warp, places: list[Any], *rest: Any) -> None:
+        if len({s.id for s, _ in places}) > 2:
+            raise torch.OutOfMemoryError("told to fail")
+        original(self, places, *rest)
+
+    expected = clean_run(logprobs=1)
+    monkeypatch.setattr(Warp, "__init__", raising)
+    engine, _ = make_engine()
+    faults = record_faults(engine)
+    deltas = run(engine, make_sequences(logprobs=1))
+    for name, each in deltas.items():
+        assert generated(each) == generated(expected[name])
+        tokens = [entry.token_id for delta in each for entry in delta.logprobs]
+        assert tuple(tokens) == generated(each)
+    check_clean(engine)
+    assert set(faults) == {"memory_pressure"}
+
+
+def test_steps_grow_again_after_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "_SMOOTH_STEPS", 8)
+    engine, runners = make_engine(max_sequences=8)
+    calls = [0]
+
+    def fail(batch: Batch) -> None:
+        calls[0] += 1
+        if calls[0] in (3, 4) and len(batch.spans) > 1:
+            raise MemoryError
+
+    runners[0].fail = fail
+    widths: list[int] = []
+    engine.on_step = lambda stats: widths.append(stats.num_sequences)
+    deltas = run(engine, make_sequences("standard", max_tokens=60))
+    assert all(each[-1].finish_reason == "length" for each in deltas.values())
+    assert min(widths) <= 3
+    assert max(widths[len(widths) // 2 :]) == 6
+    check_clean(engine)
+
+
+def test_pages_that_run_out_preempt_and_lose_nothing() -> None:
+    engine, _ = make_engine(num_pages=1 + 2 * 4)  # four sequences' worth at their longest
+    deltas = run(engine, make_sequences(), engine.scheduler.check_integrity)
+    expected = clean_run()
+    assert {name: generated(each) for name, each in deltas.items()} == {
+        name: generated(each) for name, each in expected.items()
+    }
+    assert sum(each[-1].stats.num_preemptions for each in deltas.values() if each[-1].stats) > 0
+    check_clean(engine)
+
+
+def test_a_forward_that_fails_for_no_known_reason_ends_the_engine() -> None:
+    engine, runners = make_engine()
+
+    def fail(batch: Batch) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    runners[1].fail = fail
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run(engine, make_sequences())
+
+
+def test_an_abort_is_obeyed_before_the_next_step() -> None:
+    engine, runners = make_engine()
+    sequences = make_sequences(max_tokens=40)
+    for sequence in sequences:
+        engine.add(sequence)
+    for _ in range(7):
+        engine.step()
+    engine.abort("s2")
+    engine.scheduler.check_integrity()
+    assert {s.id for s in engine.scheduler.running} == {"s0", "s1", "s3", "s4", "s5"}
+    before = [runner.num_forwards for runner in runners]
+    assert all(delta.sequence_id != "s2" for delta in engine.step())
+    assert sum(runner.num_forwards for runner in runners) == sum(before) + 1
