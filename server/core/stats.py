@@ -49,6 +49,7 @@ class StepStats:
         tails: tokens that were pending where a verification began, one entry for each.
         num_recovered, num_drawn: tokens taken after a rejection, and with nothing proposed.
         deliveries: what clients got.
+        prefill_seconds: what prompts added to the step; None if that is unknown.
         baseline_seconds: what standard decoding of it would have taken; None if that is unknown.
         num_discarded: verified tokens cut off by the end of the text.
         num_preempted: sequences preempted to make room for this step.
@@ -71,6 +72,7 @@ class StepStats:
     num_recovered: int = 0
     num_drawn: int = 0
     deliveries: list[Delivery] = field(default_factory=list)
+    prefill_seconds: float | None = None
     baseline_seconds: float | None = None
     num_discarded: int = 0
     num_preempted: int = 0
@@ -80,7 +82,9 @@ class StepStats:
 
     @property
     def decode_seconds(self) -> float:
-        """The step's seconds, by the share of its tokens that were decoding."""
+        """The step's seconds without those of prompts; by share of tokens where unknown."""
+        if self.prefill_seconds is not None:
+            return self.step_seconds - self.prefill_seconds
         num_decode_tokens = self.num_tokens - self.num_prefill_tokens
         return self.step_seconds * num_decode_tokens / max(1, self.num_tokens)
 

@@ -118,11 +118,10 @@ def _time_forwards(
     # Every second power of two: the table is interpolated.
     for batch in batches[::2]:
         before = engine.clock()
-        for tokens in _TOKENS:
-            if _num_context(engine) + tokens > engine.max_length:
-                return seconds
-            for found, runner in zip(seconds, engine.runners, strict=True):
-                found[batch, tokens] = _time_forward(engine, runner, batch, tokens)
+        if _num_context(engine) + max(_TOKENS) > engine.max_length:
+            return seconds
+        for found, times in zip(seconds, _time_spans(engine, batch), strict=True):
+            found.update({(batch, tokens): median(row) for tokens, row in times.items()})
         now = engine.clock()
         if now - started + 4 * (now - before) > _FORWARD_BUDGET_SECONDS:
             break
@@ -130,8 +129,22 @@ def _time_forwards(
     return seconds
 
 
+def _time_spans(engine: Engine, batch: int) -> list[dict[int, list[float]]]:
+    """[num_models] of {tokens: seconds of forwards}.
+
+    All kinds take turns: work of others on the machine that comes or goes meanwhile then slows them
+    alike, and what one takes beside another stays true.
+    """
+    times: list[dict[int, list[float]]] = [{n: [] for n in _TOKENS} for _ in engine.runners]
+    for _ in range(_REPEATS):
+        for runner, found in zip(engine.runners, times, strict=True):
+            for tokens, row in found.items():
+                row.append(_time_forward(engine, runner, batch, tokens))
+    return times
+
+
 def _time_forward(engine: Engine, runner: ModelRunner, batch: int, tokens: int) -> float:
-    """Median seconds of a forward; nobody holds pages yet, so any may be written."""
+    """Seconds of a forward; nobody holds pages yet, so any may be written."""
     num_past = _num_context(engine)
     per_span = -(-(num_past + tokens) // runner.page_size)
     spans = []
@@ -142,12 +155,9 @@ def _time_forward(engine: Engine, runner: ModelRunner, batch: int, tokens: int) 
         spans.append(
             Span(pages, num_past, [(index + i) % engine.vocab_size for i in range(tokens)], tokens)
         )
-    times = []
-    for _ in range(_REPEATS):
-        before = engine.clock()
-        runner.forward(Batch(tuple(spans)))[-1, -1].item()
-        times.append(engine.clock() - before)
-    return median(times)
+    before = engine.clock()
+    runner.forward(Batch(tuple(spans)))[-1, -1].item()
+    return engine.clock() - before
 
 
 def _rising(seconds: Iterable[float]) -> tuple[float, ...]:

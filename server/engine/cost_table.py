@@ -143,6 +143,22 @@ class CostTable:
             for scorers, count in num_tokens.items()
         )
 
+    def prefill_seconds(self, stats: StepStats) -> float:
+        """What prompts added to a step: all that it took above decoding alone.
+
+        By share of tokens it would be nearly all of it, though the decoding in the same step would
+        have had to read the same weights without them.
+        """
+        if not stats.num_prefill_tokens:
+            return 0.0
+        batch = stats.num_decoding
+        if not batch:
+            return stats.step_seconds
+        tokens = (stats.num_tokens - stats.num_prefill_tokens) / batch
+        alone = self.forward_seconds(stats.model, batch, tokens)
+        rest = (stats.step_seconds - stats.forward_seconds) * (1 - batch / stats.num_sequences)
+        return max(0.0, stats.forward_seconds - alone) + rest
+
     def observe(self, stats: StepStats) -> None:
         """Learn from one step; those that read prompts say nothing about decoding."""
         if stats.num_prefill_tokens or not stats.num_sequences:

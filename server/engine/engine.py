@@ -306,6 +306,8 @@ class Engine:
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages_used()
         stats.step_seconds = self.clock() - started
+        if self.costs is not None:
+            stats.prefill_seconds = self.costs.prefill_seconds(stats)
         for sequence in decoding:
             sequence.stats.decode_seconds += stats.decode_seconds / len(decoding)
         if self.costs is not None:

@@ -121,6 +121,28 @@ def test_the_first_token_of_a_text_is_not_decoding() -> None:
     assert costs.estimate(deliveries, 1) == pytest.approx(3 * 3.5)
 
 
+def test_prompts_beside_decoding_do_not_make_it_look_faster() -> None:
+    engine, steps = make_engine((0.01, 0.001), (0.1, 0.01), max_sequences=8)
+    engine.costs = calibrate(engine, BOTH)
+    decoding = make_decoding("standard", BOTH)
+    for number in range(12):
+        # One after the other, so that each but the first reads its prompt while others decode.
+        params = SamplingParams(max_tokens=30, seed=number)
+        engine.add(Sequence.start(f"s{number}", [0] * (20 + number), params, decoding))
+        for _ in range(5):
+            engine.step()
+    while engine.has_work:
+        engine.step()
+    mixed = [step for step in steps if 0 < step.num_prefill_tokens < step.num_tokens]
+    assert len(mixed) > 10
+    for step in mixed:
+        # A forward costs a base and so much for each token; prompts pay for theirs alone.
+        each = (0.001, 0.01)[step.model]
+        assert step.prefill_seconds == pytest.approx(each * step.num_prefill_tokens)
+    took = sum(step.decode_seconds for step in steps)
+    assert sum(step.baseline_seconds or 0 for step in steps) / took == pytest.approx(1, abs=0.02)
+
+
 @pytest.mark.parametrize("num_sequences", [1, 3, 8])
 def test_standard_decoding_is_as_fast_as_itself(num_sequences: int) -> None:
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
