@@ -12,7 +12,7 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -175,12 +175,18 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
             max_step_tokens=config.engine.max_step_tokens,
             max_gamma=config.decoding.max_gamma,
             max_waiting=config.engine.max_waiting,
+            max_prefill_tokens=_max_prefill_tokens(config, loaded.runners),
+            prefix_cache=config.engine.prefix_cache,
         ),
         on_step=metrics.observe_step,
         coin_seed=secrets.randbits(63),
     )
     engine.on_fault = metrics.engine.observe_fault
-    metrics.engine.watch_models(engine.scheduler.pages_used, [_facts(r) for r in loaded.runners])
+    metrics.engine.watch_models(
+        engine.scheduler.pages_used,
+        engine.scheduler.pages_idle,
+        [_facts(runner) for runner in loaded.runners],
+    )
     if config.engine.calibrate:
         combination = make_combination(config.combination, len(config.models))
         engine.costs = calibrate(engine, combination)
@@ -203,6 +209,14 @@ def _facts(runner: LoadedRunner) -> ModelFacts:
         num_pages=runner.num_pages - 1,
         page_bytes=runner.store.bytes_per_token * runner.page_size,
     )
+
+
+def _max_prefill_tokens(config: ServerConfig, runners: Iterable[LoadedRunner]) -> int:
+    wanted = config.engine.max_prefill_tokens
+    if wanted != "auto":
+        return wanted
+    # About as long as a few steps of some sequences take on either.
+    return 128 if any(runner.device.type == "cpu" for runner in runners) else 512
 
 
 def _chat_template(tokenizer: TemplatedTokenizer) -> ChatTemplate | None:

@@ -113,6 +113,16 @@ class EngineConfig(Section):
     max_step_tokens: int = Field(
         512, ge=1, description="Tokens one forward may take, prompts and decoding together."
     )
+    max_prefill_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Prompt tokens one forward may take while other sequences decode: how long "
+        "they wait for a long prompt. auto is 128 on CPU and 512 on GPU.",
+    )
+    prefix_cache: bool = Field(
+        True,
+        description="Keep the keys and values of finished texts while their memory is not needed, "
+        "and find them when another prompt begins alike.",
+    )
     max_length: int | None = Field(
         None, ge=2, description="Context length; the models' shortest if not given."
     )

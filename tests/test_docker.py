@@ -36,7 +36,9 @@ def all_metrics() -> Metrics:
     """Those of an app with a calibrated engine."""
     metrics = Metrics(load_config(ROOT / "configs" / "default.yaml"))
     metrics.engine.watch(lambda: 0, lambda: 0, lambda: 0.0)
-    metrics.engine.watch_models(lambda: (0, 0), [ModelFacts("cpu", "float32", 1, 1, 1)] * 2)
+    metrics.engine.watch_models(
+        lambda: (0, 0), lambda: (0, 0), [ModelFacts("cpu", "float32", 1, 1, 1)] * 2
+    )
     metrics.engine.watch_phase(lambda: "ready")
     metrics.speedup.calibrated(CostTable(Timings((1,), ((1.0,), (1.0,)), (0.0,), (1.0,))))
     metrics.http.observe("/ready", "GET", 200, 0.1)

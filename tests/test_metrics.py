@@ -70,6 +70,7 @@ def test_a_step(metrics: Metrics) -> None:
             baseline_seconds=1.5,
             num_discarded=1,
             num_preempted=1,
+            num_cached=(16, 32),
         )
     )
     assert value(metrics, "cos_spec_draft_tokens_total", proposer="m1") == 2
@@ -90,6 +91,8 @@ def test_a_step(metrics: Metrics) -> None:
     assert value(metrics, "cos_spec_gamma_count") == 1
     assert value(metrics, "cos_spec_gamma_sum") == 4
     assert value(metrics, "cos_preemptions_total") == 1
+    assert value(metrics, "cos_prefix_cache_hit_tokens_total", model="m0") == 16
+    assert value(metrics, "cos_prefix_cache_hit_tokens_total", model="m1") == 32
     assert value(metrics, "cos_model_forward_passes_total", model="m1", phase="score") == 1
     assert value(metrics, "cos_model_forward_seconds_total", model="m1", phase="score") == 0.2
     assert value(metrics, "cos_model_sequence_forwards_total", model="m1") == 2
@@ -178,9 +181,10 @@ def test_pages_and_queue_are_read_when_asked(metrics: Metrics) -> None:
     used = [1, 2]
     idle = 2.0
     facts = [ModelFacts("cpu", "float32", 5, 10, 512), ModelFacts("cuda:0", "float16", 6, 20, 1024)]
-    metrics.engine.watch_models(lambda: tuple(used), facts)
+    metrics.engine.watch_models(lambda: tuple(used), lambda: (1, 2), facts)
     metrics.engine.watch(lambda: 3, lambda: 4, lambda: idle)
     assert value(metrics, "cos_kv_pages_used", model="m1") == 2
+    assert value(metrics, "cos_kv_pages_idle", model="m1") == 2
     assert value(metrics, "cos_kv_pages", model="m1") == 20
     assert value(metrics, "cos_kv_used_bytes", model="m1") == 2048
     assert value(metrics, "cos_kv_limit_bytes", model="m1") == 20480

@@ -41,6 +41,7 @@ class Generation:
         id: of the reply.
         created: unix time.
         num_prompt_tokens: of all prompts, each counted once.
+        num_choices: of each prompt, n.
         sequences: prompt-major: choice k of prompt i is sequences[i * n + k].
         decoding: the same for all of them.
     """
@@ -48,6 +49,7 @@ class Generation:
     id: str
     created: int
     num_prompt_tokens: int
+    num_choices: int
     sequences: tuple[Sequence, ...]
     decoding: DecodingParams
 
@@ -87,6 +89,7 @@ async def make_generation(
         id=f"{id_prefix}-{request.request_id or unique}",
         created=int(time.time()),
         num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
+        num_choices=request.n or 1,
         sequences=tuple(_fan_out(request, prompts, decoding, service, unique)),
         decoding=decoding,
     )
@@ -140,6 +143,7 @@ def _sampling_params(
         include_stop=bool(request.include_stop_str_in_output),
         ignore_eos=bool(request.ignore_eos),
         skip_special_tokens=request.skip_special_tokens is not False,
+        cache_salt=request.cache_salt or "",
         logprobs=request.num_logprobs,
     )
 

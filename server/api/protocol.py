@@ -33,6 +33,7 @@ def any_of(expected: str) -> WrapValidator:
 
 
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}\z")]
+CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}\z")]
 Stop = Annotated[str | list[str] | None, any_of("a string or a list of strings")]
 Gamma = Annotated[
     Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,
@@ -113,6 +114,9 @@ class GenerationRequest(Body):
     priority: Annotated[int, Field(ge=-(2**31), le=2**31 - 1)] | None = Field(
         None, description="Lower ones leave the queue first; 0 if null. Not for all servers."
     )
+    cache_salt: CacheSalt | None = Field(
+        None, description="Prompts are found in the prefix cache under the same salt only."
+    )
     request_id: RequestId | None = Field(None, description="Ends the reply's id.")
     user: str | None = Field(None, description="Accepted and ignored.")
     cos: CosOptions | None = Field(None, description="Collaborative decoding of this request.")
@@ -153,12 +157,19 @@ class GenerationRequest(Body):
         return 1
 
 
+class PromptTokensDetails(BaseModel):
+    """Of the prompt tokens."""
+
+    cached_tokens: int = Field(description="Found in the prefix cache; no model read them.")
+
+
 class Usage(BaseModel):
     """Each prompt counts once, whatever n is."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
 
 class CosReport(BaseModel):

@@ -11,7 +11,7 @@ from typing import Literal
 from server.api.clients import Client
 from server.api.decoding import describe_combination
 from server.api.generation import Generation
-from server.api.protocol import CosReport, Usage
+from server.api.protocol import CosReport, PromptTokensDetails, Usage
 from server.api.service import Service
 from server.core.output import TokenDelta, TokenLogprob
 from server.core.sequence import SequenceStats
@@ -54,12 +54,14 @@ class Reply:
         self._stats: list[SequenceStats] = []
         self._finish_reasons: set[str] = set()
         self._num_tokens = 0
+        self._num_cached: dict[int, int] = {}  # by prompt
 
     def take(self, delta: TokenDelta) -> Piece:
         """Count a delta that is no failure."""
         assert delta.finish_reason != "error"
         index = self._indices[delta.sequence_id]
         self._num_tokens += len(delta.token_ids)
+        self._count_cached(index // self._generation.num_choices, delta.num_cached)
         if delta.stats is not None:
             self._stats.append(delta.stats)
         if delta.finish_reason is not None:
@@ -92,7 +94,12 @@ class Reply:
             prompt_tokens=num_prompt,
             completion_tokens=self._num_tokens,
             total_tokens=num_prompt + self._num_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(self._num_cached.values())),
         )
+
+    def _count_cached(self, prompt: int, num_cached: int) -> None:
+        """Of several choices, those that came later found what the first one read."""
+        self._num_cached[prompt] = min(self._num_cached.get(prompt, num_cached), num_cached)
 
     def report(self) -> CosReport:
         """Sums over all choices that have finished."""

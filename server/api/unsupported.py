@@ -39,7 +39,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "parallel_tool_calls": (True,),
     "functions": (),
     "function_call": ("none",),
-    "cache_salt": (),
     "stream_interval": (1,),
     "repetition_detection": (),
     "thinking_token_budget": (),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 import time
+from hashlib import blake2b
 from typing import Any
 
 import httpx
@@ -23,6 +25,7 @@ class BenchClient:
         self._model = model
         self._settings = settings
         self._epoch = time.perf_counter()
+        self._run = secrets.token_hex(16)
 
     async def send(self, block: Block, job: Job) -> Row:
         """A failure ends in the row's `error`; it never raises one."""
@@ -54,7 +57,13 @@ class BenchClient:
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "cos": block.strategy.override,
+            "cache_salt": self._salt(block),
         }
+
+    def _salt(self, block: Block) -> str:
+        """What one block leaves in the server's prefix cache helps no other, nor another run."""
+        place = (block.prompt_set, block.concurrency, block.round, block.strategy.label)
+        return blake2b(repr((self._run, place)).encode(), digest_size=16).hexdigest()
 
     async def _stream(self, body: dict[str, Any], row: Row, started: float) -> None:
         async with self._http.stream("POST", "/v1/completions", json=body) as response:

@@ -43,6 +43,7 @@ class TokenDelta:
         stop_reason: the stop string or stop token id that ended the text, None for the models'
             own end-of-text token and for every other end.
         stats: set on the last delta.
+        num_cached: prompt tokens whose keys and values were found in the prefix cache.
         error: why the sequence failed, where finish_reason is "error".
     """
 
@@ -54,4 +55,5 @@ class TokenDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     stats: SequenceStats | None = None
+    num_cached: int = 0
     error: str | None = field(default=None)

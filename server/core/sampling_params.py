@@ -31,6 +31,9 @@ class SamplingParams:
         include_stop: leave the stop string in the text.
         ignore_eos: the models' own end-of-text tokens do not end the text.
         skip_special_tokens: leave special tokens out of the text.
+        prefix_cache: keys and values of the prompt may be found instead of computed, and are left
+            for others; False where every position of the prompt has to be scored.
+        cache_salt: only sequences with the same salt find each other's.
         logprobs: alternatives to report for each token; 0 reports only the token, None nothing.
         prompt_logprobs: the same for the tokens of the prompt.
     """
@@ -53,6 +56,8 @@ class SamplingParams:
     include_stop: bool = False
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    prefix_cache: bool = True
+    cache_salt: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 

@@ -39,6 +39,7 @@ class SequenceStats:
     baseline_seconds: float | None = None  # what standard decoding takes; None if that is unknown
     forwards: list[int] = field(default_factory=list)  # [num_models] forwards that decoded
     first_run: float | None = None  # reading of the engine's clock when a model first ran over it
+    cached: list[int] = field(default_factory=list)  # [num_models] found, not computed, at first
 
 
 @dataclass(slots=True, eq=False)
@@ -104,7 +105,12 @@ class Sequence:
             num_seen=[0] * num_models,
             resume_at=[0] * num_models,
             priority=priority,
-            stats=SequenceStats([0] * num_models, [0] * num_models, forwards=[0] * num_models),
+            stats=SequenceStats(
+                proposed=[0] * num_models,
+                accepted=[0] * num_models,
+                forwards=[0] * num_models,
+                cached=[0] * num_models,
+            ),
         )
 
     def __len__(self) -> int:

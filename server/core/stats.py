@@ -53,6 +53,7 @@ class StepStats:
         baseline_seconds: what standard decoding of it would have taken; None if that is unknown.
         num_discarded: verified tokens cut off by the end of the text.
         num_preempted: sequences preempted to make room for this step.
+        num_cached: [num_models] tokens found in the prefix cache for this step, not computed.
         num_running, num_waiting: after the step.
         pages_used: [num_models] after the step.
     """
@@ -76,6 +77,7 @@ class StepStats:
     baseline_seconds: float | None = None
     num_discarded: int = 0
     num_preempted: int = 0
+    num_cached: tuple[int, ...] = ()
     num_running: int = 0
     num_waiting: int = 0
     pages_used: tuple[int, ...] = ()

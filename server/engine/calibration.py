@@ -214,7 +214,8 @@ def _sequence(engine: Engine, combination: Combination, index: int) -> Sequence:
     num_context = _num_context(engine)
     prompt = [(index + place) % engine.vocab_size for place in range(num_context)]
     # The first token comes with the prompt, the others in rounds.
-    params = SamplingParams(max_tokens=_ROUNDS + 1, ignore_eos=True, seed=index)
+    # Nobody may find pages that were never written.
+    params = SamplingParams(max_tokens=_ROUNDS + 1, ignore_eos=True, seed=index, prefix_cache=False)
     decoding = DecodingParams("standard", combination, (1,) * engine.num_models)
     sequence = Sequence.start(f"calibration-{index}", prompt, params, decoding)
     sequence.num_seen = [num_context - 1] * engine.num_models

@@ -31,6 +31,8 @@ class EngineLimits:
     max_step_tokens: int = 512
     max_gamma: int = 8
     max_waiting: int = 256
+    max_prefill_tokens: int = 512
+    prefix_cache: bool = True
 
 
 # Positions of one prompt that all its scorers score before its log-probabilities are reported.
@@ -96,6 +98,8 @@ class Engine:
             max_sequences=limits.max_sequences,
             max_step_tokens=limits.max_step_tokens,
             max_gamma=limits.max_gamma,
+            max_prefill_tokens=limits.max_prefill_tokens,
+            prefix_cache=limits.prefix_cache,
         )
         self._advancer = Advancer(runners, scores, strategies, eos_token_ids, clock)
         self._texts: dict[Sequence, TextStream] = {}
@@ -139,6 +143,7 @@ class Engine:
             if not is_out_of_memory(error):
                 raise
             return self._give_way(plan, seen)
+        self.scheduler.publish(s for s in plan.sequences if s not in outcome.failed)
         if outcome.ran_out:
             self._count("memory_pressure")
             self.scheduler.shrink(plan)
@@ -151,7 +156,9 @@ class Engine:
             for sequence, before in zip(plan.sequences, num_forwards, strict=True)
             if sequence.stats.forwards[plan.model] > before
         ]
-        self._observe(outcome.stats, decoding, batch, plan.num_preempted, started)
+        outcome.stats.num_preempted = plan.num_preempted
+        outcome.stats.num_cached = plan.num_cached
+        self._observe(outcome.stats, decoding, batch, started)
         return deltas
 
     def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
@@ -222,6 +229,7 @@ class Engine:
             finish_reason=end.finish_reason if end is not None else None,
             stop_reason=end.stop_reason if end is not None else None,
             stats=sequence.stats if end is not None else None,
+            num_cached=_num_cached(sequence),
         )
 
     def _end_at_prompt(self, sequence: Sequence) -> TokenDelta:
@@ -298,10 +306,8 @@ class Engine:
         stats: StepStats,
         decoding: Row[Sequence],
         batch: int,
-        num_preempted: int,
         started: float,
     ) -> None:
-        stats.num_preempted = num_preempted
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages_used()
@@ -315,3 +321,13 @@ class Engine:
             self.costs.observe(stats)
         if self.on_step is not None:
             self.on_step(stats)
+
+
+def _num_cached(sequence: Sequence) -> int:
+    """Prompt tokens that no model had to read at first."""
+    found = [
+        cached
+        for cached, seen in zip(sequence.stats.cached, sequence.num_seen, strict=True)
+        if seen > 0
+    ]
+    return min(min(found, default=0), sequence.num_prompt)

@@ -8,11 +8,13 @@ youngest is preempted first, whatever its priority.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence as Row
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence as Row
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 
 from server.cache.page_pool import PagePool
 from server.cache.page_table import PageTable
+from server.cache.prefix_keys import PrefixKeys
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence, Status
 from server.decoding.strategies import Strategies
@@ -31,6 +33,7 @@ class StepPlan:
         num_tokens: how many unseen tokens each of them feeds.
         pages: each one's page table in this model.
         num_preempted: sequences that lost their pages to this plan.
+        num_cached: [num_models] tokens whose KV was found since the plan before, not computed.
     """
 
     model: int
@@ -38,6 +41,7 @@ class StepPlan:
     num_tokens: tuple[int, ...]
     pages: tuple[Row[int], ...]
     num_preempted: int
+    num_cached: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +49,35 @@ class _Want:
     sequence: Sequence
     model: int
     num_tokens: int
+
+
+@dataclass(slots=True)
+class _Step:
+    """A plan in the making.
+
+    Attributes:
+        model: that advances.
+        budget: tokens that may still be fed.
+        reading: of those, what feeds longer than a decoding sequence's may take.
+        num_tokens: what each sequence feeds.
+        being_read: keys of the pages that this step fills.
+        num_preempted: sequences that made room.
+    """
+
+    model: int
+    budget: int
+    reading: int
+    num_tokens: dict[Sequence, int] = field(default_factory=dict)
+    being_read: set[bytes] = field(default_factory=set)
+    num_preempted: int = 0
+
+    def is_read(self, table: PageTable, want: _Want) -> bool:
+        """Does another sequence read most of this want now? Then it is found after the step."""
+        sequence = want.sequence
+        start = sequence.num_seen[self.model]
+        keys = table.keys_between(sequence.token_ids, start, sequence.first_open - 1)
+        num_shared = sum(1 for _ in takewhile(self.being_read.__contains__, keys))
+        return 2 * num_shared * table.page_size >= want.num_tokens
 
 
 class Scheduler:
@@ -59,6 +92,8 @@ class Scheduler:
         max_sequences: int,
         max_step_tokens: int,
         max_gamma: int,
+        max_prefill_tokens: int,
+        prefix_cache: bool,
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -67,6 +102,7 @@ class Scheduler:
         self._strategies = strategies
         self._max_sequences = max_sequences
         self._max_step_tokens = max_step_tokens
+        self._max_prefill_tokens = max_prefill_tokens
         # A decoding sequence has no more unseen tokens than this; a prompt or recomputation may.
         assert max_step_tokens >= max_gamma + len(pools)
         self._short = max_gamma + len(pools)
@@ -74,6 +110,8 @@ class Scheduler:
         self._running_limit = max_sequences
         self._token_limit = max_step_tokens
         self._num_smooth = 0  # steps since then
+        self._prefix_cache = prefix_cache
+        self._num_cached = [0] * len(pools)
         self._tables: dict[str, tuple[PageTable, ...]] = {}
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
 
@@ -91,7 +129,15 @@ class Scheduler:
         return min(pool.num_free // pool.pages_for(num_tokens) for pool in self._pools)
 
     def add(self, sequence: Sequence) -> None:
-        """Queue it behind all that wait with its priority or a better one."""
+        """Queue it behind all that wait with its priority or a better one; its id is its own."""
+        params = sequence.params
+        keys: dict[int, PrefixKeys] = {}
+        if self._prefix_cache and params.prefix_cache:
+            sizes = {pool.page_size for pool in self._pools}
+            keys = {size: PrefixKeys(size, params.cache_salt) for size in sizes}
+        self._tables[sequence.id] = tuple(
+            PageTable(pool, keys.get(pool.page_size)) for pool in self._pools
+        )
         place = len(self.waiting)
         while place and self.waiting[place - 1].priority > sequence.priority:
             place -= 1
@@ -102,8 +148,15 @@ class Scheduler:
         if sequence in self.running:
             self.running.remove(sequence)
             self._free(sequence)
-        elif sequence in self.waiting:
+        else:
             self.waiting.remove(sequence)
+        del self._tables[sequence.id]
+
+    def publish(self, sequences: Iterable[Sequence]) -> None:
+        """After a step over them: let others find the full pages of what is verified."""
+        for sequence in sequences:
+            for table, num_seen in zip(self._tables[sequence.id], sequence.num_seen, strict=True):
+                table.publish(sequence.token_ids, min(num_seen, sequence.num_verified))
 
     def plan(self) -> StepPlan | None:
         """The next advance, over one sequence at least; None when nothing runs."""
@@ -117,7 +170,8 @@ class Scheduler:
             num_preempted += plan.num_preempted
             # Empty where the only one that wanted the model was the youngest, and preempted itself.
             if plan.sequences:
-                return replace(plan, num_preempted=num_preempted)
+                num_cached, self._num_cached = tuple(self._num_cached), [0] * len(self._pools)
+                return replace(plan, num_preempted=num_preempted, num_cached=num_cached)
 
     def shrink(self, plan: StepPlan) -> bool:
         """Make the next steps smaller than `plan`, which ran out of memory.
@@ -155,7 +209,9 @@ class Scheduler:
         tables = list(self._tables.values())
         for k, pool in enumerate(self._pools):
             pool.check_integrity(page for table in tables for page in table[k].pages)
-        assert set(self._tables) == {sequence.id for sequence in self.running}
+        assert set(self._tables) == {sequence.id for sequence in [*self.running, *self.waiting]}
+        for sequence in self.waiting:
+            assert not any(table.pages for table in self._tables[sequence.id])
         slots = [sequence.slot for sequence in self.running]
         assert len(set(slots)) == len(slots)
         assert self._scores.num_free == self._max_sequences - len(slots)
@@ -165,47 +221,73 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._running_limit:
             sequence = self.waiting[0]
-            # The page of the next token included: nobody is admitted only to be preempted.
-            num_tokens = len(sequence) + 1
-            if any(pool.pages_for(num_tokens) > pool.num_free for pool in self._pools):
+            if not self._reserve(sequence):
                 return
             self.waiting.popleft()
-            self._start(sequence, num_tokens)
+            self._start(sequence)
 
-    def _start(self, sequence: Sequence, num_tokens: int) -> None:
-        tables = tuple(PageTable(pool) for pool in self._pools)
-        for table in tables:
-            table.grow(num_tokens)
-        self._tables[sequence.id] = tables
+    def _start(self, sequence: Sequence) -> None:
         sequence.slot = self._scores.take_slot()
         sequence.status = Status.RUNNING
         self.running.append(sequence)
-        if not any(sequence.resume_at):
-            self._prepare(sequence)
+        decoding = sequence.decoding
+        takes_coins = decoding.strategy == "mixture" and decoding.shared_coins
+        if takes_coins and sequence.coin_base is None:
+            self._strategies.shared_coins.join(sequence)
         if sequence.scores_prompt:
             sequence.prompt_slot = self._scores.take_prompt_slot(sequence.slot)
             sequence.open_window(self._scores.num_positions(sequence.prompt_slot))
 
-    def _prepare(self, sequence: Sequence) -> None:
-        """First admission: models that score the first position begin with the prompt."""
-        decoding = sequence.decoding
-        if decoding.strategy == "mixture":
-            # Coins decide who needs the prompt; the others catch up when theirs comes.
-            if decoding.shared_coins and sequence.coin_base is None:
-                self._strategies.shared_coins.join(sequence)
-            return
-        for model in decoding.combination.scorers:
-            sequence.resume_at[model] = sequence.num_prompt
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Give it pages of every model, or none at all."""
+        if not any(sequence.resume_at):
+            _set_out(sequence)
+        before = list(sequence.num_seen)
+        for model in _resuming(sequence):
+            self._adopt(sequence, model)
+        # The page of the next token included: nobody is admitted only to be preempted.
+        num_tokens = len(sequence) + 1
+        tables = self._tables[sequence.id]
+        if all(
+            table.num_missing(num_tokens) <= pool.num_free
+            for table, pool in zip(tables, self._pools, strict=True)
+        ):
+            for table in tables:
+                table.grow(num_tokens)
+            return True
+        for table in tables:
+            table.release()
+        for model, num_seen in enumerate(before):
+            self._count_cached(sequence, model, num_seen - sequence.num_seen[model])
+        sequence.num_seen = before
+        return False
 
     def _want(self, sequence: Sequence) -> _Want:
-        if sequence.is_resuming:
-            behind = zip(sequence.num_seen, sequence.resume_at, strict=True)
-            model = next(k for k, (seen, until) in enumerate(behind) if seen < until)
+        for model in _resuming(sequence):
+            self._adopt(sequence, model)
+        if resuming := _resuming(sequence):
+            model = resuming[0]
         else:
             model = self._strategies.of(sequence).next_model(sequence)
+            if sequence.num_unseen(model) > self._short:
+                self._adopt(sequence, model)
         num_tokens = sequence.num_unseen(model)
         assert num_tokens > 0, f"{sequence.id} wants model {model}, which has seen everything"
         return _Want(sequence, model, num_tokens)
+
+    def _adopt(self, sequence: Sequence, model: int) -> None:
+        """Count as consumed what others have published."""
+        # The token before the first open position has to be fed: only then that one is scored.
+        limit = sequence.first_open - 1
+        before = sequence.num_seen[model]
+        table = self._tables[sequence.id][model]
+        sequence.num_seen[model] = table.adopt(sequence.token_ids, before, limit)
+        self._count_cached(sequence, model, sequence.num_seen[model] - before)
+
+    def _count_cached(self, sequence: Sequence, model: int, num_tokens: int) -> None:
+        self._num_cached[model] += num_tokens
+        if sequence.stats.num_preemptions == 0:
+            sequence.stats.cached[model] += num_tokens
 
     def _choose_model(self, wants: list[_Want]) -> int:
         """The earliest in proposal order that a decoding sequence wants.
@@ -224,7 +306,24 @@ class Scheduler:
         return model
 
     def _fill(self, model: int, wants: list[_Want]) -> StepPlan:
-        """Decoding sequences first, then prompts with what the token budget leaves."""
+        """Decoding sequences first, then prompts with what the token budgets leave."""
+        is_alone = all(want.num_tokens > self._short for want in wants)
+        reading = self._token_limit if is_alone else self._max_prefill_tokens
+        step = _Step(model, self._token_limit, reading)
+        for want in self._candidates(model, wants):
+            if want.sequence.status is Status.RUNNING:
+                self._take(want, step)
+        planned = [sequence for sequence in self.running if sequence in step.num_tokens]
+        return StepPlan(
+            model=model,
+            sequences=tuple(planned),
+            num_tokens=tuple(step.num_tokens[sequence] for sequence in planned),
+            pages=tuple(self._tables[sequence.id][model].pages for sequence in planned),
+            num_preempted=step.num_preempted,
+        )
+
+    def _candidates(self, model: int, wants: list[_Want]) -> list[_Want]:
+        """Everybody that `model` could feed now, long feeds last."""
         chosen = [want for want in wants if want.model == model]
         # A prompt may go to any model that lacks it, in any order.
         chosen += [
@@ -233,28 +332,26 @@ class Scheduler:
             if want.model != model
             and want.sequence.num_seen[model] < want.sequence.resume_at[model]
         ]
-        chosen.sort(key=lambda want: want.num_tokens > self._short)
-        budget = self._token_limit
-        num_tokens: dict[Sequence, int] = {}
-        victims = 0
-        for want in chosen:
-            count = _chunk(want, budget)
-            if count <= 0 or want.sequence.status is not Status.RUNNING:
-                continue
-            needed = want.sequence.num_seen[model] + count
-            victims += self._make_room(want.sequence, model, needed, num_tokens)
-            if want.sequence.status is Status.RUNNING:
-                self._tables[want.sequence.id][model].grow(needed)
-                num_tokens[want.sequence] = count
-                budget -= count
-        planned = [sequence for sequence in self.running if sequence in num_tokens]
-        return StepPlan(
-            model=model,
-            sequences=tuple(planned),
-            num_tokens=tuple(num_tokens[sequence] for sequence in planned),
-            pages=tuple(self._tables[sequence.id][model].pages for sequence in planned),
-            num_preempted=victims,
-        )
+        return sorted(chosen, key=lambda want: want.num_tokens > self._short)
+
+    def _take(self, want: _Want, step: _Step) -> None:
+        """Add as much of a want to the step as its budgets leave."""
+        sequence, table = want.sequence, self._tables[want.sequence.id][step.model]
+        is_long = want.num_tokens > self._short
+        start = sequence.num_seen[step.model]
+        count = _chunk(want, min(step.budget, step.reading) if is_long else step.budget)
+        if count <= 0 or (is_long and step.is_read(table, want)):
+            return
+        step.num_preempted += self._make_room(sequence, step.model, start + count, step.num_tokens)
+        if sequence.status is not Status.RUNNING:
+            return
+        table.grow(start + count)
+        step.num_tokens[sequence] = count
+        step.budget -= count
+        if is_long:
+            step.reading -= count
+            end = min(start + count, sequence.num_verified)
+            step.being_read.update(table.keys_between(sequence.token_ids, start, end))
 
     def _make_room(
         self, sequence: Sequence, model: int, num_tokens: int, planned: dict[Sequence, int]
@@ -278,14 +375,33 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _free(self, sequence: Sequence) -> None:
-        for table in self._tables.pop(sequence.id):
+        for table in self._tables[sequence.id]:
             table.release()
         self._scores.give_back_prompt_slot(sequence.prompt_slot)
         self._scores.give_back(sequence.slot)
         sequence.slot = sequence.prompt_slot = -1
 
+    def pages_idle(self) -> tuple[int, ...]:
+        """[num_models] pages that nobody holds but that keep a prefix."""
+        return tuple(pool.num_idle for pool in self._pools)
+
     def pages_used(self) -> tuple[int, ...]:
+        """[num_models] pages that sequences hold."""
         return tuple(pool.num_used for pool in self._pools)
+
+
+def _set_out(sequence: Sequence) -> None:
+    """Before the first admission: models that score the first position begin with the prompt."""
+    # Of a mixture, coins decide who needs the prompt; the others catch up when theirs comes.
+    if sequence.decoding.strategy != "mixture":
+        for model in sequence.decoding.combination.scorers:
+            sequence.resume_at[model] = sequence.num_prompt
+
+
+def _resuming(sequence: Sequence) -> list[int]:
+    """Models that must still consume the prompt, or what a preemption took."""
+    behind = zip(sequence.num_seen, sequence.resume_at, strict=True)
+    return [model for model, (seen, until) in enumerate(behind) if seen < until]
 
 
 def _chunk(want: _Want, budget: int) -> int:

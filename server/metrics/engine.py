@@ -86,6 +86,11 @@ class EngineMetrics:
             "Time of engine steps between a forward and the decisions it allows: warping, "
             "combining, verifying, drawing, proposing.",
         )
+        self.cached_tokens = counter(
+            "cos_prefix_cache_hit_tokens",
+            "Tokens whose keys and values were found in the prefix cache instead of computed.",
+            "model",
+        )
         self.preemptions = counter(
             "cos_preemptions", "Sequences that lost their pages to older ones."
         )
@@ -113,6 +118,7 @@ class EngineMetrics:
         self._names = names
         for name in names:
             self.sequence_forwards.labels(name)
+            self.cached_tokens.labels(name)
             for forward_phase in PHASES:
                 self.forwards.labels(name, forward_phase)
                 self.forward_seconds.labels(name, forward_phase)
@@ -133,6 +139,8 @@ class EngineMetrics:
         for (method, strategy), count in _num_generated(stats).items():
             self.generated.labels(method, strategy).inc(count)
         self.preemptions.inc(stats.num_preempted)
+        for cached_by, count in zip(self._names, stats.num_cached, strict=False):
+            self.cached_tokens.labels(cached_by).inc(count)
 
     def observe_fault(self, fault: Fault) -> None:
         self.faults.labels(fault).inc()
@@ -163,12 +171,16 @@ class EngineMetrics:
             gauge.set_function(read)
 
     def watch_models(
-        self, pages_used: Callable[[], tuple[int, ...]], models: Row[ModelFacts]
+        self,
+        pages_used: Callable[[], tuple[int, ...]],
+        pages_idle: Callable[[], tuple[int, ...]],
+        models: Row[ModelFacts],
     ) -> None:
         """Export the models and their memory; called once, when they are loaded.
 
         Args:
             pages_used: of the KV memory, [num_models].
+            pages_idle: that keep a prefix for nobody yet, [num_models].
             models: [num_models].
         """
 
@@ -176,6 +188,7 @@ class EngineMetrics:
             return Gauge(name, text, ("model",), registry=self._registry)
 
         in_use = gauge("cos_kv_pages_used", "KV pages in use.")
+        idle = gauge("cos_kv_pages_idle", "KV pages that only keep a prefix until it is wanted.")
         limit = gauge("cos_kv_pages", "KV pages there are.")
         bytes_in_use = gauge("cos_kv_used_bytes", "KV memory in use.")
         bytes_limit = gauge("cos_kv_limit_bytes", "KV memory there is.")
@@ -183,6 +196,7 @@ class EngineMetrics:
         facts = Info("cos_model", "A model and where it runs.", ("model",), registry=self._registry)
         for k, (name, model) in enumerate(zip(self._names, models, strict=True)):
             in_use.labels(name).set_function(partial(_entry, pages_used, k))
+            idle.labels(name).set_function(partial(_entry, pages_idle, k))
             limit.labels(name).set(model.num_pages)
             bytes_in_use.labels(name).set_function(partial(_entry, pages_used, k, model.page_bytes))
             bytes_limit.labels(name).set(model.num_pages * model.page_bytes)

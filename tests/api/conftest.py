@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,14 +16,18 @@ from tests.support.sse import parse
 
 @dataclass
 class Live:
-    """A running server and a client of it."""
+    """A running server and a client of it.
+
+    A request finds nothing of another in the prefix cache, unless it brings a salt of its own.
+    """
 
     table: TableApp
     url: str
     http: httpx.Client
 
     def post(self, **body: Any) -> httpx.Response:
-        return self.http.post("/v1/completions", json={"model": MODEL, "prompt": "1 2", **body})
+        defaults = {"model": MODEL, "prompt": "1 2", "cache_salt": secrets.token_hex(8)}
+        return self.http.post("/v1/completions", json={**defaults, **body})
 
     def complete(self, **body: Any) -> dict[str, Any]:
         response = self.post(**body)
@@ -36,7 +41,11 @@ class Live:
         return parse(response.content)
 
     def post_chat(self, **body: Any) -> httpx.Response:
-        defaults = {"model": MODEL, "messages": [{"role": "user", "content": "1 2"}]}
+        defaults = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "1 2"}],
+            "cache_salt": secrets.token_hex(8),
+        }
         return self.http.post("/v1/chat/completions", json={**defaults, **body})
 
     def chat(self, **body: Any) -> dict[str, Any]:

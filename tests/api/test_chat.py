@@ -11,7 +11,7 @@ from server.api.tools import MAX_TOOLS
 from server.api.unsupported import REFUSED_IN_CHAT
 from tests.api.conftest import Live
 from tests.api.test_errors import error_of
-from tests.support.api import MAX_LENGTH, VOCAB_SIZE
+from tests.support.api import MAX_LENGTH, VOCAB_SIZE, usage
 
 HI = {"role": "user", "content": "1 2"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}
@@ -23,7 +23,7 @@ def test_shape_of_a_body(live: Live) -> None:
     assert body["id"].startswith("chatcmpl-")
     assert body["object"] == "chat.completion"
     assert body["model"] == "table"
-    assert body["usage"] == {"prompt_tokens": 4, "completion_tokens": 5, "total_tokens": 9}
+    assert body["usage"] == usage(4, 5)
     assert body["cos"]["strategy"] == "cos"
     [choice] = body["choices"]
     assert set(choice) == {"index", "message", "logprobs", "finish_reason", "stop_reason"}

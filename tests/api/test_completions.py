@@ -8,7 +8,7 @@ import pytest
 
 from server.decoding.rng import derive_seed
 from tests.api.conftest import Live
-from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE
+from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE, usage
 
 
 def test_shape_of_a_body(live: Live) -> None:
@@ -16,7 +16,7 @@ def test_shape_of_a_body(live: Live) -> None:
     assert body["id"].startswith("cmpl-")
     assert body["object"] == "text_completion"
     assert body["model"] == "table"
-    assert body["usage"] == {"prompt_tokens": 2, "completion_tokens": 5, "total_tokens": 7}
+    assert body["usage"] == usage(2, 5)
     [choice] = body["choices"]
     assert choice["index"] == 0
     assert choice["finish_reason"] == "length"
@@ -44,7 +44,7 @@ def test_every_form_of_prompt_gives_the_same_text(live: Live) -> None:
 def test_choices_are_prompt_major_and_prompts_count_once(live: Live) -> None:
     body = live.complete(prompt=["1 2", "3"], n=3, seed=5, max_tokens=6, ignore_eos=True)
     assert [choice["index"] for choice in body["choices"]] == list(range(6))
-    assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 36, "total_tokens": 39}
+    assert body["usage"] == usage(3, 36)
     alone = live.complete(prompt="3", n=3, seed=5, max_tokens=6, ignore_eos=True)
     assert [c["text"] for c in body["choices"][3:]] == [c["text"] for c in alone["choices"]]
 

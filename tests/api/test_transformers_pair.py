@@ -95,7 +95,7 @@ def chat(http: httpx.Client, **body: Any) -> httpx.Response:
 
 def test_chat_is_the_completion_of_the_rendered_template(http: httpx.Client) -> None:
     rendered = "<|im_start|>user\nthe value of it<|im_end|>\n<|im_start|>assistant\n"
-    found, expected = chat(http).json(), complete(http, prompt=rendered)
+    found, expected = chat(http).json(), complete(http, prompt=rendered, cache_salt="other")
     assert found["choices"][0]["message"]["content"] == expected["choices"][0]["text"]
     assert found["usage"] == expected["usage"]
 

@@ -238,3 +238,10 @@ def test_one_stall_moves_the_table_little() -> None:
         costs.observe(StepStats(1, 1, 1, 1, forward_seconds=0.11))
     costs.observe(StepStats(1, 1, 1, 1, forward_seconds=11.0))
     assert costs.load(1) < 1.2
+
+
+def test_nobody_finds_the_contexts_that_were_never_read() -> None:
+    engine, _ = make_engine((0.01, 0.001), (0.1, 0.01))
+    assert calibrate(engine, BOTH) is not None
+    assert engine.scheduler.pages_used() == engine.scheduler.pages_idle() == (0, 0)
+    engine.scheduler.check_integrity()

@@ -49,12 +49,14 @@ def models(directories: tuple[Path, ...]) -> LoadedModels:
     return load(directories)
 
 
-def make_engine(models: LoadedModels, steps: list[StepStats] | None = None) -> Engine:
+def make_engine(
+    models: LoadedModels, steps: list[StepStats] | None = None, prefix_cache: bool = True
+) -> Engine:
     return Engine(
         models.runners,
         models.tokenizer.backend_tokenizer,
         models.eos_token_ids,
-        EngineLimits(max_step_tokens=32),
+        EngineLimits(max_step_tokens=32, prefix_cache=prefix_cache),
         on_step=steps.append if steps is not None else None,
     )
 
@@ -120,3 +122,24 @@ def test_seeded_text_is_the_same_alone_in_a_batch_and_across_preemption(
     small = load(directories, kv_memory="300KiB")
     assert texts(make_engine(small, steps), sequences_of(decoding, 1.0)) == alone
     assert sum(step.num_preempted for step in steps) > 0
+
+
+@pytest.mark.parametrize("strategy", ["standard", "speculative", "cos"])
+def test_greedy_text_over_found_prefixes_is_that_of_a_full_read(
+    strategy: str, directories: tuple[Path, ...], models: LoadedModels
+) -> None:
+    """Three turns of two chats with one system prompt, prefixes found and all read anew."""
+    decoding = make_decoding(strategy, COMBINATIONS["contrastive"], gamma=3)
+    steps: list[StepStats] = []
+    cached, plain = make_engine(models, steps), make_engine(load(directories), prefix_cache=False)
+    params = SamplingParams(max_tokens=9, temperature=0.0, ignore_eos=True)
+    prompts = [[*range(40, 59), chat] for chat in (7, 9)]
+    for turn in range(3):
+        for chat, prompt in enumerate(prompts):
+            ids = f"{turn}-{chat}"
+            [found] = texts(cached, [Sequence.start(ids, prompt, params, decoding)])
+            [read] = texts(plain, [Sequence.start(ids, prompt, params, decoding)])
+            assert found == read
+            prompt += [*found, 3, 200 + turn]
+    for model in decoding.combination.scorers:
+        assert sum(step.num_cached[model] for step in steps) > 100

@@ -46,7 +46,7 @@ class FaultyRunner(TableRunner):
         return scores
 
 
-def make_engine(num_pages: int = 4096, **limits: int) -> tuple[Engine, list[FaultyRunner]]:
+def make_engine(num_pages: int = 4096, **limits: Any) -> tuple[Engine, list[FaultyRunner]]:
     runners = [FaultyRunner(TableLM(k, VOCAB), f"m{k}", num_pages=num_pages) for k in range(2)]
     return Engine(runners, DigitDecoder(), frozenset(), EngineLimits(**limits)), runners
 

@@ -158,3 +158,13 @@ def make_table_app(
         on_failure=on_failure,
     )
     return TableApp(app, config, engine, metrics, runners)
+
+
+def usage(num_prompt: int, num_generated: int, num_cached: int = 0) -> dict[str, Any]:
+    """As a reply tells it."""
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_generated,
+        "total_tokens": num_prompt + num_generated,
+        "prompt_tokens_details": {"cached_tokens": num_cached},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence as Row
+from typing import Any
 
 from server.core.combination import Combination
 from server.core.output import TokenDelta
@@ -21,7 +22,7 @@ def make_engine(
     num_pages: int = 4096,
     on_step: Callable[[StepStats], None] | None = None,
     coin_seed: int = 0,
-    **limits: int,
+    **limits: Any,
 ) -> Engine:
     runners: list[ModelRunner] = [
         TableRunner(lm, name=f"table-{k}", num_pages=num_pages) for k, lm in enumerate(lms)

@@ -29,7 +29,7 @@ def make_metrics() -> Metrics:
         ModelFacts("cpu", "float32", 1 << 22, 10, 1 << 20),
         ModelFacts("cpu", "float32", 1 << 23, 20, 2 << 20),
     ]
-    metrics.engine.watch_models(lambda: (3, 5), facts)
+    metrics.engine.watch_models(lambda: (3, 5), lambda: (0, 0), facts)
     return metrics
 
 

@@ -1,0 +1,81 @@
+"""A long prompt is read in pieces between the tokens of those who decode."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.core.combination import Combination
+from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.engine.engine import Engine, EngineLimits
+from tests.support.engines import make_decoding
+from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
+
+WEIGHTED = Combination.weighted([0.5, 0.5])
+PIECE = 16
+MAX_GAMMA = 4
+NUM_SHORT = 4
+
+
+def make_engine(steps: list[StepStats]) -> Engine:
+    lms = [TableLM(seed=1, vocab_size=5), TableLM(seed=2, vocab_size=5)]
+    limits = EngineLimits(max_step_tokens=512, max_prefill_tokens=PIECE, max_gamma=MAX_GAMMA)
+    runners = [TableRunner(lm, max_length=1024) for lm in lms]
+    return Engine(runners, DigitDecoder(), frozenset(), limits, on_step=steps.append)
+
+
+@pytest.mark.parametrize("strategy", ["standard", "speculative", "cos", "mixture"])
+def test_a_long_prompt_delays_no_token_for_long(strategy: str) -> None:
+    """Between two tokens of a text lie few steps, and no step feeds more than its share."""
+    steps: list[StepStats] = []
+    engine = make_engine(steps)
+    decoding = make_decoding(strategy, WEIGHTED, gamma=MAX_GAMMA, kappa=1)
+    short = [
+        Sequence.start(f"short-{i}", [i], SamplingParams(max_tokens=400, seed=i), decoding)
+        for i in range(NUM_SHORT)
+    ]
+    for sequence in short:
+        engine.add(sequence)
+    for _ in range(20):
+        engine.step()
+    long = Sequence.start("long", [1, 2] * 300, SamplingParams(max_tokens=2), decoding)
+    engine.add(long)
+    steps.clear()
+    last = {sequence.id: 0 for sequence in short}
+    longest = 0
+    while not long.is_finished:
+        for delta in engine.step():
+            if delta.sequence_id in last:
+                longest = max(longest, len(steps) - last[delta.sequence_id])
+                last[delta.sequence_id] = len(steps)
+    assert not any(sequence.is_finished for sequence in short)
+    # A cycle proposes MAX_GAMMA tokens and scores them; the reader's own turns come between.
+    assert longest <= 2 * (MAX_GAMMA + 2)
+    assert max(step.num_tokens for step in steps) <= PIECE + NUM_SHORT * (MAX_GAMMA + 2)
+    assert len(steps) >= 600 // PIECE
+
+
+def test_a_prompt_alone_takes_the_whole_step() -> None:
+    steps: list[StepStats] = []
+    engine = make_engine(steps)
+    decoding = make_decoding("cos", WEIGHTED, gamma=2)
+    engine.add(Sequence.start("long", [1, 2] * 256, SamplingParams(max_tokens=2), decoding))
+    engine.step()
+    assert steps[0].num_tokens == 512
+
+
+def test_pieces_smaller_than_a_page_still_end() -> None:
+    steps: list[StepStats] = []
+    engine = make_engine(steps)
+    engine.scheduler._max_prefill_tokens = 1
+    decoding = make_decoding("cos", WEIGHTED, gamma=2)
+    busy = Sequence.start("busy", [1], SamplingParams(max_tokens=300), decoding)
+    late = Sequence.start("late", [1, 2] * 12, SamplingParams(max_tokens=1), decoding)
+    engine.add(busy)
+    engine.step()
+    engine.step()
+    engine.add(late)
+    while not late.is_finished:
+        engine.step()
+    assert not busy.is_finished

@@ -1,0 +1,185 @@
+"""Texts are the same whatever the prefix cache holds, and prompts are read once."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from server.core.combination import Combination
+from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.engine.engine import Engine
+from tests.support.engines import generated, make_decoding, make_engine, run
+from tests.support.table_lm import TableLM
+
+WEIGHTED = Combination.weighted([0.4, 0.6])
+EXPERT_ONLY = Combination.only(2, 1)
+DECODINGS = {
+    "standard": make_decoding("standard", WEIGHTED),
+    "speculative": make_decoding("speculative", WEIGHTED, gamma=4),
+    "plain": make_decoding("speculative", EXPERT_ONLY, gamma=4),
+    "cos": make_decoding("cos", WEIGHTED, gamma=(3, 2)),
+    "contrastive": make_decoding("cos", Combination.contrastive(2, 0.3), gamma=3),
+    "mixture": make_decoding("mixture", WEIGHTED, gamma=4, kappa=2),
+    "three": make_decoding("cos", Combination.weighted([0.3, 0.3, 0.4]), gamma=(3, 2, 1)),
+}
+SYSTEM = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9]
+
+
+LMS = [TableLM(seed=70 + k, vocab_size=20) for k in range(3)]
+
+
+def new_engine(name: str = "cos", steps: list[StepStats] | None = None, **options: Any) -> Engine:
+    lms = LMS[: len(DECODINGS[name].gamma)]
+    return make_engine(lms, on_step=steps.append if steps is not None else None, **options)
+
+
+def start(id: str, prompt: list[int], name: str = "cos", **params: Any) -> Sequence:
+    settings = SamplingParams(**{"max_tokens": 12, "seed": 5, **params})
+    return Sequence.start(id, prompt, settings, DECODINGS[name])
+
+
+def text(engine: Engine, sequence: Sequence) -> tuple[int, ...]:
+    deltas = run(engine, [sequence], engine.scheduler.check_integrity)
+    return generated(deltas[sequence.id])
+
+
+def num_prefilled(steps: list[StepStats]) -> int:
+    return sum(step.num_prefill_tokens for step in steps)
+
+
+def num_cached(steps: list[StepStats]) -> list[int]:
+    counts = [step.num_cached for step in steps if step.num_cached]
+    return [sum(each) for each in zip(*counts, strict=True)]
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_second_request_reads_only_what_is_new(name: str, temperature: float) -> None:
+    steps: list[StepStats] = []
+    engine = new_engine(name, steps)
+    prompt = [*SYSTEM, 7, 7]
+    first = text(engine, start("first", prompt, name, temperature=temperature))
+    before = num_prefilled(steps)
+    steps.clear()
+    assert text(engine, start("again", prompt, name, temperature=temperature)) == first
+    # Of 15 tokens, 12 fill whole pages of 4.
+    assert before - num_prefilled(steps) == sum(num_cached(steps)) > 0
+    assert set(num_cached(steps)) <= {0, 12}
+
+
+@pytest.mark.parametrize("name", ["standard", "cos"])
+def test_a_chat_finds_its_earlier_turns(name: str) -> None:
+    """What was generated is found too, and the next turn reads on behind it."""
+    steps: list[StepStats] = []
+    engine, plain = new_engine(name, steps), new_engine(name, prefix_cache=False)
+    prompt = [*SYSTEM]
+    for turn in range(3):
+        steps.clear()
+        answer = text(engine, start(f"turn-{turn}", prompt, name))
+        assert answer == text(plain, start(f"turn-{turn}", prompt, name))
+        # The last token of an answer is verified, but no model needs to have seen it.
+        expected = (len(prompt) - 4) // 4 * 4 if turn else 0
+        assert all(count >= expected - 4 for count in num_cached(steps))
+        prompt += [*answer, 2, 7, 1]
+
+
+def test_requests_that_come_together_read_their_common_prompt_once() -> None:
+    steps: list[StepStats] = []
+    engine = new_engine("cos", steps)
+    prompt = [1, 2, 3] * 10
+    sequences = [start(f"s{i}", [*prompt, i], seed=i) for i in range(6)]
+    deltas = run(engine, sequences, engine.scheduler.check_integrity)
+    # 31 tokens each and 28 of them in whole pages that only the first one fills.
+    assert num_prefilled(steps) == 2 * (31 + 5 * 3)
+    assert [deltas[s.id][-1].num_cached for s in sequences] == [0, *[28] * 5]
+    alone = [
+        text(new_engine(), start(s.id, s.token_ids[:31], seed=i)) for i, s in enumerate(sequences)
+    ]
+    assert [generated(deltas[s.id]) for s in sequences] == alone
+
+
+def test_a_reader_that_leaves_is_not_waited_for() -> None:
+    engine = new_engine(max_step_tokens=10)
+    prompt = [1, 2, 3] * 10
+    expected = text(new_engine(), start("s", prompt))
+    leader, follower = start("leader", prompt), start("follower", prompt)
+    engine.add(leader)
+    engine.add(follower)
+    engine.step()
+    engine.abort("leader")
+    made: list[int] = []
+    while engine.has_work:
+        for delta in engine.step():
+            made += delta.token_ids
+        engine.scheduler.check_integrity()
+    assert tuple(made) == expected
+
+
+def test_salts_and_refusals_find_nothing() -> None:
+    steps: list[StepStats] = []
+    engine = new_engine("cos", steps)
+    salts: list[dict[str, Any]] = [{"cache_salt": "a"}, {}, {"cache_salt": "b"}]
+    for number, params in enumerate([*salts, {"prefix_cache": False}]):
+        text(engine, start(f"s{number}", SYSTEM, **params))
+    assert sum(num_cached(steps)) == 0
+    text(engine, start("same", SYSTEM, cache_salt="b"))
+    assert num_cached(steps) == [12, 12]
+
+
+def test_only_verified_tokens_are_published() -> None:
+    """A wrong proposal never becomes somebody's prefix: every text equals its text alone."""
+    rng = random.Random(2)
+    engine = new_engine("cos")
+    for number in range(20):
+        prompt = [rng.randrange(3) for _ in range(rng.randrange(1, 14))]
+        seed = rng.randrange(3)
+        shared = text(engine, start(f"s{number}", prompt, seed=seed))
+        assert shared == text(new_engine("cos", prefix_cache=False), start("s", prompt, seed=seed))
+    assert engine.scheduler.pages_idle()[0] > 0
+
+
+@pytest.mark.parametrize("name", ["cos", "three", "mixture", "plain"])
+def test_random_arrivals_aborts_and_preemptions(name: str) -> None:
+    """Shared prefixes in too little memory: texts stay what they are, and no page is lost."""
+    rng = random.Random(11)
+    steps: list[StepStats] = []
+    engine = new_engine(name, steps, num_pages=20, max_sequences=6, max_step_tokens=13)
+    sequences = [
+        start(
+            f"s{i}",
+            [*SYSTEM[: rng.choice([4, 8, 13])], *[rng.randrange(20)] * rng.randrange(1, 9)],
+            name,
+            seed=i,
+            max_tokens=rng.randrange(1, 25),
+        )
+        for i in range(24)
+    ]
+    prompts = {s.id: list(s.token_ids) for s in sequences}
+    made: dict[str, list[int]] = {s.id: [] for s in sequences}
+    finished, aborted, queue = set(), set(), list(sequences)
+    while engine.has_work or queue:
+        while queue and rng.random() < 0.4:
+            engine.add(queue.pop())
+        for delta in engine.step():
+            made[delta.sequence_id] += delta.token_ids
+            if delta.finish_reason is not None:
+                finished.add(delta.sequence_id)
+        running = [s.id for s in engine.scheduler.running]
+        if running and rng.random() < 0.03:
+            aborted.add(victim := rng.choice(running))
+            engine.abort(victim)
+        engine.scheduler.check_integrity()
+    assert finished | aborted == set(made)
+    assert len(finished) > 12
+    assert sum(step.num_preempted for step in steps) > 0
+    assert sum(num_cached(steps)) > 0
+    assert not any(engine.scheduler.pages_used())
+    for sequence in sequences:
+        if sequence.id in finished:
+            params = sequence.params
+            alone = Sequence.start("s", prompts[sequence.id], params, sequence.decoding)
+            assert tuple(made[sequence.id]) == text(new_engine(name, prefix_cache=False), alone)
