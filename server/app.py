@@ -34,6 +34,7 @@ from server.api.middleware import (
     HttpMetricsMiddleware,
     RequestIdMiddleware,
 )
+from server.api.openapi import install_openapi
 from server.api.service import Service
 from server.api.sse import outlive_shutdown_signals
 from server.config import ServerConfig
@@ -113,6 +114,7 @@ def create_app(
     install_error_handlers(app)
     if config.http.metrics_port is None:
         app.include_router(health.metrics_router)
+    install_openapi(app, config.served_model_name)
     _add_middlewares(app, service)
     return app
 

@@ -34,7 +34,6 @@ _PROBE: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description":
 
 @router.get("/health", response_model=Status, responses=_PROBE)
 @router.get("/ping", response_model=Status, responses=_PROBE)
-@router.post("/ping", response_model=Status, responses=_PROBE)
 async def health(request: Request) -> Response:
     """Alive: 200 while loading, serving and draining, 503 once the engine has failed."""
     phase = service_of(request).phase
@@ -54,7 +53,11 @@ async def version() -> Version:
     return Version(version=__version__)
 
 
-@metrics_router.get("/metrics", response_class=Response)
+@metrics_router.get(
+    "/metrics",
+    response_class=Response,
+    responses={200: {"description": "Prometheus text format.", "content": {"text/plain": {}}}},
+)
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
     # A plain route: a mounted application would redirect /metrics to /metrics/.

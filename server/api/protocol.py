@@ -32,8 +32,8 @@ def any_of(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}\z")]
-CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}\z")]
+RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
+CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")]
 Stop = Annotated[str | list[str] | None, any_of("a string or a list of strings")]
 Gamma = Annotated[
     Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,

@@ -25,7 +25,6 @@ def test_probes(live: Live) -> None:
         response = live.http.get(path)
         assert response.status_code == 200
         assert response.json() == {"status": "ok", "phase": "ready"}
-    assert live.http.post("/ping").status_code == 200
     assert live.http.get("/version").json() == {"version": __version__}
 
 
