@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 
 from server import __version__
+from server.api.errors import ERROR_RESPONSES
 from server.api.service import Phase, service_of
 from server.metrics import CONTENT_TYPE
 
@@ -56,7 +57,10 @@ async def version() -> Version:
 @metrics_router.get(
     "/metrics",
     response_class=Response,
-    responses={200: {"description": "Prometheus text format.", "content": {"text/plain": {}}}},
+    responses={
+        200: {"description": "Prometheus text format.", "content": {"text/plain": {}}},
+        401: ERROR_RESPONSES[401],
+    },
 )
 async def metrics(request: Request) -> Response:
     """Prometheus text format."""
