@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from scripts.dashboards import replay
 from scripts.dashboards.__main__ import main as write_dashboards
+from scripts.dashboards.promql import Evaluator, Recording
 from server import __version__
 from server.config import HttpConfig, load_config
 from server.engine.cost_table import CostTable, Timings
@@ -173,6 +175,12 @@ def test_default_source_of_dashboards_is_provisioned():
         variables = json.loads(path.read_text(encoding="utf-8"))["templating"]["list"]
         [variable] = [each for each in variables if each["type"] == "datasource"]
         assert variable["current"]["value"] == source["uid"]
+
+
+@pytest.mark.parametrize("query", list(replay.queries()), ids=lambda query: query.where)
+def test_queries_can_be_worked_out(query: replay.Query):
+    # Of nothing: that it is PromQL, and of forms that the replay understands.
+    Evaluator(Recording((), frozenset()), 0.0).evaluate(query.text)
 
 
 def test_rules_query_only_exported_metrics_and_each_other():

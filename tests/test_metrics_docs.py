@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import promql_parser
 import pytest
 
 from tests.test_docker import ROOT, described_metrics, exported_metrics, queried_metrics
@@ -31,6 +32,7 @@ def test_labels_are_those_of_the_code() -> None:
 def test_its_query_asks_for_it(name: str, query: str) -> None:
     if query == "see above":
         return
+    promql_parser.parse(query.strip("`"))
     queried = queried_metrics(query.strip("`"))
     assert any(each.startswith(name) for each in queried)
     assert queried <= exported_metrics()
