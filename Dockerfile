@@ -7,7 +7,7 @@
 # and the NVIDIA container toolkit only. For a CPU image without those gigabytes, pass the address
 # of PyTorch's CPU wheels as TORCH_CPU_INDEX_URL.
 ARG VARIANT=cpu
-ARG PYTHON_IMAGE=python:3.11-slim-bookworm
+ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS environment
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1

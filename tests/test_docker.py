@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from compose_spec import PyCompose
 
 from scripts.dashboards import replay
 from scripts.dashboards.__main__ import main as write_dashboards
@@ -80,6 +83,41 @@ def test_images_are_pinned():
     for name, service in services().items():
         assert re.search(r":v?\d+\.\d+\.\d+", service["image"]), name
     assert f":{__version__}-" in services()["server"]["image"]
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^ARG PYTHON_IMAGE=python:\d+\.\d+\.\d+-", dockerfile, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.gpu.yml"])
+def test_compose_files_follow_the_specification(name: str):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    compose = PyCompose.from_yaml(text)
+    compose.validate()
+    compose.to_spec()
+    with pytest.raises(ValueError, match="comand"):  # it would say so
+        PyCompose.from_yaml(text.replace("  server:", "  server:\n    comand: [x]", 1))
+
+
+def test_what_services_refer_to_is_there():
+    compose = read_yaml("docker-compose.yml")
+    for service in services().values():
+        named = {source for each in service["volumes"] if "/" not in (source := each.split(":")[0])}
+        assert named <= set(compose["volumes"])
+        for other, condition in service.get("depends_on", {}).items():
+            assert condition == {"condition": "service_healthy"}
+            # The server's own check is in its image.
+            assert other == "server" or "healthcheck" in services()[other]
+
+
+def test_services_may_gain_no_privileges():
+    for name, service in services().items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+
+
+def test_linter_finds_nothing_in_the_dockerfile():
+    path = Path(sysconfig.get_path("scripts")) / "hadolint"
+    linted = subprocess.run([path, ROOT / "Dockerfile"], capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
 
 
 def test_ports_are_published_on_loopback_only():
