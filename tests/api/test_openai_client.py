@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import openai
 import pytest
 
 from tests.api.conftest import Live
 from tests.support.api import IMPOSSIBLE, MAX_LENGTH, MODEL
+from tests.support.live_server import wait_until
 
 
 @pytest.fixture
@@ -112,6 +115,105 @@ def test_the_cos_object(client: openai.OpenAI) -> None:
     assert report["gamma"] == [2, 1]
 
 
+def test_retries_of_a_full_queue(start: Callable[..., Live]) -> None:
+    """The client waits as long as Retry-After says, and comes back."""
+    live = start(engine={"max_sequences": 1, "max_waiting": 1})
+    live.table.set_pace(0.02)
+    endless = {"model": MODEL, "prompt": "1", "n": 2, "stream": True, "max_tokens": 200}
+    endless["ignore_eos"] = True
+    url = f"{live.url}/v1"
+    with (
+        openai.OpenAI(base_url=url, api_key="none", max_retries=0) as hasty,
+        openai.OpenAI(base_url=url, api_key="none", max_retries=2) as patient,
+        ThreadPoolExecutor() as pool,
+    ):
+        with live.http.stream("POST", "/v1/completions", json=endless) as running:
+            assert running.status_code == 200
+            with pytest.raises(openai.RateLimitError) as refused:
+                hasty.completions.create(model=MODEL, prompt="1")
+            assert refused.value.code == "queue_full"
+            assert refused.value.response.headers["retry-after"] == "1"
+            retried = pool.submit(
+                patient.completions.with_raw_response.create, model=MODEL, prompt="1"
+            )
+            wait_until(lambda: _refusals(live) == 2)
+        assert retried.result().retries_taken == 1
+    live.wait_idle()
+
+
+def _refusals(live: Live) -> float:
+    return live.table.value("cos_requests_rejected_total", reason="queue_full")
+
+
+def test_async_chats_streamed_and_whole(live: Live) -> None:
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{live.url}/v1", api_key="none") as client:
+            whole = await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "1"}], max_tokens=9, seed=2
+            )
+            stream = await client.chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": "1"}],
+                max_tokens=9,
+                seed=2,
+                stream=True,
+            )
+            chunks = [chunk.choices[0] async for chunk in stream]
+        text = "".join(choice.delta.content or "" for choice in chunks)
+        assert text == whole.choices[0].message.content
+        assert chunks[-1].finish_reason == whole.choices[0].finish_reason
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_cancelling_an_awaited_request(paced: Live, is_stream: bool) -> None:
+    async def run() -> None:
+        async with openai.AsyncOpenAI(base_url=f"{paced.url}/v1", api_key="none") as client:
+            body: dict[str, Any] = {"model": MODEL, "prompt": "1", "max_tokens": 250}
+
+            async def work() -> None:
+                reply = await client.completions.create(
+                    **body, stream=is_stream, extra_body={"ignore_eos": True}
+                )
+                if isinstance(reply, openai.AsyncStream):
+                    async for _ in reply:
+                        pass
+
+            task = asyncio.create_task(work())
+            await asyncio.to_thread(wait_until, lambda: bool(paced.table.engine.scheduler.running))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+    paced.wait_idle()
+
+
+def test_a_client_that_runs_out_of_time(paced: Live) -> None:
+    with (
+        openai.OpenAI(
+            base_url=f"{paced.url}/v1", api_key="none", max_retries=0, timeout=0.3
+        ) as client,
+        pytest.raises(openai.APITimeoutError),
+    ):
+        client.completions.create(
+            model=MODEL, prompt="1", max_tokens=250, extra_body={"ignore_eos": True}
+        )
+    paced.wait_idle()
+
+
+def test_the_engine_fails_in_a_stream(start: Callable[..., Live]) -> None:
+    live = start()
+    live.table.runners[1].fail_after = 10
+    with openai.OpenAI(base_url=f"{live.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model=MODEL, prompt="1", max_tokens=200, stream=True, extra_body={"ignore_eos": True}
+        )
+        with pytest.raises(openai.APIError):
+            list(stream)
+
+
 def test_error_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.completions.create(model="gpt-4", prompt="1")
@@ -124,11 +226,20 @@ def test_error_classes(client: openai.OpenAI) -> None:
     assert bad.value.type == "invalid_request_error"
 
 
-def test_a_failed_generation_raises(client: openai.OpenAI) -> None:
+def test_a_failed_generation_raises(live: Live, client: openai.OpenAI) -> None:
+    before = _failures(live)
     for stream in (False, True):
         with pytest.raises(openai.InternalServerError) as error:
-            client.completions.create(model=MODEL, prompt="1", stream=stream, extra_body=IMPOSSIBLE)
+            client.with_options(max_retries=2).completions.create(
+                model=MODEL, prompt="1", stream=stream, extra_body=IMPOSSIBLE
+            )
         assert error.value.code == "generation_failed"
+    assert _failures(live) == before + 2, "the client was told not to try again"
+
+
+def _failures(live: Live) -> float:
+    labels = {"endpoint": "completions", "reason": "error"}
+    return live.table.value("cos_requests_finished_total", **labels)
 
 
 def test_models(client: openai.OpenAI) -> None:
