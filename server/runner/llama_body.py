@@ -1,8 +1,9 @@
 """The forward of Llama-shaped models, written out: fewer and larger operations than transformers'.
 
-On a CPU a decoder of this size spends a third of a small forward between its matrix products.
-Here the projections that read the same input are one product, the rotation of queries and keys
-is one, and the norms take four operations instead of eight. transformers' own forward stays the
+On a CPU a small decoder spends a third of a forward between its matrix products, and a GPU waits
+for the launches of all that. Here the projections that read the same input are one product, the
+rotation of queries and keys is one, and the norms take four operations instead of eight, or one
+kernel. transformers' own forward stays the
 reference: the self-check compares every model with it before this one is used.
 """
 
@@ -29,13 +30,14 @@ _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 
 Linear = Callable[[Tensor], Tensor]
+Norm = Callable[[Tensor], Tensor]
 
 
 def is_llama_shaped(model: PreTrainedModel) -> bool:
-    """Is `model` a float32 CPU decoder that LlamaBody computes?"""
+    """Is `model` a decoder that LlamaBody computes, in float32 on the CPU or any type on a GPU?"""
     if model.config.model_type not in _MODEL_TYPES:
         return False
-    if model.device.type != "cpu" or model.dtype != torch.float32:
+    if model.device.type == "cpu" and model.dtype != torch.float32:
         return False
     body: Any = model.base_model
     return (
@@ -85,7 +87,8 @@ class LlamaBody:
         rotary = body.rotary_emb
         self._frequencies: Tensor = rotary.inv_freq.float()
         self._rope_scale = float(rotary.attention_scaling)
-        self._norm = _Norm(body.norm.weight, body.norm.variance_epsilon)
+        self._norm = _norm(body.norm)
+        self._dtype: torch.dtype = model.dtype
         self._layers: list[_Layer] = []
         is_tied = body.embed_tokens.weight is parts.lm_head.weight
         while len(body.layers):
@@ -100,7 +103,7 @@ class LlamaBody:
         body.embed_tokens = parts.lm_head = None
 
     def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
-        """Logits [num_kept, rows of the head] float32."""
+        """Logits [num_kept, rows of the head] of the model's type."""
         x: Tensor = self._embed(plan.token_ids[0])
         rope = self._rope(plan.position_ids[0])
         last = len(self._layers) - 1
@@ -117,7 +120,8 @@ class LlamaBody:
         """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `_rotate`."""
         angles = positions[:, None, None] * self._frequencies
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
-        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return signed[0].to(self._dtype), signed[1].to(self._dtype)
 
 
 def _plain(linear: nn.Linear) -> Linear:
@@ -143,6 +147,21 @@ class _Norm:
         return (x / torch.hypot(length, self._floor)).mul_(self._weight)
 
 
+class _FusedNorm:
+    """RMS norm of the last dimension: torch's own, one kernel on a GPU, sums in float32."""
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        """`weight` [..., D]."""
+        self._weight = weight
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        size = self._weight.shape[-1:]
+        if self._weight.dim() == 1:
+            return F.rms_norm(x, size, self._weight, self._eps)
+        return F.rms_norm(x, size, None, self._eps) * self._weight
+
+
 class _Layer:
     """One decoder layer; x is [T, hidden]."""
 
@@ -164,7 +183,7 @@ class _Layer:
         self._down = keep(mlp.down_proj)
         self._mlp_size: int = mlp.down_proj.in_features
 
-    def _join_head_norms(self, attention: Any) -> _Norm | None:
+    def _join_head_norms(self, attention: Any) -> Norm | None:
         """One norm of queries and keys, heads side by side; None where there is none."""
         if not hasattr(attention, "q_norm"):
             return None
@@ -173,7 +192,7 @@ class _Layer:
             attention.q_norm.weight.expand(num_heads, -1),
             attention.k_norm.weight.expand(num_kv_heads, -1),
         )
-        return _Norm(torch.cat(rows), attention.q_norm.variance_epsilon)
+        return _make_norm(torch.cat(rows), attention.q_norm.variance_epsilon)
 
     def __call__(
         self,
@@ -206,8 +225,15 @@ def _window(attention: Any) -> int:
     return (config.sliding_window or 0) if config.model_type == "mistral" else 0
 
 
-def _norm(module: Any) -> _Norm:
-    return _Norm(module.weight, module.variance_epsilon)
+def _norm(module: Any) -> Norm:
+    return _make_norm(module.weight, module.variance_epsilon)
+
+
+def _make_norm(weight: Tensor, eps: float) -> Norm:
+    """In few operations on the CPU, where torch's own is seven; in 16 bits they would lose more."""
+    if weight.device.type == "cpu" and weight.dtype == torch.float32:
+        return _Norm(weight, eps)
+    return _FusedNorm(weight, eps)
 
 
 def _join(linears: Sequence[nn.Linear]) -> nn.Linear:
@@ -217,7 +243,7 @@ def _join(linears: Sequence[nn.Linear]) -> nn.Linear:
     joined.weight = nn.Parameter(weight, requires_grad=False)
     if any(linear.bias is not None for linear in linears):
         biases: list[Tensor] = [
-            torch.zeros(linear.out_features) if linear.bias is None else linear.bias
+            weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
             for linear in linears
         ]
         joined.bias = nn.Parameter(torch.cat(biases), requires_grad=False)
