@@ -22,7 +22,7 @@ DEPENDENCIES := pyproject.toml scripts/constraints.txt
 MODELS := $(if $(filter configs/default%,$(CONFIG)),models)
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test serve models bench clean
+.PHONY: help install format check test serve models bench bench-gpu clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ models: $(VENV)/.runtime ## Build the default pair under models/ (nothing to do 
 
 bench: $(VENV)/.runtime ## Measure the server that is running (ARGS are cos-server bench's)
 	$(BIN)/cos-server bench $(ARGS)
+
+bench-gpu: $(VENV)/.runtime $(MODELS) ## Measure kernels, models and the default pair on this GPU
+	$(BIN)/python -m server.bench.gpu --config $(CONFIG) $(ARGS)
 
 clean: ## Remove .venv, the default models and caches
 	rm -rf $(VENV) models/smollm2-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

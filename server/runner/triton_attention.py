@@ -30,7 +30,7 @@ _TILE_BYTES = 16 << 10
 _NEVER = tl.constexpr(-1e30)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _attend_split(
     queries,
     keys,
@@ -151,7 +151,7 @@ def _attend_split(
         tl.store(partial_state + part * 2 + 1, weight, mask=is_row)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _combine_splits(
     partial_output,
     partial_state,
@@ -259,16 +259,17 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
 
 
 def num_splits(programs: int, num_pages: int, store: KVStore, queries: Tensor) -> int:
-    """Parts of a span's keys, a power of two: enough to fill the machine twice.
+    """Parts of a span's keys: enough to fill the machine twice, with two tiles each.
 
-    No more than there are pairs of tiles in the longest table of `num_pages` pages.
+    A power of four: each number is compiled anew, and that takes a second. `num_pages` is of the
+    longest table.
     """
     processors = _DEFAULT_PROCESSORS
     if queries.device.type == "cuda":
         processors = torch.cuda.get_device_properties(queries.device).multi_processor_count
     useful = num_pages * store.page_size // (2 * _tile(queries.shape[-1], queries.element_size()))
     wanted = min(2 * processors // programs, useful, _MAX_SPLITS)
-    return 1 << max(0, wanted.bit_length() - 1)
+    return 1 << (max(0, wanted.bit_length() - 1) & ~1)
 
 
 def _padded(dim: int) -> int:

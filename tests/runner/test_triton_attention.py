@@ -147,5 +147,5 @@ def test_few_sequences_are_split_and_many_are_not():
     queries = torch.zeros(1, 8, 128, dtype=torch.bfloat16)
     splits = [kernels.num_splits(batch * 8, 512, store, queries) for batch in (1, 8, 32, 64)]
     assert splits == [16, 4, 1, 1]
-    assert kernels.num_splits(8, 16, store, queries) == 2
+    assert kernels.num_splits(8, 32, store, queries) == 4
     assert kernels.num_splits(8, 1, store, queries) == 1

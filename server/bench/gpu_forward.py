@@ -1,0 +1,125 @@
+"""Forwards and cycles of two models, by batch and by the way they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from server.bench.gpu_models import Load, Member
+from server.bench.gpu_timing import median_seconds
+from server.runner.base import Batch, ModelRunner
+
+# Tried in this order; the last is what the server runs.
+WAYS = ("transformers", "written out", "graphs")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the device does at best.
+
+    Attributes:
+        bandwidth: bytes a second.
+        operations: of matrix products, a second.
+    """
+
+    bandwidth: float
+    operations: float
+
+    def floor_seconds(self, member: Member, batch: int, num_tokens: int, context: int) -> float:
+        """Of a forward: reading weights and KV, or multiplying, whichever is longer."""
+        size = member.bytes_read + batch * (context + num_tokens) * member.kv_bytes_per_token
+        operations = 2 * member.num_parameters * batch * num_tokens
+        return max(size / self.bandwidth, operations / self.operations)
+
+
+def time_forwards(
+    member: Member,
+    load: Load,
+    batches: Sequence[int],
+    lengths: Sequence[int],
+    limits: Limits,
+    capture: bool,
+    report: Callable[[str], None],
+) -> tuple[list[dict[str, Any]], ModelRunner]:
+    """Seconds of a forward in each way, and the runner of the last one.
+
+    Args:
+        member: whose weights are taken over.
+        load: what its KV memory was made for.
+        batches: numbers of sequences.
+        lengths: tokens each sequence feeds.
+        limits: of the device.
+        capture: CUDA graphs; False: padded shapes alone.
+        report: takes one line for each phase.
+    """
+    plain = member.plain()
+    rows = [_row(member, batch, n, load, limits) for batch in batches for n in lengths]
+    _time(rows, WAYS[0], plain, load, report)
+    fast = member.fast()
+    fast.store = plain.store
+    _time(rows, WAYS[1], fast, load, report)
+    graphs = member.graphs(fast, capture)
+    graphs.warm_up(report)
+    _time(rows, WAYS[2], graphs, load, report)
+    return rows, graphs
+
+
+def time_cycles(
+    members: tuple[ModelRunner, ModelRunner],
+    floors: Callable[[int], float],
+    load: Load,
+    batches: Sequence[int],
+    gamma: int,
+) -> list[dict[str, Any]]:
+    """Seconds of the forwards of one cycle, nothing read back until the end.
+
+    The first model feeds two tokens, then one token `gamma - 1` times; the second scores all and
+    one more. Choosing tokens is not in it: each step feeds tokens that are known beforehand.
+
+    Args:
+        members: proposer and expert.
+        floors: seconds at least, by batch.
+        load: what their KV memory was made for.
+        batches: numbers of sequences.
+        gamma: tokens proposed.
+    """
+    proposer, expert = members
+    rows = []
+    for size in batches:
+        first, then = (load.batch_of(size, n, proposer.vocab_size) for n in (2, 1))
+        scored = load.batch_of(size, gamma + 1, expert.vocab_size)
+
+        steps = [(proposer, first), *[(proposer, then)] * (gamma - 1), (expert, scored)]
+        seconds = median_seconds(partial(_run_all, steps), expert.device)
+        rows.append({"batch": size, "seconds": seconds, "floor_seconds": floors(size)})
+    return rows
+
+
+def _row(member: Member, batch: int, num_tokens: int, load: Load, limits: Limits) -> dict[str, Any]:
+    return {
+        "model": member.name,
+        "batch": batch,
+        "num_tokens": num_tokens,
+        "floor_seconds": limits.floor_seconds(member, batch, num_tokens, load.context),
+        "seconds": {},
+    }
+
+
+def _time(
+    rows: list[dict[str, Any]],
+    way: str,
+    runner: ModelRunner,
+    load: Load,
+    report: Callable[[str], None],
+) -> None:
+    report(f"{runner.name}: timing {len(rows)} shapes, {way}")
+    for row in rows:
+        batch = load.batch_of(row["batch"], row["num_tokens"], runner.vocab_size)
+        row["seconds"][way] = median_seconds(partial(runner.forward, batch), runner.device)
+
+
+def _run_all(steps: list[tuple[ModelRunner, Batch]]) -> None:
+    for runner, batch in steps:
+        runner.forward(batch)

@@ -1,0 +1,105 @@
+"""The GPU benchmark runs from end to end, on small shapes and whatever device is there."""
+
+import importlib.util
+import json
+
+import pytest
+import torch
+import yaml
+
+from server.bench import gpu, gpu_kernels
+from server.bench.gpu_report import expected_tokens
+from tests.support.tiny_models import make_pair
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory):
+    """Of a run over a tiny pair; what it writes goes to the directory beside."""
+    directory = tmp_path_factory.mktemp("gpu")
+    models = [
+        {"name": name, "path": str(path)}
+        for name, path in zip(("amateur", "expert"), make_pair(directory), strict=True)
+    ]
+    config = {
+        "served_model_name": "tiny",
+        "models": models,
+        "combination": {"method": "contrastive", "mu": 0.1},
+        "engine": {"kv_memory": "64MiB"},
+    }
+    path = directory / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--tiny", "--out", str(directory / "out.json"), "--config", str(path)], directory
+
+
+def test_every_part_is_measured(arguments, monkeypatch, capsys):
+    options, directory = arguments
+    # Prompts of real tasks are longer than the tiny models' context.
+    monkeypatch.setattr(
+        "server.bench.gpu_engine.load_prompts",
+        lambda _: type("Prompts", (), {"prompts": ("for number in data", "return value")}),
+    )
+    monkeypatch.setattr(gpu, "PAIR_MAX_LENGTH", 64)
+    plot = ["--plot", str(directory)] if HAS_MATPLOTLIB else []
+    gpu.main([*options, "--models", str(directory), *plot])
+    results = json.loads((directory / "out.json").read_text())
+    assert results["left_out"] == []
+    for name in gpu.TINY.members:
+        rows = results[f"forward {name}"]
+        assert len(rows) == 6
+        assert all(seconds > 0 for row in rows for seconds in row["seconds"].values())
+        assert all(row["floor_seconds"] > 0 for row in rows)
+    assert [row["batch"] for row in results["cycle"]] == [1, 2]
+    for row in results["engine cycle"]:
+        # Unrelated models: a cycle makes a token of each sequence, or a few.
+        assert row["cos"]["cycles"] <= row["standard"]["cycles"] == gpu.TINY.engine_tokens
+    assert [(row["batch"], row["temperature"]) for row in results["pair"]] == [
+        (batch, temperature) for temperature in (0.0, 1.0) for batch in (1, 2)
+    ]
+    assert all(row["cos"]["tokens_per_second"] > 0 for row in results["pair"])
+    names = {"forward-tiny-proposer", "forward-tiny-expert", "cycle", "pair"}
+    pictures = {path.name for path in directory.glob("*.png")}
+    assert pictures == ({f"gpu-{name}.png" for name in names} if HAS_MATPLOTLIB else set())
+    output = capsys.readouterr().out
+    assert "The configured pair, contrastive" in output
+    assert "floor / last" in output
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("is_right", [True, False])
+def test_wrong_kernels_end_the_run(arguments, monkeypatch, is_right):
+    options, directory = arguments
+    if not is_right:
+        monkeypatch.setitem(gpu_kernels.TOLERANCE, torch.float32, -1.0)
+    has_time = iter([True])  # for the first part only
+    monkeypatch.setattr(gpu.Session, "may_go_on", lambda _: next(has_time, False))
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main([*options, "--attention", "triton", "--models", "nowhere"])
+    results = json.loads((directory / "out.json").read_text())
+    assert results["kernels"][0]["passed"] is is_right
+    assert ("limits" in results) is is_right
+
+
+def test_out_of_time_is_said(arguments):
+    options, directory = arguments
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main(
+            [*options, "--seconds", "0", "--models", str(directory), "--attention", "portable"]
+        )
+    results = json.loads((directory / "out.json").read_text())
+    assert f"forward {gpu.TINY.members[0]}: no time left" in results["left_out"]
+
+
+def test_the_cpu_runs_small_shapes_only(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        gpu.main([])
+    assert "only --tiny runs on the CPU" in capsys.readouterr().err
+
+
+def test_expected_tokens():
+    assert expected_tokens(0.0, 4) == 1
+    assert expected_tokens(1.0, 4) == 5
+    assert expected_tokens(0.8, 4) == pytest.approx(3.3616)
