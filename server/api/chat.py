@@ -19,7 +19,7 @@ from server.api.chat_protocol import (
 from server.api.conversation import conversation_ids
 from server.api.errors import ERROR_RESPONSES
 from server.api.generation import Prompt, make_generation
-from server.api.logprobs import chat_logprobs
+from server.api.logprobs import chat_logprobs, prompt_logprobs
 from server.api.reply import Piece
 from server.api.respond import Writer, respond
 from server.api.route import StrictJsonRoute
@@ -49,7 +49,11 @@ class ChatWriter(Writer):
         written = [self._choice(choice) for choice in choices]
         body = ChatCompletion(**self.head, object="chat.completion", choices=written)
         if self.request.return_token_ids:
-            body.prompt_token_ids = self.generation.prompt_token_ids(0)
+            body.prompt_token_ids = self.generation.prompt(0).token_ids
+        if (num_top := self.request.prompt_logprobs) is not None:
+            as_ids = bool(self.request.return_tokens_as_token_ids)
+            entries = choices[0].prompt_logprobs
+            body.prompt_logprobs = prompt_logprobs(entries, num_top, self.codec, as_ids)
         return body
 
     def opening(self) -> Iterable[ChatCompletionChunk]:
@@ -57,7 +61,7 @@ class ChatWriter(Writer):
         for index in range(len(self.generation.sequences)):
             chunk = self._chunk([_chunk_choice(index, Delta(role="assistant", content=""))])
             if index == 0 and self.request.return_token_ids:
-                chunk.prompt_token_ids = self.generation.prompt_token_ids(0)
+                chunk.prompt_token_ids = self.generation.prompt(0).token_ids
             yield chunk
 
     def chunk(self, piece: Piece) -> ChatCompletionChunk:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
 
-from server.api.protocol import Body, Finite, GenerationRequest, ReplyBody, any_of
+from server.api.protocol import Body, Finite, GenerationRequest, PromptLogprobs, ReplyBody, any_of
 
 Scalar = Annotated[
     StrictBool | StrictInt | Finite | str | None, any_of("a string, a number, a boolean or null")
@@ -203,6 +203,7 @@ class ChatCompletion(ReplyBody):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
     prompt_token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+    prompt_logprobs: PromptLogprobs | None = Field(None, description="Where asked for.")
 
 
 class Delta(BaseModel):

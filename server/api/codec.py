@@ -91,9 +91,8 @@ class Codec:
     def _token_text(self, token_id: int) -> str:
         return self.decode([*self._anchor, token_id])[len(self._anchor_text) :]
 
-    def decode(self, ids: list[int]) -> str:
-        """Special tokens included."""
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
 
 @lru_cache(maxsize=1)

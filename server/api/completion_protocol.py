@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from server.api.protocol import GenerationRequest, ReplyBody, any_of
+from server.api.protocol import GenerationRequest, PromptLogprobs, ReplyBody, any_of
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -24,12 +24,13 @@ class CompletionRequest(GenerationRequest):
 
     prompt: Prompt = Field(description="Text or token ids, one prompt or several.")
     max_tokens: int | None = Field(
-        None, ge=0, description="16 if null; cut to what the context leaves."
+        None, ge=0, description="16 if null; cut to what the context leaves; 0 only with echo."
     )
     best_of: int | None = Field(None, description="Only null or equal to n.")
     logprobs: int | None = Field(
         None, ge=0, description="Alternatives to report for each token, its own one besides."
     )
+    echo: bool | None = Field(None, description="The text begins with the prompt's.")
     add_special_tokens: bool | None = Field(
         None, description="Add the tokenizer's own to a text prompt; true if null."
     )
@@ -47,6 +48,18 @@ class CompletionRequest(GenerationRequest):
         return self.logprobs
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        """With echo, logprobs are the prompt's too; and they are what max_tokens=0 waits for."""
+        echoed = self.logprobs if self.echo else None
+        none_generated = 0 if self.max_tokens == 0 else None
+        wanted = [k for k in (self.prompt_logprobs, echoed, none_generated) if k is not None]
+        return max(wanted, default=None)
+
+    @property
+    def may_generate_nothing(self) -> bool:
+        return bool(self.echo)
+
+    @property
     def logprobs_field(self) -> str:
         return "logprobs"
 
@@ -60,8 +73,8 @@ class Logprobs(BaseModel):
     """Of the combined distribution before temperature and truncation."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None] = Field(description="null for an echoed first token.")
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -77,6 +90,7 @@ class CompletionChoice(BaseModel):
         None, description="With return_token_ids; in a stream on a choice's first chunk."
     )
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+    prompt_logprobs: PromptLogprobs | None = Field(None, description="Where asked for by name.")
 
 
 class Completion(ReplyBody):

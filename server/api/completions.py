@@ -7,11 +7,11 @@ from collections.abc import Sequence as Row
 from fastapi import APIRouter, Request, Response
 from starlette.concurrency import run_in_threadpool
 
-from server.api.completion_protocol import Completion, CompletionChoice, CompletionRequest
+from server.api.completion_protocol import Completion, CompletionChoice, CompletionRequest, Logprobs
 from server.api.errors import ERROR_RESPONSES
 from server.api.generation import Generation, Prompt, make_generation
 from server.api.limits import check_chars
-from server.api.logprobs import LogprobsWriter
+from server.api.logprobs import LogprobsWriter, prompt_logprobs, trimmed
 from server.api.reply import Piece
 from server.api.respond import Writer, respond
 from server.api.route import StrictJsonRoute
@@ -42,6 +42,7 @@ class CompletionWriter(Writer):
         self, request: CompletionRequest, generation: Generation, service: Service
     ) -> None:
         super().__init__(request, generation, service)
+        self.request: CompletionRequest = request
         as_ids = bool(request.return_tokens_as_token_ids)
         self._logprobs = [LogprobsWriter(self.codec, as_ids) for _ in generation.sequences]
         self._has_begun: set[int] = set()
@@ -59,20 +60,43 @@ class CompletionWriter(Writer):
         return Completion(**self.head, object="text_completion", choices=choices)
 
     def _choice(self, piece: Piece) -> CompletionChoice:
-        logprobs = piece.logprobs
+        is_first = piece.index not in self._has_begun
+        self._has_begun.add(piece.index)
+        echoes = is_first and bool(self.request.echo)
         choice = CompletionChoice(
             index=piece.index,
-            text=piece.text,
-            logprobs=None if logprobs is None else self._logprobs[piece.index].write(logprobs),
+            text=self._prompt_text(piece.index) + piece.text if echoes else piece.text,
+            logprobs=self._choice_logprobs(piece, echoes),
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
         )
         if self.request.return_token_ids:
             choice.token_ids = list(piece.token_ids)
-            if piece.index not in self._has_begun:
-                choice.prompt_token_ids = self.generation.prompt_token_ids(piece.index)
-        self._has_begun.add(piece.index)
+            if is_first:
+                choice.prompt_token_ids = self.generation.prompt(piece.index).token_ids
+        if (num_top := self.request.prompt_logprobs) is not None:
+            as_ids = bool(self.request.return_tokens_as_token_ids)
+            entries = piece.prompt_logprobs
+            choice.prompt_logprobs = prompt_logprobs(entries, num_top, self.codec, as_ids)
         return choice
+
+    def _choice_logprobs(self, piece: Piece, echoes: bool) -> Logprobs | None:
+        if piece.logprobs is None:
+            return None
+        writer = self._logprobs[piece.index]
+        if not echoes:
+            return writer.write(piece.logprobs)
+        echoed = trimmed(piece.prompt_logprobs, self.request.num_logprobs or 0)
+        first = self.generation.prompt(piece.index).token_ids[0]
+        return writer.write([*echoed, *piece.logprobs], first)
+
+    def _prompt_text(self, index: int) -> str:
+        """As the client wrote it, or what is left of it."""
+        prompt = self.generation.prompt(index)
+        if prompt.text is not None:
+            return prompt.text
+        skips_special = self.request.skip_special_tokens is not False
+        return self.codec.decode(prompt.token_ids, skips_special)
 
 
 async def _read_prompts(request: CompletionRequest, service: Service) -> list[Prompt]:
@@ -81,12 +105,15 @@ async def _read_prompts(request: CompletionRequest, service: Service) -> list[Pr
         raise UnsupportedParameter("best_of", "must be null or equal to n")
     ids = await _token_ids(request, service)
     fields = ["prompt"] if len(ids) == 1 else [f"prompt.{index}" for index in range(len(ids))]
-    return [Prompt(*pair) for pair in zip(ids, fields, strict=True)]
+    prompts = _prompts(request)
+    return [
+        Prompt(token_ids, field, prompt if isinstance(prompt, str) else None)
+        for token_ids, field, prompt in zip(ids, fields, prompts, strict=True)
+    ]
 
 
 async def _token_ids(request: CompletionRequest, service: Service) -> list[list[int]]:
-    prompt, codec = request.prompt, service.codec
-    prompts = [prompt] if isinstance(prompt, str) or _is_token_list(prompt) else list(prompt)
+    prompts, codec = _prompts(request), service.codec
     texts = [each for each in prompts if isinstance(each, str)]
     check_chars(sum(map(len, texts)), service.config.http, "prompt")
     adds_special = request.add_special_tokens is not False
@@ -103,5 +130,9 @@ async def _token_ids(request: CompletionRequest, service: Service) -> list[list[
     return ids
 
 
-def _is_token_list(prompt: object) -> bool:
-    return isinstance(prompt, list) and (not prompt or isinstance(prompt[0], int))
+def _prompts(request: CompletionRequest) -> list[object]:
+    """One or several, as they were given."""
+    prompt = request.prompt
+    if isinstance(prompt, str) or not prompt or isinstance(prompt[0], int):
+        return [prompt]
+    return list(prompt)

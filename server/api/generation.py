@@ -5,13 +5,17 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from starlette.concurrency import run_in_threadpool
+
+from server.api.codec import Codec
 from server.api.limits import (
     check_limits,
     check_prompt,
     check_vocabulary,
     logit_bias,
+    num_kept_tokens,
     stop_strings,
 )
 from server.api.protocol import GenerationRequest
@@ -27,10 +31,17 @@ ReadPrompts = Callable[[], Awaitable[list["Prompt"]]]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, and the field of the request they came from."""
+    """Token ids, the field of the request they came from, and its text where that is all."""
 
     token_ids: list[int]
     field: str
+    text: str | None = None
+
+    def truncated(self, num_kept: int | None) -> Prompt:
+        """The last `num_kept` tokens."""
+        if num_kept is None or len(self.token_ids) <= num_kept:
+            return self
+        return Prompt(self.token_ids[-num_kept:], self.field)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,23 +51,27 @@ class Generation:
     Attributes:
         id: of the reply.
         created: unix time.
-        num_prompt_tokens: of all prompts, each counted once.
         num_choices: of each prompt, n.
+        prompts: in the request's order.
         sequences: prompt-major: choice k of prompt i is sequences[i * n + k].
         decoding: the same for all of them.
     """
 
     id: str
     created: int
-    num_prompt_tokens: int
     num_choices: int
+    prompts: tuple[Prompt, ...]
     sequences: tuple[Sequence, ...]
     decoding: DecodingParams
 
-    def prompt_token_ids(self, index: int) -> list[int]:
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts, each counted once."""
+        return sum(len(prompt.token_ids) for prompt in self.prompts)
+
+    def prompt(self, index: int) -> Prompt:
         """Of one choice."""
-        sequence = self.sequences[index]
-        return sequence.token_ids[: sequence.num_prompt]
+        return self.prompts[index // self.num_choices]
 
 
 async def make_generation(
@@ -80,7 +95,9 @@ async def make_generation(
     check_limits(request, service.config)
     check_vocabulary(request, service.codec, service.engine.eos_token_ids)
     decoding = service.decoding.resolve(request)
-    prompts = await read_prompts()
+    num_kept = num_kept_tokens(request, service.engine.max_length)
+    prompts = [prompt.truncated(num_kept) for prompt in await read_prompts()]
+    bad_words = await _bad_words(request, service.codec)
     for prompt in prompts:
         check_prompt(prompt.token_ids, service.engine.max_length, prompt.field)
     unique = secrets.token_hex(12)
@@ -88,9 +105,9 @@ async def make_generation(
         # Sequences keep an id of their own: two clients may send the same one.
         id=f"{id_prefix}-{request.request_id or unique}",
         created=int(time.time()),
-        num_prompt_tokens=sum(len(prompt.token_ids) for prompt in prompts),
         num_choices=request.n or 1,
-        sequences=tuple(_fan_out(request, prompts, decoding, service, unique)),
+        prompts=tuple(prompts),
+        sequences=tuple(_fan_out(request, prompts, bad_words, decoding, service, unique)),
         decoding=decoding,
     )
 
@@ -98,6 +115,7 @@ async def make_generation(
 def _fan_out(
     request: GenerationRequest,
     prompts: list[Prompt],
+    bad_words: tuple[tuple[int, ...], ...],
     decoding: DecodingParams,
     service: Service,
     unique: str,
@@ -108,7 +126,9 @@ def _fan_out(
         wanted = request.max_new_tokens
         max_tokens = left if wanted is None else min(wanted, left)
         for k in range(n):
-            params = _sampling_params(request, max_tokens, k, vocab_size)
+            params = replace(
+                _sampling_params(request, max_tokens, k, vocab_size), bad_words=bad_words
+            )
             yield Sequence.start(
                 f"{unique}-{i * n + k}",
                 prompt.token_ids,
@@ -145,7 +165,24 @@ def _sampling_params(
         skip_special_tokens=request.skip_special_tokens is not False,
         cache_salt=request.cache_salt or "",
         logprobs=request.num_logprobs,
+        prompt_logprobs=request.num_prompt_logprobs,
     )
+
+
+async def _bad_words(request: GenerationRequest, codec: Codec) -> tuple[tuple[int, ...], ...]:
+    """Token ids of each word as it begins a text and, where that differs, as it follows a space."""
+
+    def encode() -> Iterator[tuple[int, ...]]:
+        for word in request.bad_words or ():
+            alone = codec.encode(word.lstrip(), False, "bad_words")
+            spaced = codec.encode(" " + word.lstrip(), False, "bad_words")
+            yield tuple(alone)
+            if spaced[0] != alone[0] and len(spaced) == len(alone):
+                yield tuple(spaced)
+
+    if not request.bad_words:
+        return ()
+    return await run_in_threadpool(lambda: tuple(encode()))
 
 
 def _default(value: float | None, default: float) -> float:

@@ -21,6 +21,9 @@ def check_limits(request: GenerationRequest, config: ServerConfig) -> None:
     _at_most(choices_field, num_prompts * n, http.max_choices, "prompts times n")
     # The queue could never take more, however often the client tried again.
     _at_most("n", num_prompts * n, engine.max_sequences + engine.max_waiting, "choices")
+    _at_most("prompt_logprobs", request.prompt_logprobs or 0, http.max_logprobs)
+    if request.stream and request.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
     _at_most(request.logprobs_field, request.num_logprobs or 0, http.max_logprobs)
     _at_most("logit_bias", len(request.logit_bias or ()), http.max_logit_bias, "entries")
     if request.has_stray_logprobs:
@@ -29,7 +32,9 @@ def check_limits(request: GenerationRequest, config: ServerConfig) -> None:
     if request.priority and not http.allow_priority:
         raise UnsupportedParameter("priority", "is not taken from requests by this server")
     _check_stop(request, http)
+    _check_bad_words(request, http)
     _check_lengths(request)
+    _check_truncation(request)
     _check_stream_options(request)
 
 
@@ -68,6 +73,16 @@ def check_chars(num_chars: int, http: HttpConfig, param: str) -> None:
     _at_most(param, num_chars, http.max_prompt_chars, "characters of text")
 
 
+def num_kept_tokens(request: GenerationRequest, max_length: int) -> int | None:
+    """Tokens of a prompt's end that the request keeps; None for all of them."""
+    wanted = request.truncate_prompt_tokens
+    if wanted == -1:
+        return max(1, max_length - max(1, request.max_new_tokens or 1))
+    if wanted is not None:
+        _at_most("truncate_prompt_tokens", wanted, max_length, "tokens")
+    return wanted
+
+
 def check_prompt(token_ids: list[int], max_length: int, param: str) -> None:
     """One token at least must be left to generate."""
     if not token_ids:
@@ -101,11 +116,26 @@ def _check_stop(request: GenerationRequest, http: HttpConfig) -> None:
     _at_most("stop_token_ids", len(request.stop_token_ids or ()), http.max_logit_bias, "ids")
 
 
+def _check_bad_words(request: GenerationRequest, http: HttpConfig) -> None:
+    words = request.bad_words or []
+    _at_most("bad_words", len(words), http.max_bad_words, "texts")
+    _at_most("bad_words", max(map(len, words), default=0), http.max_stop_chars, "characters in one")
+    if not all(word.strip() for word in words):
+        raise RequestError("bad_words must not contain an empty text", param="bad_words")
+
+
+def _check_truncation(request: GenerationRequest) -> None:
+    if request.truncate_prompt_tokens == 0:
+        raise RequestError(
+            "truncate_prompt_tokens must be -1 or at least 1", param="truncate_prompt_tokens"
+        )
+
+
 def _check_lengths(request: GenerationRequest) -> None:
     max_tokens, min_tokens = request.max_new_tokens, request.min_tokens or 0
     field = request.length_field
-    if max_tokens == 0:
-        raise RequestError(f"{field} must be at least 1", param=field)
+    if max_tokens == 0 and not request.may_generate_nothing:
+        raise RequestError(f"{field} must be at least 1 unless echo is true", param=field)
     if max_tokens is not None and min_tokens > max_tokens:
         raise RequestError(
             f"min_tokens {min_tokens} is above {field} {max_tokens}", param="min_tokens"

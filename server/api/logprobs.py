@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from server.api.chat_protocol import ChatLogprobs, TokenScore, TokenTop
 from server.api.codec import Codec
 from server.api.completion_protocol import Logprobs
+from server.api.protocol import PromptLogprob, PromptLogprobs
 from server.core.output import TokenLogprob
 
 _LOWEST = -9999.0  # JSON has no infinity
@@ -32,16 +34,28 @@ class LogprobsWriter:
         self._name = TokenNames(codec, as_ids)
         self._offset = 0
 
-    def write(self, entries: Iterable[TokenLogprob]) -> Logprobs:
+    def write(self, entries: Iterable[TokenLogprob], first: int | None = None) -> Logprobs:
+        """`first` is a token before all others, that has no log-probability."""
         logprobs = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+        if first is not None:
+            self._append(logprobs, first, None, None)
         for entry in entries:
-            name = self._name(entry.token_id)
-            logprobs.tokens.append(name)
-            logprobs.token_logprobs.append(_finite(entry.logprob))
-            logprobs.top_logprobs.append(self._top(name, entry))
-            logprobs.text_offset.append(self._offset)
-            self._offset += len(self._codec.token_text(entry.token_id))
+            top = self._top(self._name(entry.token_id), entry)
+            self._append(logprobs, entry.token_id, _finite(entry.logprob), top)
         return logprobs
+
+    def _append(
+        self,
+        logprobs: Logprobs,
+        token_id: int,
+        logprob: float | None,
+        top: dict[str, float] | None,
+    ) -> None:
+        logprobs.tokens.append(self._name(token_id))
+        logprobs.token_logprobs.append(logprob)
+        logprobs.top_logprobs.append(top)
+        logprobs.text_offset.append(self._offset)
+        self._offset += len(self._codec.token_text(token_id))
 
     def _top(self, name: str, entry: TokenLogprob) -> dict[str, float]:
         """The token itself first. Of tokens that read alike, the most probable counts."""
@@ -50,6 +64,29 @@ class LogprobsWriter:
             other = self._name(token_id)
             top[other] = max(top.get(other, _LOWEST), _finite(logprob))
         return top
+
+
+def prompt_logprobs(
+    entries: Iterable[TokenLogprob], num_top: int, codec: Codec, as_ids: bool = False
+) -> PromptLogprobs:
+    """By token id; as many alternatives as were asked for by this name."""
+    name = TokenNames(codec, as_ids)
+
+    def score(token_id: int, logprob: float, rank: int) -> PromptLogprob:
+        return PromptLogprob(logprob=_finite(logprob), rank=rank, decoded_token=name(token_id))
+
+    written: PromptLogprobs = [None]
+    for entry in entries:
+        scores = {str(entry.token_id): score(entry.token_id, entry.logprob, entry.rank)}
+        for rank, (token_id, logprob) in enumerate(entry.top[:num_top], start=1):
+            scores.setdefault(str(token_id), score(token_id, logprob, rank))
+        written.append(scores)
+    return written
+
+
+def trimmed(entries: Iterable[TokenLogprob], num_top: int) -> list[TokenLogprob]:
+    """With so many alternatives at most."""
+    return [replace(entry, top=entry.top[:num_top]) for entry in entries]
 
 
 def chat_logprobs(

@@ -101,12 +101,19 @@ class GenerationRequest(Body):
         None, description="Token id to bias."
     )
     allowed_token_ids: list[int] | None = Field(None, description="Only these are generated.")
+    bad_words: list[str] | None = Field(None, description="Texts that are never completed.")
     stop: Stop = Field(None, description="Strings that end the text.")
     stop_token_ids: list[int] | None = Field(None, description="Tokens that end the text.")
     include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string.")
     ignore_eos: bool | None = Field(None, description="End-of-text tokens do not end the text.")
     skip_special_tokens: bool | None = Field(None, description="Leave them out; true if null.")
     seed: Int64 | None = Field(None, description="Same request and seed, same text.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, description="Alternatives to report for each token of the prompt; no stream."
+    )
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="Keep so many tokens at the prompt's end; -1 keeps what fits."
+    )
     return_token_ids: bool | None = Field(None, description="Also give the ids of prompt and text.")
     return_tokens_as_token_ids: bool | None = Field(
         None, description='Log-probabilities call tokens "token_id:N".'
@@ -148,6 +155,16 @@ class GenerationRequest(Body):
         """The field that `num_logprobs` came from."""
 
     @property
+    def num_prompt_logprobs(self) -> int | None:
+        """Alternatives to compute for each token of the prompt; None for nothing at all."""
+        return self.prompt_logprobs
+
+    @property
+    def may_generate_nothing(self) -> bool:
+        """Whether the prompt alone is an answer."""
+        return False
+
+    @property
     def has_stray_logprobs(self) -> bool:
         """Alternatives were asked for, but no log-probabilities."""
         return False
@@ -161,6 +178,18 @@ class PromptTokensDetails(BaseModel):
     """Of the prompt tokens."""
 
     cached_tokens: int = Field(description="Found in the prefix cache; no model read them.")
+
+
+class PromptLogprob(BaseModel):
+    """One token at one place of the prompt."""
+
+    logprob: float = Field(description="Of the combined distribution, before any warp.")
+    rank: int = Field(description="Its place among all tokens, from 1.")
+    decoded_token: str
+
+
+# By token id, the prompt's own first; null for the first token, which nothing comes before.
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
 
 
 class Usage(BaseModel):

@@ -33,6 +33,7 @@ class Piece:
         text: empty where all of it is held back for now.
         token_ids: may be more than the text's, or fewer: text is held back, tokens are not.
         logprobs: one for each token; None where none were asked for.
+        prompt_logprobs: of the prompt from its second token on; on the first piece of a choice.
         finish_reason: set on the last piece of a choice.
         stop_reason: the stop string or stop token that ended the text.
     """
@@ -43,6 +44,7 @@ class Piece:
     logprobs: tuple[TokenLogprob, ...] | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 class Reply:
@@ -74,6 +76,7 @@ class Reply:
             logprobs=delta.logprobs if wants_logprobs else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
+            prompt_logprobs=delta.prompt_logprobs,
         )
 
     @property
@@ -238,4 +241,5 @@ def merge(pieces: Row[Piece]) -> Piece:
         logprobs=None if last.logprobs is None else tuple(logprobs),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
+        prompt_logprobs=pieces[0].prompt_logprobs,
     )

@@ -13,13 +13,9 @@ logger = logging.getLogger(__name__)
 
 # Field to the values that ask for nothing; null always does.
 REFUSED: dict[str, tuple[object, ...]] = {
-    "echo": (False,),
     "suffix": ("",),
-    "prompt_logprobs": (),
     "prompt_embeds": (),
-    "truncate_prompt_tokens": (),
     "truncation_side": (),
-    "bad_words": ([],),
     "logprob_token_ids": ([],),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
@@ -63,6 +59,7 @@ REFUSED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
 # With messages only.
 REFUSED_IN_CHAT: dict[str, tuple[object, ...]] = {
     **REFUSED,
+    "echo": (False,),
     "chat_template": (),
     "documents": ([],),
     "best_of": (1,),

@@ -24,6 +24,7 @@ class SamplingParams:
         repetition_penalty: Keskar et al. 2019, over prompt and generated tokens; 1 is none.
         logit_bias: (token id, bias) pairs.
         allowed_token_ids: only these may be generated; None allows all.
+        bad_words: token sequences that are never completed; see `decoding.warp`.
         seed: of the counter-based randomness; the caller draws one where the client gave none.
         is_seeded: the client gave it, so the text must be a function of it and of the target alone.
         stop: strings that end the text.
@@ -32,7 +33,7 @@ class SamplingParams:
         ignore_eos: the models' own end-of-text tokens do not end the text.
         skip_special_tokens: leave special tokens out of the text.
         prefix_cache: keys and values of the prompt may be found instead of computed, and are left
-            for others; False where every position of the prompt has to be scored.
+            for others. Never with prompt_logprobs.
         cache_salt: only sequences with the same salt find each other's.
         logprobs: alternatives to report for each token; 0 reports only the token, None nothing.
         prompt_logprobs: the same for the tokens of the prompt.
@@ -49,6 +50,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
     seed: int = 0
     is_seeded: bool = False
     stop: tuple[str, ...] = ()

@@ -1,9 +1,9 @@
 """Warps: temperature, truncation, penalties and biases, applied to logits row by row.
 
-Order: repetition, frequency and presence penalties; logit_bias; masks (allowed tokens, stop tokens
-before min_tokens); temperature; min-p; top-k; top-p. A row is one position of one sequence, and
-penalties count the tokens before that position, pending ones included, so that a position's warp
-is the same whether it is proposed, verified or drawn.
+Order: repetition, frequency and presence penalties; logit_bias; masks (allowed tokens, tokens that
+complete a bad word, stop tokens before min_tokens); temperature; min-p; top-k; top-p. A row is one
+position of one sequence, and penalties and masks look at the tokens before that position, pending
+ones included, so that a position's warp is the same whether it is proposed, verified or drawn.
 
 Greedy rows are warped at temperature 1 without truncation: greedy text takes the most probable
 token of the *combined* distribution (`combine.rank`).
@@ -33,7 +33,11 @@ class Warp:
         self._device = device
         params = [sequence.params for sequence, _ in places]
         self._is_plain = not any(
-            p.has_penalties or p.logit_bias or p.allowed_token_ids is not None or p.min_tokens
+            p.has_penalties
+            or p.logit_bias
+            or p.allowed_token_ids is not None
+            or p.bad_words
+            or p.min_tokens
             for p in params
         )
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
@@ -128,9 +132,17 @@ def _adjust(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[in
         kept = logits[allowed]
         logits.fill_(-torch.inf)
         logits[allowed] = kept
+    if banned_words := [w[-1] for w in params.bad_words if _completes(w, sequence, position)]:
+        logits[_ids(banned_words, logits)] = -torch.inf
     if position < sequence.num_prompt + params.min_tokens:
         banned = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos
         logits[_ids(sorted(banned), logits)] = -torch.inf
+
+
+def _completes(word: tuple[int, ...], sequence: Sequence, position: int) -> bool:
+    """Whether the generated tokens before `position` end with all of `word` but its last."""
+    start = position - len(word) + 1
+    return start >= sequence.num_prompt and sequence.token_ids[start:position] == list(word[:-1])
 
 
 def _penalise(logits: Tensor, sequence: Sequence, position: int) -> None:

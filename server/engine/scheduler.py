@@ -132,7 +132,8 @@ class Scheduler:
         """Queue it behind all that wait with its priority or a better one; its id is its own."""
         params = sequence.params
         keys: dict[int, PrefixKeys] = {}
-        if self._prefix_cache and params.prefix_cache:
+        # What is found has no scores: a prompt whose every position is to be scored is computed.
+        if self._prefix_cache and params.prefix_cache and params.prompt_logprobs is None:
             sizes = {pool.page_size for pool in self._pools}
             keys = {size: PrefixKeys(size, params.cache_salt) for size in sizes}
         self._tables[sequence.id] = tuple(

@@ -145,6 +145,8 @@ class RequestObserver:
     def finish(self, reason: str) -> None:
         """The request is complete; `reason` is "stop" or "length"."""
         self.reason = reason
+        if not self._last:  # of the prompt alone
+            self._count_prompt()
 
     def __exit__(
         self,
@@ -178,5 +180,8 @@ class RequestObserver:
             self.queue_seconds = max(0.0, min(runs) - self._started)
             self._metrics.queue.observe(self.queue_seconds)
             self._metrics.prefill.observe(self.first_token_seconds - self.queue_seconds)
+        self._count_prompt()
+
+    def _count_prompt(self) -> None:
         self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
         self._metrics.total_prompt_tokens.inc(self._num_prompt_tokens)

@@ -63,6 +63,7 @@ WARPS: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.7, "repetition_penalty": 1.4},
     "bias": {"logit_bias": ((0, 1.0), (2, -0.5))},
     "allowed": {"allowed_token_ids": (0, 2)},
+    "bad-words": {"bad_words": ((0, 1), (2, 2, 0), (1, 1))},
 }
 
 
