@@ -47,7 +47,7 @@ def test_echoed_log_probabilities_are_of_the_combination(live: Live, cos: dict[s
     ):  # fmt: skip
         assert top[token] == logprob <= max(top.values())
         assert 2 <= len(top) <= 3
-    assert body["usage"] == {"prompt_tokens": 40, "completion_tokens": 6, "total_tokens": 46}
+    assert (body["usage"]["prompt_tokens"], body["usage"]["completion_tokens"]) == (40, 6)
     assert "prompt_logprobs" not in choice
 
 
@@ -74,7 +74,7 @@ def test_a_text_is_echoed_as_it_was_given(live: Live) -> None:
 
 
 def test_a_stream_begins_with_the_prompt(live: Live) -> None:
-    options = {"prompt": [PROMPT, [1, 2]], "echo": True, "max_tokens": 5, "seed": 3}
+    options: dict[str, Any] = {"prompt": [PROMPT, [1, 2]], "echo": True, "max_tokens": 5, "seed": 3}
     whole = live.complete(**options, logprobs=1, stop=["zzz"])
     chunks = live.stream(**options, logprobs=1, stop=["zzz"])
     for choice in whole["choices"]:
@@ -126,21 +126,25 @@ def test_refusals(live: Live, fields: dict[str, Any], param: str, words: str) ->
 
 
 def test_prompts_are_cut_from_the_left(live: Live) -> None:
-    options = {"max_tokens": 3, "echo": True, "return_token_ids": True}
+    options: dict[str, Any] = {"max_tokens": 3, "echo": True, "return_token_ids": True}
     body = live.complete(prompt="1 2 3 4 5", truncate_prompt_tokens=2, **options)
     assert body["choices"][0]["prompt_token_ids"] == [4, 5]
     assert body["choices"][0]["text"].startswith("4 5 ")
     assert body["usage"]["prompt_tokens"] == 2
     longer = [1] * (2 * MAX_LENGTH)
     body = live.complete(prompt=longer, truncate_prompt_tokens=-1, ignore_eos=True, **options)
-    assert body["usage"] == {
-        "prompt_tokens": MAX_LENGTH - 3, "completion_tokens": 3, "total_tokens": MAX_LENGTH
-    }  # fmt: skip
+    assert body["usage"]["prompt_tokens"] == MAX_LENGTH - 3
+    assert body["usage"]["completion_tokens"] == 3
     assert live.chat(truncate_prompt_tokens=2, max_tokens=1)["usage"]["prompt_tokens"] == 2
 
 
 def test_bad_words_are_never_completed(live: Live) -> None:
-    fields = {"max_tokens": 60, "seed": 5, "ignore_eos": True, "return_token_ids": True}
+    fields: dict[str, Any] = {
+        "max_tokens": 60,
+        "seed": 5,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     fields |= {"allowed_token_ids": [1, 2, 3, EOS]}
     bad = ["1 2", "33", "2 1 3"]
     for cos in ({}, STANDARD):

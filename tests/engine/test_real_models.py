@@ -143,3 +143,25 @@ def test_greedy_text_over_found_prefixes_is_that_of_a_full_read(
             prompt += [*found, 3, 200 + turn]
     for model in decoding.combination.scorers:
         assert sum(step.num_cached[model] for step in steps) > 100
+
+
+def test_prompt_log_probabilities_are_those_of_transformers(
+    directories: tuple[Path, ...], models: LoadedModels
+) -> None:
+    members = [AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32) for d in directories]
+    decoding = make_decoding("cos", COMBINATIONS["weighted"], gamma=3)
+    params = SamplingParams(max_tokens=4, prompt_logprobs=2)
+    prompts = [list(range(30, 90)), *PROMPTS]
+    sequences = [Sequence.start(f"s{i}", p, params, decoding) for i, p in enumerate(prompts)]
+    deltas = run(make_engine(models), sequences)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            rows = [member(ids).logits[0, :-1].softmax(-1) for member in members]
+        mix = torch.stack([w * row for w, row in zip((0.2, 0.4, 0.4), rows, strict=True)]).sum(0)
+        expected = mix.log().gather(1, ids[0, 1:, None])[:, 0]
+        entries = deltas[sequence.id][0].prompt_logprobs
+        assert [entry.logprob for entry in entries] == pytest.approx(expected.tolist(), abs=1e-4)
+        best = mix.log().topk(2).values
+        tops = [[p for _, p in entry.top] for entry in entries]
+        assert torch.allclose(torch.tensor(tops), best, atol=1e-4)

@@ -39,9 +39,8 @@ def warped(
         logits[token] += bias
     if params.allowed_token_ids is not None:
         logits[[t for t in range(len(logits)) if t not in params.allowed_token_ids]] = -np.inf
-    for *prefix, last in params.bad_words:
-        if len(made) >= len(prefix) and list(made)[len(made) - len(prefix) :] == prefix:
-            logits[last] = -np.inf
+    completed = [w[-1] for w in params.bad_words if [*made][len(made) - len(w) + 1 :] == [*w[:-1]]]
+    logits[completed] = -np.inf
     if params.is_greedy:
         return logits
     logits = logits / params.temperature
