@@ -191,9 +191,10 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     )
     if config.engine.calibrate:
         combination = make_combination(config.combination, len(config.models))
-        engine.costs = calibrate(engine, combination)
-        if engine.costs is not None:
-            metrics.speedup.calibrated(engine.costs)
+        costs = calibrate(engine, combination)
+        if costs is not None:
+            engine.control(costs)
+            metrics.speedup.calibrated(costs)
     return Parts(
         AsyncEngine(engine),
         tokenizer,

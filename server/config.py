@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from server.errors import ConfigError
 
-StrategyName = Literal["standard", "single", "speculative", "cos", "mixture"]
+StrategyName = Literal["standard", "single", "speculative", "cos", "mixture", "auto"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 

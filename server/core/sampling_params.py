@@ -93,9 +93,12 @@ class DecodingParams:
     Attributes:
         strategy: which model advances next.
         combination: the target of verification.
-        gamma: proposal length of each model, each at most the engine's max_gamma.
+        gamma: proposal length of each model, each at most the engine's max_gamma; 0: it never
+            proposes.
         kappa: mixture only: foreign-coin tokens the first model may draft through.
-        shared_coins: mixture only: take the batch's coins, not the sequence's own.
+        shared_coins: mixture: take the batch's coins, not the sequence's own; auto: a mixture with
+            shared coins may be chosen.
+        is_gamma_auto: `gamma` is only where choosing begins.
     """
 
     strategy: StrategyName
@@ -103,3 +106,9 @@ class DecodingParams:
     gamma: tuple[int, ...]
     kappa: int = 0
     shared_coins: bool = False
+    is_gamma_auto: bool = False
+
+    @property
+    def is_auto(self) -> bool:
+        """Something of it is left to be chosen while it runs."""
+        return self.strategy == "auto" or self.is_gamma_auto

@@ -29,6 +29,7 @@ class SequenceStats:
 
     proposed: list[int]  # [num_models] by proposer
     accepted: list[int]  # [num_models] by proposer
+    verified: list[int] = field(default_factory=list)  # [num_models] accepted or rejected
     num_recovered: int = 0
     num_drawn: int = 0
     num_bonus: int = 0
@@ -55,6 +56,7 @@ class Sequence:
         resume_at: [num_models]; model k feeds up to here before the sequence takes part in
             decoding: the prompt for models that must score its end, or what k had seen when
             the sequence was preempted.
+        schedule: how it is decoded at present: `decoding`, or what was chosen where that is open.
         slot: ring of the ScoreStore while running, else -1.
         num_scored: tokens of the prompt whose log-probabilities are known, the first one
             included; num_prompt where none were asked for. See `open_window`.
@@ -69,6 +71,7 @@ class Sequence:
     token_ids: list[int]
     params: SamplingParams
     decoding: DecodingParams
+    schedule: DecodingParams
     num_prompt: int = 0
     num_verified: int = 0
     num_seen: list[int] = field(default_factory=list)
@@ -93,12 +96,13 @@ class Sequence:
         priority: int = 0,
     ) -> Sequence:
         """A waiting sequence that nobody has seen yet. `prompt` has at least one token."""
-        num_models = len(decoding.gamma)
+        num_models = len(decoding.combination.weights)
         return cls(
             id=id,
             token_ids=list(prompt),
             params=params,
             decoding=decoding,
+            schedule=decoding,
             num_prompt=len(prompt),
             num_verified=len(prompt),
             num_scored=len(prompt) if params.prompt_logprobs is None else 1,
@@ -108,6 +112,7 @@ class Sequence:
             stats=SequenceStats(
                 proposed=[0] * num_models,
                 accepted=[0] * num_models,
+                verified=[0] * num_models,
                 forwards=[0] * num_models,
                 cached=[0] * num_models,
             ),

@@ -7,6 +7,7 @@ they decide), so a sequence's schedule does not depend on its batch or on preemp
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import Protocol
@@ -76,24 +77,27 @@ class Speculative(Standard):
 class Cos(Standard):
     """Roles alternate (paper Alg. 1 and 2, any number of models).
 
-    Model 0 opens with gamma[0] proposals, then whichever scorer is furthest behind scores them and
-    adds a bonus token of its own. If that leaves nothing else pending, the bonus opens a proposal
-    of gamma[k] tokens by that model; after a rejection model 0 opens again.
+    The first model that proposes opens with gamma[k] proposals, then whichever scorer is furthest
+    behind scores them and adds a bonus token of its own. If that leaves nothing else pending, the
+    bonus opens a proposal of gamma[k] tokens by that model; after a rejection the first one opens
+    again. A model with gamma 0 only scores.
     """
 
     def __init__(self, decoding: DecodingParams) -> None:
         super().__init__(decoding)
         self._gamma = decoding.gamma
         self._max_pending = max(decoding.gamma) + len(decoding.gamma) - 1
+        self._opener = next(model for model, length in enumerate(decoding.gamma) if length)
 
     def next_model(self, sequence: Sequence) -> int:
-        opener = sequence.proposers[-1] if sequence.proposers else 0
+        opener = sequence.proposers[-1] if sequence.proposers else self._opener
         if self._continues(sequence, opener):
             return opener
         return furthest_behind(sequence, self._combination.scorers)
 
     def may_propose(self, sequence: Sequence, model: int) -> bool:
-        if sequence.is_closed or sequence.num_pending >= self._max_pending:
+        is_silent = not self._gamma[model]
+        if is_silent or sequence.is_closed or sequence.num_pending >= self._max_pending:
             return False
         is_bonus = not sequence.proposers or sequence.proposers[-1] != model
         return is_bonus or self._continues(sequence, model)
@@ -122,6 +126,11 @@ class SharedCoins:
     def join(self, sequence: Sequence) -> None:
         """Align the next position of `sequence` with the first coin that nobody has seen."""
         sequence.coin_base = self._num_revealed - len(sequence)
+
+    def is_fresh(self, sequence: Sequence) -> bool:
+        """Nobody has looked at the coin of the next position of `sequence`."""
+        assert sequence.coin_base is not None
+        return len(sequence) + sequence.coin_base >= self._num_revealed
 
     def coin(self, index: int) -> float:
         self._num_revealed = max(self._num_revealed, index + 1)
@@ -182,15 +191,62 @@ class Mixture:
         return min(bisect_right(self._cumulative, coin), self._last)
 
 
+class Chooser(Protocol):
+    """Fills in what `auto` leaves open; see `engine.controller`."""
+
+    def choose(self, sequence: Sequence) -> DecodingParams:
+        """How `sequence` is decoded from here on; never a function of tokens yet to come."""
+        ...
+
+    def add(self, sequence: Sequence, model: int, accepted: float) -> None:
+        """A proposal of `model` was verified, or would have been accepted so probably."""
+        ...
+
+
 class Strategies:
     """The strategy of each sequence; equal decoding parameters share one object."""
 
     def __init__(self, shared_coins: SharedCoins) -> None:
         self.shared_coins = shared_coins
-        self._make = lru_cache(maxsize=1024)(self._build)
+        self.chooser: Chooser | None = None
+        self.make = lru_cache(maxsize=1024)(self._build)
 
     def of(self, sequence: Sequence) -> Strategy:
-        return self._make(sequence.decoding)
+        return self.make(sequence.schedule)
+
+    def settle(self, sequence: Sequence) -> None:
+        """Decode `sequence` from here on as the chooser says; none of its tokens is pending.
+
+        A sequence on shared coins stays there until nobody has looked at its next coin: leaving
+        because of a coin's value would bias its text.
+        """
+        assert sequence.num_pending == 0
+        if not sequence.decoding.is_auto:
+            return
+        if sequence.coin_base is not None and not self.shared_coins.is_fresh(sequence):
+            return
+        chosen = self._choose(sequence)
+        if chosen == sequence.schedule:
+            return
+        sequence.schedule = chosen
+        sequence.coin_base = None
+        if chosen.shared_coins:
+            self.shared_coins.join(sequence)
+
+    def _choose(self, sequence: Sequence) -> DecodingParams:
+        if self.chooser is None:
+            strategy = sequence.decoding.strategy
+            return replace(
+                sequence.decoding,
+                strategy="cos" if strategy == "auto" else strategy,
+                is_gamma_auto=False,
+                shared_coins=False,
+            )
+        chosen = self.chooser.choose(sequence)
+        if chosen.shared_coins and not sequence.num_generated:
+            # While it reads its prompt, others would look at the coins that it joined at.
+            return replace(chosen, strategy="standard", shared_coins=False)
+        return chosen
 
     def _build(self, decoding: DecodingParams) -> Strategy:
         match decoding.strategy:
@@ -198,7 +254,7 @@ class Strategies:
                 return Standard(decoding)
             case "speculative":
                 return Speculative(decoding)
-            case "cos":
+            case "cos" | "auto":
                 return Cos(decoding)
             case "mixture":
                 return Mixture(decoding, self.shared_coins)

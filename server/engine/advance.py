@@ -44,6 +44,7 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
 
+_PROBE_PERIOD = 8  # steps that draw, for each that is probed
 _PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
 
 
@@ -90,6 +91,7 @@ class Advancer:
         self._scores = scores
         self._strategies = strategies
         self._eos = eos_token_ids
+        self._num_draws = 0
         # Scores meet on the last model's device: it is the largest, and scores the most.
         self._device = runners[-1].device
 
@@ -135,6 +137,7 @@ class Advancer:
         self, model: int, sequences: Row[Sequence], deciding: Row[Sequence], outcome: Outcome
     ) -> None:
         verified = self._verify(deciding, outcome)
+        self._settle(sequence for sequence in deciding if sequence not in outcome.failed)
         self._draw(sequences, outcome)
         self._propose(model, deciding, verified, outcome)
 
@@ -237,6 +240,11 @@ class Advancer:
         offsets += [(sequence.proposers[i], i, True) for i in range(num_accepted)]
         if recovered is not None:
             offsets.append((sequence.proposers[num_accepted], num_accepted, False))
+        for accepted, proposer in zip(
+            (*[True] * num_accepted, False), sequence.proposers, strict=False
+        ):
+            if accepted or recovered is not None:
+                self._learn(sequence, proposer, accepted)
         sequence.accept(num_accepted)
         if recovered is None:
             return
@@ -264,6 +272,47 @@ class Advancer:
                 else:
                     sequence.draw(token_id)
                     outcome.stats.num_drawn += 1
+            self._probe([sequence for sequence in group if sequence not in outcome.failed])
+        # A sequence on shared coins may leave them here only, where its next coin is unknown.
+        self._settle(s for s in ready if s.coin_base is not None and s not in outcome.failed)
+
+    def _settle(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.num_pending == 0:
+                self._strategies.settle(sequence)
+
+    def _learn(self, sequence: Sequence, proposer: int, accepted: bool) -> None:
+        sequence.stats.verified[proposer] += 1
+        if self._strategies.chooser is not None:
+            self._strategies.chooser.add(sequence, proposer, float(accepted))
+
+    def _probe(self, drawn: list[Sequence]) -> None:
+        """Now and then: would the scorers' own tokens have been accepted where one was drawn?
+
+        So models are known that propose nothing at present. The position is decided, so what is
+        learnt says nothing of tokens to come.
+        """
+        chooser = self._strategies.chooser
+        candidates = [s for s in drawn if s.decoding.is_auto and s.coin_base is None]
+        if chooser is None or not candidates:
+            return
+        self._num_draws += 1
+        if self._num_draws % _PROBE_PERIOD:
+            return
+        sequence = candidates[self._num_draws // _PROBE_PERIOD % len(candidates)]
+        place = (sequence, len(sequence) - 1)
+        for model in sequence.decoding.combination.scorers:
+            chooser.add(sequence, model, self._overlap(model, place))
+
+    def _overlap(self, model: int, place: Place) -> float:
+        """How probably a token of `model` is accepted at a decided place."""
+        sequence, position = place
+        only = Combination.only(len(self._runners), model)
+        if sequence.params.is_coupled:
+            return float(self._pick([place], lambda place: only) == [sequence.token_ids[position]])
+        warp = Warp([place], self._eos, self._device)
+        proposal = warp.probs(self._read(model, [place]))
+        return float(torch.minimum(proposal, self._target([place])).sum())
 
     def _propose(
         self, model: int, sequences: Iterable[Sequence], verified: set[Sequence], outcome: Outcome

@@ -113,12 +113,18 @@ class CostTable:
         seconds = self._timed(model, batch, tokens) * self.load(model)
         return seconds * self._cell(model, batch, tokens)
 
-    def rest_seconds(self, num_drawn: float, num_verified: float, num_proposed: float) -> float:
-        """The rest of a step: rows drawn from the target, verified, and proposed."""
+    def rest_seconds(
+        self,
+        batch: float,
+        num_drawn: float = 0,
+        num_verified: float = 0,
+        num_proposed: float = 0,
+    ) -> float:
+        """The rest of a step of `batch` sequences: positions drawn, verified and proposed."""
         return self._rest_scale.value() * sum(
             self._rest_part(kind, rows)
             for kind, rows in (
-                ("feed", num_drawn + num_verified + num_proposed),
+                ("feed", batch),
                 ("draw", num_drawn),
                 ("verify", num_verified),
                 ("propose", num_proposed),
@@ -130,7 +136,7 @@ class CostTable:
         """One token of one sequence by standard decoding, when `batch` of them decode at once."""
         forwards = sum(self.forward_seconds(model, batch, 1) for model in scorers)
         feed = self._rest_scale.value() * self._rest_part("feed", batch) * (len(scorers) - 1)
-        return (forwards + feed + self.rest_seconds(batch, 0, 0)) / batch
+        return (forwards + feed + self.rest_seconds(batch, num_drawn=batch)) / batch
 
     def estimate(self, deliveries: Row[Delivery], batch: int) -> float:
         """Standard decoding of what was delivered, `batch` sequences decoding at once."""

@@ -14,6 +14,7 @@ from server.core.sequence import Sequence
 from server.core.stats import Delivery, Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine.advance import Advancer, Outcome
+from server.engine.controller import Controller
 from server.engine.cost_table import CostTable
 from server.engine.detokenizer import Decoder, TextStream
 from server.engine.faults import free_cached_memory, is_out_of_memory
@@ -75,6 +76,7 @@ class Engine:
         self.on_fault: Callable[[Fault], None] | None = None
         self.clock = clock
         self.costs: CostTable | None = None
+        self.controller: Controller | None = None
         self.limits = limits
         self.runners = tuple(runners)
         self.num_models = len(runners)
@@ -82,7 +84,7 @@ class Engine:
         self.max_length = min(runner.max_length for runner in runners)
         self._decoder = decoder
         self.eos_token_ids = eos_token_ids
-        strategies = Strategies(SharedCoins(coin_seed))
+        self._strategies = strategies = Strategies(SharedCoins(coin_seed))
         scores = ScoreStore(
             limits.max_sequences,
             limits.max_gamma + len(runners),
@@ -105,6 +107,12 @@ class Engine:
         self._texts: dict[Sequence, TextStream] = {}
         self._sequences: dict[str, Sequence] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
+
+    def control(self, costs: CostTable) -> None:
+        """Estimate by these costs, and choose by them what requests leave open."""
+        self.costs = costs
+        self.controller = Controller(costs, self._strategies, self.limits.max_gamma)
+        self._strategies.chooser = self.controller
 
     @property
     def has_work(self) -> bool:
@@ -215,7 +223,7 @@ class Engine:
             if match is not None:
                 end = _End(end.num_tokens, "stop", match.stop)
         kept = end.num_tokens if end is not None else count
-        stats.deliveries.append(Delivery(sequence.decoding, kept, start == sequence.num_prompt))
+        stats.deliveries.append(Delivery(sequence.schedule, kept, start == sequence.num_prompt))
         stats.num_discarded += count - kept
         prompt_logprobs = self._prompt_logprobs.pop(sequence, ())
         if end is not None:
@@ -319,6 +327,8 @@ class Engine:
         if self.costs is not None:
             stats.baseline_seconds = self.costs.estimate(stats.deliveries, batch)
             self.costs.observe(stats)
+        if self.controller is not None:
+            self.controller.observe(stats, self.scheduler.running, batch)
         if self.on_step is not None:
             self.on_step(stats)
 

@@ -231,6 +231,8 @@ class Scheduler:
         sequence.slot = self._scores.take_slot()
         sequence.status = Status.RUNNING
         self.running.append(sequence)
+        if not sequence.num_generated and not sequence.num_pending:
+            self._strategies.settle(sequence)
         decoding = sequence.decoding
         takes_coins = decoding.strategy == "mixture" and decoding.shared_coins
         if takes_coins and sequence.coin_base is None:

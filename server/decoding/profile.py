@@ -1,0 +1,193 @@
+"""What a strategy does per token, worked out from the strategy itself.
+
+A strategy is a function of counters, so decoding one sequence is a walk over few states: how much
+of the tail is whose, and how far behind each model is. Given how probably each proposer's tokens
+are accepted, this is a Markov chain; its stationary distribution says how often each model runs,
+over how many tokens, for each token verified. `engine.controller` multiplies that by seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.sequence import Sequence
+from server.decoding.strategies import Strategy
+
+_LENGTH = 64  # of the imagined text; nothing depends on it
+_MAX_STATES = 400
+_EDGE = 0.01  # acceptance is taken to lie this far from 0 and 1, where chains fall apart
+
+
+class Shape(NamedTuple):
+    """One advance of one sequence: what the model feeds, and what is decided then."""
+
+    model: int
+    num_tokens: int
+    num_drawn: int
+    num_verified: int
+    num_proposed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Mean of one verified token.
+
+    Attributes:
+        rates: advances of each shape.
+        num_forwards: advances of all shapes.
+    """
+
+    rates: dict[Shape, float]
+
+    @property
+    def num_forwards(self) -> float:
+        return sum(self.rates.values())
+
+
+class _State(NamedTuple):
+    """A sequence, as far as its strategy can tell."""
+
+    proposers: tuple[int, ...]
+    behind: tuple[int, ...]  # tokens that each model has not seen
+
+
+@dataclass(frozen=True, slots=True)
+class _Branch:
+    """One outcome of an advance: these proposers' tokens are accepted, then perhaps one is not."""
+
+    accepted: tuple[int, ...]
+    rejected: int | None
+    shape: Shape
+    target: int  # index of the state that follows
+    num_verified: int
+
+
+class Chain:
+    """All states that one strategy reaches for one sequence, and what leads where."""
+
+    def __init__(self, decoding: DecodingParams, strategy: Strategy) -> None:
+        """`strategy` decides by counters alone (not a mixture)."""
+        self._decoding = decoding
+        self._strategy = strategy
+        self._num_models = len(decoding.combination.weights)
+        start = _State((), (1,) * self._num_models)
+        self._index = {start: 0}
+        self._branches: list[list[_Branch]] = []
+        states = [start]
+        while len(self._branches) < len(states):
+            self._branches.append(self._expand(states[len(self._branches)], states))
+
+    def profile(self, acceptance: tuple[float, ...]) -> Profile:
+        """`acceptance` [num_models]: probability that a model's proposal is accepted."""
+        acceptance = tuple(min(1 - _EDGE, max(_EDGE, rate)) for rate in acceptance)
+        size = len(self._branches)
+        flow = torch.zeros(size, size, dtype=torch.float64)
+        for state, branches in enumerate(self._branches):
+            for branch in branches:
+                flow[branch.target, state] += _probability(branch, acceptance)
+        # pi = flow pi, with the last equation replaced by sum(pi) = 1.
+        system = flow - torch.eye(size, dtype=torch.float64)
+        system[-1] = 1.0
+        right = torch.zeros(size, dtype=torch.float64)
+        right[-1] = 1.0
+        share: list[float] = torch.linalg.solve(system, right).tolist()
+        rates: dict[Shape, float] = {}
+        num_tokens = 0.0
+        for mass, branches in zip(share, self._branches, strict=True):
+            for branch in branches:
+                weight = mass * _probability(branch, acceptance)
+                rates[branch.shape] = rates.get(branch.shape, 0.0) + weight
+                num_tokens += weight * branch.num_verified
+        return Profile({shape: rate / num_tokens for shape, rate in rates.items()})
+
+    def _expand(self, state: _State, states: list[_State]) -> list[_Branch]:
+        """Advance the model that the strategy wants, for every outcome of verification."""
+        sequence = self._sequence(state)
+        model = self._strategy.next_model(sequence)
+        num_tokens = sequence.num_unseen(model)
+        assert num_tokens > 0
+        sequence.num_seen[model] = len(sequence)
+        num_verifiable = self._num_verifiable(sequence)
+        branches = []
+        for num_accepted in range(num_verifiable + 1):
+            branch = self._sequence(state)
+            branch.num_seen[model] = len(branch)
+            branches.append(
+                self._outcome(branch, model, num_tokens, num_verifiable, num_accepted, states)
+            )
+        return branches
+
+    def _outcome(
+        self,
+        sequence: Sequence,
+        model: int,
+        num_tokens: int,
+        num_verifiable: int,
+        num_accepted: int,
+        states: list[_State],
+    ) -> _Branch:
+        window = tuple(sequence.proposers[:num_verifiable])
+        is_rejected = num_accepted < num_verifiable
+        num_verified = num_accepted + is_rejected
+        sequence.accept(num_accepted)
+        if is_rejected:
+            sequence.recover(0)
+        num_drawn = num_proposed = 0
+        if not sequence.proposers and self._is_scored(sequence, len(sequence)):
+            sequence.draw(0)
+            num_drawn = 1
+            num_verified += 1
+        if sequence.num_seen[model] == len(sequence) and self._strategy.may_propose(
+            sequence, model
+        ):
+            sequence.propose(0, model)
+            num_proposed = 1
+        # A model that neither scores nor proposes only ever falls behind.
+        most = max(self._decoding.gamma) + self._num_models
+        behind = tuple(min(most, len(sequence) - seen) for seen in sequence.num_seen)
+        after = _State(tuple(sequence.proposers), behind)
+        if after not in self._index:
+            assert len(states) < _MAX_STATES, "a strategy with more states than it should have"
+            self._index[after] = len(states)
+            states.append(after)
+        return _Branch(
+            accepted=window[:num_accepted],
+            rejected=window[num_accepted] if is_rejected else None,
+            shape=Shape(model, num_tokens, num_drawn, num_verifiable, num_proposed),
+            target=self._index[after],
+            num_verified=num_verified,
+        )
+
+    def _num_verifiable(self, sequence: Sequence) -> int:
+        count = 0
+        while count < sequence.num_pending and self._is_scored(
+            sequence, sequence.num_verified + count
+        ):
+            count += 1
+        return count
+
+    def _is_scored(self, sequence: Sequence, position: int) -> bool:
+        scorers = self._strategy.target(sequence, position).scorers
+        return all(sequence.num_seen[model] >= position for model in scorers)
+
+    def _sequence(self, state: _State) -> Sequence:
+        """The state as a sequence of `_LENGTH` tokens and a tail."""
+        params = SamplingParams(max_tokens=1 << 20)
+        sequence = Sequence.start("chain", [0] * _LENGTH, params, self._decoding)
+        for proposer in state.proposers:
+            sequence.propose(0, proposer)
+        sequence.num_seen = [len(sequence) - behind for behind in state.behind]
+        return sequence
+
+
+def _probability(branch: _Branch, acceptance: tuple[float, ...]) -> float:
+    probability = 1.0
+    for proposer in branch.accepted:
+        probability *= acceptance[proposer]
+    return (
+        probability if branch.rejected is None else probability * (1 - acceptance[branch.rejected])
+    )

@@ -1,0 +1,295 @@
+"""Chooses strategy and proposal lengths under `auto`: the most verified tokens per second, now.
+
+For each way of decoding that could be taken, `decoding.profile` says how often each model runs,
+over how many tokens, for each verified token, given how often each model's proposals are accepted.
+The cost table says what that takes on this machine with as many sequences as decode now. What a
+strategy then really takes beside its prediction (batches that split, say) is learnt too.
+
+Choices change between steps only, and a sequence takes one up only where none of its tokens is
+pending (`Strategies.settle`). What they depend on - seconds, and proposals up to the first rejected
+one - says nothing of the randomness that later tokens will take, so the law stays exact.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence as Row
+from dataclasses import dataclass, field, replace
+from typing import Literal, TypeVar
+
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.decoding.profile import Chain, Profile, Shape
+from server.decoding.strategies import Strategies
+from server.engine.cost_table import CostTable, Ratio
+
+_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # proposal lengths of the first model that are tried
+_BONUS_LENGTHS = (1, 2, 4)  # and of the others
+_PERIOD = 16  # steps between choices
+_BATCH_PERIOD = 4  # steps after which a changed batch is looked at
+# Another way must promise this much more than the present one; and anything that proposes, this
+# much more than standard decoding.
+_HYSTERESIS = 1.03
+_MARGIN = 1.01
+_BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
+_MAX_KEPT = 4096  # profiles, and everything else that clients' own combinations add to
+_PRIOR_ACCEPTANCE = 0.6
+_PRIOR_WEIGHT = 4.0  # proposals that the first guess counts for
+_SEQUENCE_WEIGHT = 24.0  # proposals that its class counts for against a sequence's own
+_MEMORY = 400.0  # proposals after which a class has forgotten 63 % of what came before
+_REALITY_MEMORY = 10.0  # predicted seconds of decoding, for predicted against real
+_REALITY_PRIOR = 2.0
+_REALITY_RANGE = (0.8, 1.5)
+_MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
+
+Kind = Literal["greedy", "seeded", "free"]
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Acceptance:
+    """How often each model's proposals are accepted by one target; old ones are forgotten."""
+
+    def __init__(self, num_models: int) -> None:
+        self._accepted = [0.0] * num_models
+        self._verified = [0.0] * num_models
+
+    def add(self, model: int, accepted: float, verified: float = 1.0) -> None:
+        kept = math.exp(-verified / _MEMORY)
+        self._accepted[model] = self._accepted[model] * kept + accepted
+        self._verified[model] = self._verified[model] * kept + verified
+
+    def rate(self, model: int) -> float:
+        return (self._accepted[model] + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (
+            self._verified[model] + _PRIOR_WEIGHT
+        )
+
+    def rate_of(self, sequence: Sequence, model: int) -> float:
+        """Of one sequence, drawn towards that of all while it is young."""
+        verified = sequence.stats.verified[model]
+        weight = _SEQUENCE_WEIGHT
+        return (sequence.stats.accepted[model] + weight * self.rate(model)) / (verified + weight)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Sequences that ask for the same decoding and take their tokens the same way.
+
+    Attributes:
+        choices: what may be chosen, the plain way first.
+        chosen: what is, now.
+    """
+
+    choices: tuple[DecodingParams, ...]
+    acceptance: Acceptance
+    chosen: DecodingParams
+    is_new: bool = True
+
+
+@dataclass(slots=True)
+class _Interval:
+    """Steps since the last choice: what they gave, and what they took."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+    num_tokens: int = 0
+    batches: set[int] = field(default_factory=set)
+
+
+class Controller:
+    """Chooses for sequences whose decoding is `auto` in strategy or gamma; on the engine thread."""
+
+    def __init__(self, costs: CostTable, strategies: Strategies, max_gamma: int) -> None:
+        self._costs = costs
+        self._strategies = strategies
+        self._max_gamma = max_gamma
+        self._groups: dict[tuple[DecodingParams, Kind], _Group] = {}
+        self._acceptance: dict[tuple[Combination, Kind], Acceptance] = {}
+        self._chains: dict[DecodingParams, Chain] = {}
+        self._profiles: dict[tuple[DecodingParams, tuple[int, ...]], Profile] = {}
+        self._reality: dict[tuple[str, int], Ratio] = {}
+        self._interval = _Interval()
+        self._batch = 1
+
+    def choose(self, sequence: Sequence) -> DecodingParams:
+        """How `sequence`, none of whose tokens is pending, is decoded from here on."""
+        group = self._group(sequence)
+        if group.is_new:
+            self._decide(group, [sequence])
+        return group.chosen
+
+    def add(self, sequence: Sequence, model: int, accepted: float) -> None:
+        """A proposal of `model` was verified, or would have been, with this probability."""
+        self._of(sequence.decoding.combination, sequence).add(model, accepted)
+
+    def observe(self, stats: StepStats, running: Iterable[Sequence], batch: int) -> None:
+        """Learn from one step, `batch` sequences decoding; choose anew from time to time."""
+        interval = self._interval
+        interval.num_steps += 1
+        if not stats.num_prefill_tokens:
+            interval.seconds += stats.step_seconds
+            interval.num_tokens += sum(delivery.num_decoded for delivery in stats.deliveries)
+            interval.batches.add(batch)
+        changed = batch != self._batch and interval.num_steps >= _BATCH_PERIOD
+        if interval.num_steps < _PERIOD and not changed:
+            return
+        members: dict[int, list[Sequence]] = {}
+        groups: dict[int, _Group] = {}
+        for sequence in running:
+            if sequence.decoding.is_auto and not sequence.is_resuming:
+                group = self._group(sequence)
+                groups[id(group)] = group
+                members.setdefault(id(group), []).append(sequence)
+        if len(groups) == 1:
+            self._compare(next(iter(groups.values())), next(iter(members.values())))
+        self._interval = _Interval()
+        self._batch = max(1, batch)
+        for key, group in groups.items():
+            self._decide(group, members[key])
+
+    def token_seconds(
+        self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
+    ) -> float:
+        """Predicted seconds of a verified token of one sequence, `batch` of them decoding."""
+        if decoding.strategy == "mixture":
+            seconds = self._mixture_seconds(decoding, batch)
+        else:
+            profile = self._profile(decoding, acceptance)
+            seconds = sum(
+                rate * self._step_seconds(shape, batch) for shape, rate in profile.rates.items()
+            )
+        return seconds / batch
+
+    def _compare(self, group: _Group, members: list[Sequence]) -> None:
+        """What the interval took, against what was predicted for it."""
+        interval, chosen = self._interval, group.chosen
+        is_pure = all(sequence.schedule == chosen for sequence in members)
+        if not is_pure or len(interval.batches) != 1 or interval.num_tokens < 2 * len(members):
+            return
+        batch = max(1, next(iter(interval.batches)))
+        predicted = self.token_seconds(chosen, self._rates(group, members), batch)
+        self._real(chosen, batch).add(interval.seconds, predicted * interval.num_tokens)
+
+    def _decide(self, group: _Group, members: Row[Sequence]) -> None:
+        rates = self._rates(group, members)
+        seconds = {choice: self._expected(choice, rates) for choice in group.choices}
+        best = min(group.choices, key=lambda choice: seconds[choice])
+        plain = group.choices[0]
+        if plain.strategy == "standard" and seconds[plain] < seconds[best] * _MARGIN:
+            best = plain
+        if group.is_new or seconds[group.chosen] > seconds[best] * _HYSTERESIS:
+            group.chosen = best
+        group.is_new = False
+
+    def _expected(self, choice: DecodingParams, rates: tuple[float, ...]) -> float:
+        low, high = _REALITY_RANGE
+        reality = min(high, max(low, self._real(choice, self._batch).value()))
+        return self.token_seconds(choice, rates, self._batch) * reality
+
+    def _real(self, choice: DecodingParams, batch: int) -> Ratio:
+        key = (choice.strategy, batch.bit_length())
+        return self._reality.setdefault(key, Ratio(_REALITY_MEMORY, _REALITY_PRIOR))
+
+    def _rates(self, group: _Group, members: Row[Sequence]) -> tuple[float, ...]:
+        """[num_models] mean acceptance over the sequences at hand."""
+        num_models = len(group.chosen.combination.weights)
+        return tuple(
+            sum(group.acceptance.rate_of(sequence, model) for sequence in members) / len(members)
+            for model in range(num_models)
+        )
+
+    def _step_seconds(self, shape: Shape, batch: int) -> float:
+        rest = self._costs.rest_seconds(
+            batch,
+            num_drawn=shape.num_drawn * batch,
+            num_verified=shape.num_verified * batch,
+            num_proposed=shape.num_proposed * batch,
+        )
+        return self._costs.forward_seconds(shape.model, batch, shape.num_tokens) + rest
+
+    def _mixture_seconds(self, decoding: DecodingParams, batch: int) -> float:
+        """With shared coins and no drafts: the coin's model catches up, and draws for all."""
+        total = self._costs.rest_seconds(batch, num_drawn=batch)
+        for model in decoding.combination.scorers:
+            weight = decoding.combination.weights[model]
+            left = 1.0  # probability that its last coin is longer ago
+            for gap in range(1, _MAX_GAP + 1):
+                chance = left if gap == _MAX_GAP else left * weight
+                total += weight * chance * self._costs.forward_seconds(model, batch, gap)
+                left -= chance
+        return total
+
+    def _profile(self, decoding: DecodingParams, acceptance: tuple[float, ...]) -> Profile:
+        # Weights do not matter for who runs when, but for being zero.
+        weights = tuple(float(weight != 0) for weight in decoding.combination.weights)
+        decoding = replace(decoding, combination=Combination("linear", weights))
+        buckets = tuple(round(rate * _BUCKETS) for rate in acceptance)
+        key = (decoding, buckets)
+        if key not in self._profiles:
+            _bound(self._profiles)
+            rates = tuple(bucket / _BUCKETS for bucket in buckets)
+            self._profiles[key] = self._chain(decoding).profile(rates)
+        return self._profiles[key]
+
+    def _chain(self, decoding: DecodingParams) -> Chain:
+        if decoding not in self._chains:
+            _bound(self._chains)
+            self._chains[decoding] = Chain(decoding, self._strategies.make(decoding))
+        return self._chains[decoding]
+
+    def _group(self, sequence: Sequence) -> _Group:
+        key = (sequence.decoding, _kind(sequence))
+        if key not in self._groups:
+            _bound(self._groups)
+            choices = make_choices(sequence.decoding, self._max_gamma)
+            acceptance = self._of(sequence.decoding.combination, sequence)
+            self._groups[key] = _Group(choices, acceptance, choices[0])
+        return self._groups[key]
+
+    def _of(self, combination: Combination, sequence: Sequence) -> Acceptance:
+        key = (combination, _kind(sequence))
+        if key not in self._acceptance:
+            _bound(self._acceptance)
+            self._acceptance[key] = Acceptance(sequence.num_models)
+        return self._acceptance[key]
+
+
+def make_choices(decoding: DecodingParams, max_gamma: int) -> tuple[DecodingParams, ...]:
+    """What `decoding` leaves open, spelt out; standard first where it is among them."""
+    num_models = len(decoding.combination.weights)
+    plain = replace(decoding, strategy="standard", is_gamma_auto=False, shared_coins=False)
+    firsts = [length for length in _LENGTHS if length <= max_gamma]
+    others = [length for length in _BONUS_LENGTHS if length <= max_gamma]
+    if not decoding.is_gamma_auto:
+        lengths = [decoding.gamma]
+    else:
+        lengths = [(first, *[other] * (num_models - 1)) for first in firsts for other in others]
+    choices: list[DecodingParams] = []
+    if decoding.strategy == "auto":
+        choices.append(plain)
+        if decoding.shared_coins:
+            choices.append(replace(plain, strategy="mixture", kappa=0, shared_coins=True))
+    if num_models > 1 and decoding.strategy in ("auto", "cos"):
+        choices += [replace(plain, strategy="cos", gamma=gamma) for gamma in lengths]
+        if decoding.is_gamma_auto:
+            # The first model never proposes: it scores what the others do, many tokens at once.
+            silent = [(0, *[length] * (num_models - 1)) for length in firsts if length > 1]
+            choices += [replace(plain, strategy="cos", gamma=gamma) for gamma in silent]
+    if num_models > 1 and decoding.strategy in ("auto", "speculative"):
+        unique = dict.fromkeys((gamma[0], *[1] * (num_models - 1)) for gamma in lengths)
+        choices += [replace(plain, strategy="speculative", gamma=gamma) for gamma in unique]
+    return tuple(choices) or (plain,)
+
+
+def _bound(kept: dict[Key, Value]) -> None:
+    """Make room for one more: clients may ask for any number of combinations."""
+    if len(kept) >= _MAX_KEPT:
+        kept.clear()
+
+
+def _kind(sequence: Sequence) -> Kind:
+    if sequence.params.is_greedy:
+        return "greedy"
+    return "seeded" if sequence.params.is_seeded else "free"
