@@ -81,11 +81,17 @@ CombinationConfig = Annotated[
 class DecodingConfig(Section):
     """Who advances next, and how far proposals run ahead."""
 
-    strategy: StrategyName = Field("cos", description="Which model advances next.")
-    gamma: Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        4,
+    strategy: StrategyName = Field(
+        "auto",
+        description="Which model advances next; auto takes what is fastest by measurement, "
+        "standard decoding included.",
+    )
+    gamma: (
+        Literal["auto"] | Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], ...]
+    ) = Field(
+        "auto",
         description="Proposal length of each model; a single number is the first model's, and the "
-        "others then propose their bonus token alone.",
+        "others then propose their bonus token alone. auto takes the lengths that are fastest.",
     )
     max_gamma: int = Field(8, ge=1, le=32, description="Longest proposal a request may ask for.")
     single: str | None = Field(
@@ -100,6 +106,8 @@ class DecodingConfig(Section):
 
     @model_validator(mode="after")
     def _gamma_within_limit(self) -> DecodingConfig:
+        if self.gamma == "auto":
+            return self
         longest = self.gamma if isinstance(self.gamma, int) else max(self.gamma, default=0)
         if longest > self.max_gamma:
             raise ValueError(f"gamma {longest} is above max_gamma {self.max_gamma}")
@@ -133,8 +141,8 @@ class EngineConfig(Section):
     max_waiting: int = Field(256, ge=1, description="Sequences that may wait before refusal.")
     calibrate: bool = Field(
         True,
-        description="Time standard decoding at start, some seconds, so that metrics can estimate "
-        "the speedup over it.",
+        description="Time forwards at start, some seconds, so that auto can choose and metrics can "
+        "estimate the speedup over standard decoding. Without it auto is cos with gamma 2.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; all cores if null.")
     attention: Literal["auto", "portable", "triton"] = Field(

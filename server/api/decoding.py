@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from server.api.protocol import CosOptions, GenerationRequest
 from server.config import (
@@ -11,12 +11,15 @@ from server.config import (
     DecodingConfig,
     LinearConfig,
     ServerConfig,
+    StrategyName,
     WeightedConfig,
 )
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, proposal_lengths
 from server.errors import ConfigError, RequestError
 
+GammaSetting = int | tuple[int, ...] | Literal["auto"]
+_PROPOSING: tuple[StrategyName, ...] = ("auto", "cos", "speculative")
 _MAX_WEIGHT = 100  # beyond it float32 logits overflow
 
 
@@ -66,13 +69,26 @@ class DecodingDefaults:
         if strategy == "single":
             combination = Combination.only(len(self._names), self._single(self._decoding))
         is_mixture = strategy == "mixture"
+        # Coins of their own would make a text depend on when it went over to a mixture.
+        may_mix = is_mixture or (
+            strategy == "auto" and _mixture_problem(request, combination) is None
+        )
+        gamma = self._resolve_gamma(options)
         return DecodingParams(
             strategy=strategy,
             combination=combination,
-            gamma=self._resolve_gamma(options),
+            gamma=self._lengths(gamma, strategy),
             kappa=self._resolve_kappa(options) if is_mixture else 0,
-            shared_coins=is_mixture and self._shares_coins(request, options),
+            shared_coins=may_mix and self._shares_coins(request, options, strategy),
+            is_gamma_auto=gamma == "auto" and strategy in _PROPOSING,
         )
+
+    def _lengths(self, gamma: GammaSetting, strategy: StrategyName) -> tuple[int, ...]:
+        limit = self._decoding.max_gamma
+        if gamma == "auto":
+            # A mixture's window ends by its coins; other lengths are where choosing begins.
+            gamma = limit if strategy == "mixture" else "auto"
+        return tuple(min(limit, each) for each in proposal_lengths(gamma, len(self._names)))
 
     def _resolve_combination(self, options: CosOptions) -> Combination:
         if options.combination is None:
@@ -87,10 +103,12 @@ class DecodingDefaults:
         except ValueError as error:
             raise RequestError(f"cos.combination: {error}", param="cos.combination") from error
 
-    def _resolve_gamma(self, options: CosOptions) -> tuple[int, ...]:
+    def _resolve_gamma(self, options: CosOptions) -> GammaSetting:
         gamma = options.gamma
         if gamma is None:
-            return proposal_lengths(self._decoding.gamma, len(self._names))
+            return self._decoding.gamma
+        if gamma == "auto":
+            return "auto"
         if isinstance(gamma, list) and len(gamma) != len(self._names):
             raise RequestError(
                 f"cos.gamma has {len(gamma)} entries for {len(self._names)} models",
@@ -115,9 +133,14 @@ class DecodingDefaults:
                 f"{param}: {value} is above this server's limit {limit}", param=param
             )
 
-    def _shares_coins(self, request: GenerationRequest, options: CosOptions) -> bool:
-        """Choices of one request are independent, and a seed fixes the coins, unless it says so."""
-        if options.shared_coins is not None:
+    def _shares_coins(
+        self, request: GenerationRequest, options: CosOptions, strategy: StrategyName
+    ) -> bool:
+        """Choices of one request are independent, and a seed fixes the coins, unless it says so.
+
+        Under auto a seed fixes the text, whatever the request says of coins.
+        """
+        if options.shared_coins is not None and (strategy != "auto" or request.seed is None):
             return options.shared_coins
         return self._decoding.shared_coins and (request.n or 1) == 1 and request.seed is None
 

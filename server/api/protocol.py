@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
@@ -36,8 +36,8 @@ RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")]
 Stop = Annotated[str | list[str] | None, any_of("a string or a list of strings")]
 Gamma = Annotated[
-    Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,
-    any_of("a positive integer, or a list of one for each model"),
+    Literal["auto"] | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,
+    any_of('a positive integer, a list of one for each model, or "auto"'),
 ]
 
 
@@ -65,13 +65,15 @@ class CosOptions(Body):
         None, description="How the members' scores become one distribution."
     )
     strategy: StrategyName | None = Field(None, description="Which model advances next.")
-    gamma: Gamma = Field(None, description="Proposal length of the first, or of each model.")
+    gamma: Gamma = Field(
+        None, description='Proposal length of the first, or of each model, or "auto".'
+    )
     kappa: int | None = Field(
         None, ge=0, description="mixture: foreign-coin tokens the first model may draft through."
     )
     shared_coins: bool | None = Field(
         None,
-        description="mixture: take the batch's coins; allowed by default for one choice "
+        description="mixture, auto: take the batch's coins; allowed by default for one choice "
         "without a seed.",
     )
 
@@ -204,9 +206,15 @@ class Usage(BaseModel):
 class CosReport(BaseModel):
     """What this request's decoding was and took; [models] lists are in configured order."""
 
-    strategy: StrategyName
+    strategy: StrategyName = Field(description="As asked for, or configured.")
+    strategies: dict[str, int] = Field(
+        description="Tokens by the strategy that was used: under auto, what was chosen."
+    )
     combination: dict[str, Any]
-    gamma: list[int]
+    gamma: list[int] = Field(
+        description="Proposal lengths; where they are chosen, the last ones of the first choice, "
+        "and 0 for a model that does not propose."
+    )
     kappa: int | None = Field(description="null unless the strategy is mixture.")
     shared_coins: bool | None = Field(description="null unless the strategy is mixture.")
     proposed: list[int] = Field(description="Tokens proposed, by proposer.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Mapping, Sequence as Row
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -113,10 +114,14 @@ class Reply:
         baseline_seconds = sum(known) if known else None
         is_mixture = decoding.strategy == "mixture"
         by_model = range(len(decoding.gamma))
+        strategies: Counter[str] = Counter()
+        for each in stats:
+            strategies.update(each.strategies)
         return CosReport(
             strategy=decoding.strategy,
+            strategies=dict(strategies),
             combination=describe_combination(decoding.combination),
-            gamma=list(decoding.gamma),
+            gamma=list(self._generation.sequences[0].schedule.gamma),
             kappa=decoding.kappa if is_mixture else None,
             shared_coins=decoding.shared_coins if is_mixture else None,
             proposed=[sum(each.proposed[k] for each in stats) for k in by_model],

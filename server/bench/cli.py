@@ -37,12 +37,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--concurrency", default="1", help="requests in flight, as in 1,4,16 (%(default)s)")
     add(
         "--strategies",
-        default="standard,cos",
+        default="standard,auto",
         help="comma-separated, options after colons: cos:gamma=4, cos:gamma=4/2 (one for each "
         "model), mixture:kappa=2:shared_coins=true (%(default)s)",
     )
     add("--temperature", type=float, default=1.0, help="0 is greedy (%(default)s)")
     add("--seed", type=int, default=0, help="seed of the first prompt (%(default)s)")
+    add(
+        "--seeds",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="send seeds, which fix each text; without them auto may take mixtures, and proposals "
+        "are accepted more often",
+    )
     add("--combination", metavar="JSON", help="combination to ask for instead of the server's")
     add("--rounds", type=_positive, default=4, help="interleaved blocks (%(default)s)")
     add("--warmup", type=int, default=1, help="uncounted waves before each point (%(default)s)")
@@ -120,6 +127,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         seed=args.seed,
         ignore_eos=args.ignore_eos,
         warmup=args.warmup,
+        send_seeds=args.seeds,
     )
 
 

@@ -52,7 +52,7 @@ class BenchClient:
             "prompt": job.prompt,
             "max_tokens": job.max_tokens,
             "temperature": self._settings.temperature,
-            "seed": job.seed,
+            **({"seed": job.seed} if self._settings.send_seeds else {}),
             "ignore_eos": self._settings.ignore_eos,
             "stream": True,
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},

@@ -113,7 +113,7 @@ def cells(summary: Summary) -> tuple[str, ...]:
     return (
         summary.prompt_set,
         str(summary.concurrency),
-        summary.strategy + failed,
+        summary.strategy + _chosen(summary) + failed,
         f"{summary.tokens_per_second:.1f}",
         f"{_ms(summary.ttft_p50)} / {_ms(summary.ttft_p99)}",
         f"{_ms(summary.token_p50)} / {_ms(summary.token_p99)}",
@@ -123,6 +123,12 @@ def cells(summary: Summary) -> tuple[str, ...]:
         _number(summary.decode_ratio),
         _number(summary.estimated_ratio),
     )
+
+
+def _chosen(summary: Summary) -> str:
+    """What auto took, ` → cos 90% standard 10%`; nothing where there was no choice."""
+    shares = " ".join(f"{name} {share:.0%}" for name, share in summary.used.items())
+    return f" → {shares}" if shares and summary.strategy.startswith("auto") else ""
 
 
 def _ms(seconds: float | None) -> str:

@@ -19,6 +19,7 @@ class Settings:
         rounds: blocks the prompts are dealt into; every strategy runs every block.
         max_tokens, temperature, seed, ignore_eos: of every request; the n-th prompt has
             seed + n, the same under every strategy.
+        send_seeds: send those seeds; without one the server draws its own, and may share coins.
         warmup: waves of `concurrency` short requests that each strategy of a point sends first
             and that are not counted.
     """
@@ -33,3 +34,4 @@ class Settings:
     seed: int
     ignore_eos: bool
     warmup: int
+    send_seeds: bool = True

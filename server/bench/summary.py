@@ -7,8 +7,9 @@ before they are compared; with `ignore_eos` both sides have the same number of t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from server.bench.closed_loop import BlockResult
@@ -32,6 +33,7 @@ class Summary:
         ratio_low, ratio_high: the same of the worst and the best single round.
         decode_ratio: the same of the time after each request's first chunk, prefill left out.
         estimated_ratio: what the server estimated meanwhile, from its metrics.
+        used: share of tokens by the strategy that the server used; of interest under auto.
     """
 
     prompt_set: str
@@ -53,6 +55,7 @@ class Summary:
     ratio_high: float | None = None
     decode_ratio: float | None = None
     estimated_ratio: float | None = None
+    used: dict[str, float] = field(default_factory=dict)
 
 
 Point = tuple[str, int, str]
@@ -98,7 +101,16 @@ def _summary(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> S
         ratio_high=high,
         decode_ratio=decode,
         estimated_ratio=_estimated(blocks),
+        used=_used(answered),
     )
+
+
+def _used(rows: Iterable[Row]) -> dict[str, float]:
+    """Share of tokens by the strategy that the server used, most first."""
+    tokens: Counter[str] = Counter()
+    for row in rows:
+        tokens.update(row.cos.get("strategies", {}))
+    return {name: count / tokens.total() for name, count in tokens.most_common()}
 
 
 def _estimated(blocks: Iterable[BlockResult]) -> float | None:

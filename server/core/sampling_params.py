@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from server.config import StrategyName
 from server.core.combination import Combination
+
+_FIRST_GAMMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,15 @@ class SamplingParams:
         )
 
 
-def proposal_lengths(gamma: int | tuple[int, ...], num_models: int) -> tuple[int, ...]:
-    """[num_models]; a single number is the first model's, the others propose their bonus alone."""
+def proposal_lengths(
+    gamma: int | tuple[int, ...] | Literal["auto"], num_models: int
+) -> tuple[int, ...]:
+    """[num_models]; a single number is the first model's, the others propose their bonus alone.
+
+    "auto" stands for the lengths from which a choice departs.
+    """
+    if gamma == "auto":
+        gamma = _FIRST_GAMMA
     return gamma if isinstance(gamma, tuple) else (gamma, *[1] * (num_models - 1))
 
 

@@ -30,6 +30,7 @@ class SequenceStats:
     proposed: list[int]  # [num_models] by proposer
     accepted: list[int]  # [num_models] by proposer
     verified: list[int] = field(default_factory=list)  # [num_models] accepted or rejected
+    strategies: dict[str, int] = field(default_factory=dict)  # delivered tokens by strategy
     num_recovered: int = 0
     num_drawn: int = 0
     num_bonus: int = 0

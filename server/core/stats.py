@@ -47,6 +47,7 @@ class StepStats:
         verified_by_offset: [(proposer, offset, accepted)] for each verification; offset is the
             place of the token in its pending tail, 0-based.
         tails: tokens that were pending where a verification began, one entry for each.
+        chosen: what was chosen anew for sequences that leave it open, one entry for each.
         num_recovered, num_drawn: tokens taken after a rejection, and with nothing proposed.
         deliveries: what clients got.
         prefill_seconds: what prompts added to the step; None if that is unknown.
@@ -70,6 +71,7 @@ class StepStats:
     num_bonus: int = 0
     verified_by_offset: list[tuple[int, int, bool]] = field(default_factory=list)
     tails: list[int] = field(default_factory=list)
+    chosen: list[DecodingParams] = field(default_factory=list)
     num_recovered: int = 0
     num_drawn: int = 0
     deliveries: list[Delivery] = field(default_factory=list)

@@ -66,7 +66,8 @@ class Speculative(Standard):
         self._gamma = decoding.gamma[0]
 
     def next_model(self, sequence: Sequence) -> int:
-        if self.may_propose(sequence, 0):
+        # Having gone over to this from another strategy, it may have seen everything already.
+        if self.may_propose(sequence, 0) and sequence.num_unseen(0):
             return 0
         return furthest_behind(sequence, self._combination.scorers)
 
@@ -91,7 +92,7 @@ class Cos(Standard):
 
     def next_model(self, sequence: Sequence) -> int:
         opener = sequence.proposers[-1] if sequence.proposers else self._opener
-        if self._continues(sequence, opener):
+        if self._continues(sequence, opener) and sequence.num_unseen(opener):
             return opener
         return furthest_behind(sequence, self._combination.scorers)
 
@@ -214,24 +215,27 @@ class Strategies:
     def of(self, sequence: Sequence) -> Strategy:
         return self.make(sequence.schedule)
 
-    def settle(self, sequence: Sequence) -> None:
+    def settle(self, sequence: Sequence) -> bool:
         """Decode `sequence` from here on as the chooser says; none of its tokens is pending.
+
+        Returns whether that is something new.
 
         A sequence on shared coins stays there until nobody has looked at its next coin: leaving
         because of a coin's value would bias its text.
         """
         assert sequence.num_pending == 0
         if not sequence.decoding.is_auto:
-            return
+            return False
         if sequence.coin_base is not None and not self.shared_coins.is_fresh(sequence):
-            return
+            return False
         chosen = self._choose(sequence)
         if chosen == sequence.schedule:
-            return
+            return False
         sequence.schedule = chosen
         sequence.coin_base = None
         if chosen.shared_coins:
             self.shared_coins.join(sequence)
+        return True
 
     def _choose(self, sequence: Sequence) -> DecodingParams:
         if self.chooser is None:

@@ -137,7 +137,7 @@ class Advancer:
         self, model: int, sequences: Row[Sequence], deciding: Row[Sequence], outcome: Outcome
     ) -> None:
         verified = self._verify(deciding, outcome)
-        self._settle(sequence for sequence in deciding if sequence not in outcome.failed)
+        self._settle(deciding, outcome)
         self._draw(sequences, outcome)
         self._propose(model, deciding, verified, outcome)
 
@@ -274,12 +274,17 @@ class Advancer:
                     outcome.stats.num_drawn += 1
             self._probe([sequence for sequence in group if sequence not in outcome.failed])
         # A sequence on shared coins may leave them here only, where its next coin is unknown.
-        self._settle(s for s in ready if s.coin_base is not None and s not in outcome.failed)
+        self._settle([sequence for sequence in ready if sequence.coin_base is not None], outcome)
 
-    def _settle(self, sequences: Iterable[Sequence]) -> None:
+    def _settle(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
+        """Take up new choices where nothing is pending."""
         for sequence in sequences:
-            if sequence.num_pending == 0:
-                self._strategies.settle(sequence)
+            if (
+                sequence.num_pending == 0
+                and sequence not in outcome.failed
+                and self._strategies.settle(sequence)
+            ):
+                outcome.stats.chosen.append(sequence.schedule)
 
     def _learn(self, sequence: Sequence, proposer: int, accepted: bool) -> None:
         sequence.stats.verified[proposer] += 1

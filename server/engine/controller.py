@@ -41,7 +41,7 @@ _SEQUENCE_WEIGHT = 24.0  # proposals that its class counts for against a sequenc
 _MEMORY = 400.0  # proposals after which a class has forgotten 63 % of what came before
 _REALITY_MEMORY = 10.0  # predicted seconds of decoding, for predicted against real
 _REALITY_PRIOR = 2.0
-_REALITY_RANGE = (0.8, 1.5)
+_REALITY_RANGE = (0.8, 4.0)
 _MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
 
 Kind = Literal["greedy", "seeded", "free"]

@@ -223,6 +223,8 @@ class Engine:
             if match is not None:
                 end = _End(end.num_tokens, "stop", match.stop)
         kept = end.num_tokens if end is not None else count
+        used = sequence.schedule.strategy
+        sequence.stats.strategies[used] = sequence.stats.strategies.get(used, 0) + kept
         stats.deliveries.append(Delivery(sequence.schedule, kept, start == sequence.num_prompt))
         stats.num_discarded += count - kept
         prompt_logprobs = self._prompt_logprobs.pop(sequence, ())

@@ -6,7 +6,10 @@ from collections import Counter as Tally
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from server.config import StrategyName
 from server.core.stats import StepStats
+
+STRATEGIES: tuple[StrategyName, ...] = ("standard", "speculative", "cos", "mixture")
 
 
 class SpeculationMetrics:
@@ -58,10 +61,25 @@ class SpeculationMetrics:
             buckets=range(1, max_gamma + 1),
             registry=registry,
         )
+        self.chosen = counter(
+            "cos_auto_choices",
+            "Texts that auto moved to other lengths or to a strategy while they ran.",
+            "strategy",
+        )
+        self.chosen_gamma = Histogram(
+            "cos_auto_gamma",
+            "Proposal lengths that auto moved texts to; 0 is a model that only scores.",
+            ("proposer",),
+            buckets=range(max_gamma + 1),
+            registry=registry,
+        )
         self._names = names
         # The longest tail: a whole proposal, and a bonus of every other model.
         self._positions = [str(i) for i in range(max_gamma + len(names))]
+        for strategy in STRATEGIES:
+            self.chosen.labels(strategy)
         for name in names:
+            self.chosen_gamma.labels(name)
             for family in (self.proposed, self.accepted, self.bonus):
                 family.labels(name)
             for index in self._positions:
@@ -83,6 +101,11 @@ class SpeculationMetrics:
         for delivery in stats.deliveries:
             if delivery.has_first and delivery.decoding.strategy not in ("standard", "single"):
                 self.gamma.observe(delivery.decoding.gamma[0])
+        for decoding in stats.chosen:
+            self.chosen.labels(decoding.strategy).inc()
+            if decoding.strategy in ("cos", "speculative"):
+                for model, length in zip(self._names, decoding.gamma, strict=True):
+                    self.chosen_gamma.labels(model).observe(length)
         self.recovered.inc(stats.num_recovered)
         self.drawn.inc(stats.num_drawn)
         self.discarded.inc(stats.num_discarded)

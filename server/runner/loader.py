@@ -10,6 +10,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from server.config import ServerConfig
+from server.core.sampling_params import proposal_lengths
 from server.errors import ConfigError
 from server.runner.architecture import check_architecture, native_max_length
 from server.runner.graph_runner import GraphRunner
@@ -145,7 +146,7 @@ def _with_graphs(runner: TorchRunner, config: ServerConfig, report: _Reporter) -
     if wanted == "off" or (wanted == "auto" and not capture):
         return runner
     decoding = config.decoding
-    gamma = decoding.gamma if isinstance(decoding.gamma, int) else max(decoding.gamma)
+    gamma = max(proposal_lengths(decoding.gamma, len(config.models)))
     shapes = Shapes.of(
         config.engine.max_sequences,
         decoding.max_gamma + len(config.models),

@@ -150,7 +150,9 @@ def test_impossible_alternatives_have_a_finite_logprob(live: Live) -> None:
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ({}, {"strategy": "cos", "gamma": [4, 1], "kappa": None}),
+        ({}, {"strategy": "auto", "gamma": [2, 1], "kappa": None, "strategies": {"cos": 12}}),
+        ({"strategy": "cos", "gamma": "auto"}, {"strategy": "cos", "gamma": [2, 1]}),
+        ({"strategy": "cos", "gamma": 4}, {"gamma": [4, 1], "strategies": {"cos": 12}}),
         ({"strategy": "standard"}, {"strategy": "standard"}),
         ({"strategy": "single"}, {"combination": {"method": "weighted", "weights": [0.0, 1.0]}}),
         ({"gamma": 7}, {"gamma": [7, 1]}),

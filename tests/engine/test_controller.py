@@ -1,0 +1,220 @@
+"""Strategies and lengths chosen while a text is written: the law stays, and the choice is good."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.sequence import Sequence
+from server.core.stats import Delivery, StepStats
+from server.decoding.strategies import SharedCoins, Strategies
+from server.engine.controller import Controller, make_choices
+from server.engine.cost_table import CostTable, Timings
+from server.engine.engine import Engine
+from tests.support.engines import decode, generated, make_decoding, make_engine, run
+from tests.support.exact import chi_square_z, exact_law
+from tests.support.table_lm import TableLM
+
+PROMPT = [0, 2, 1]
+Z_LIMIT = 4.5
+WEIGHTED = Combination.weighted([0.3, 0.7])
+CONTRASTIVE = Combination.contrastive(2, 0.4)
+THREE = Combination.weighted([0.2, 0.5, 0.3])
+
+
+def auto(combination: Combination, mixture: bool = False) -> DecodingParams:
+    lengths = (2, *[1] * (len(combination.weights) - 1))
+    return DecodingParams("auto", combination, lengths, shared_coins=mixture, is_gamma_auto=True)
+
+
+def make_costs(*models: tuple[float, float, float]) -> CostTable:
+    """Each model takes base + by sequence + by token seconds."""
+    shapes = [(batch, tokens) for batch in (1, 4, 16, 64) for tokens in (1, 2, 5)]
+    return CostTable(
+        Timings(
+            (1, 4, 16, 64),
+            tuple(
+                tuple(base + (each + token) * batch for batch in (1, 4, 16, 64))
+                for base, each, token in models
+            ),
+            (0.0,) * 4,
+            (0.0,) * 4,
+            2,
+            tuple(
+                {
+                    (batch, tokens): base + each * batch + token * batch * tokens
+                    for batch, tokens in shapes
+                }
+                for base, each, token in models
+            ),
+        )
+    )
+
+
+class Whimsical:
+    """Chooses at random, or by the last token: whatever the past allows."""
+
+    def __init__(self, choices: tuple[DecodingParams, ...], by_history: bool) -> None:
+        self._choices = choices
+        self._random = random.Random(7)
+        self._by_history = by_history
+        self.seen: set[DecodingParams] = set()
+
+    def choose(self, sequence: Sequence) -> DecodingParams:
+        place = hash(tuple(sequence.token_ids)) if self._by_history else self._random.getrandbits(9)
+        chosen = self._choices[place % len(self._choices)]
+        self.seen.add(chosen)
+        return chosen
+
+    def add(self, sequence: Sequence, model: int, accepted: float) -> None:
+        """Learns nothing."""
+
+
+def capricious(
+    lms: list[TableLM], decoding: DecodingParams, by_history: bool
+) -> tuple[Engine, Whimsical]:
+    engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, max_gamma=4)
+    every = make_choices(decoding, 4)
+    kinds = {choice.strategy for choice in every}
+    # A few of each strategy, or cos would crowd out the others.
+    few = [c for kind in sorted(kinds) for c in [c for c in every if c.strategy == kind][:4]]
+    silent = [choice for choice in every if choice.gamma[0] == 0][:2]
+    chooser = Whimsical((*few, *silent), by_history)
+    engine._strategies.chooser = chooser
+    return engine, chooser
+
+
+@pytest.mark.parametrize(
+    ("combination", "is_seeded", "by_history"),
+    [
+        (WEIGHTED, False, True),
+        (CONTRASTIVE, False, False),
+        (THREE, False, True),
+        (THREE, True, False),
+    ],
+)
+def test_law_under_arbitrary_switching(
+    combination: Combination, is_seeded: bool, by_history: bool
+) -> None:
+    lms = [TableLM(seed=11 + k) for k in range(len(combination.weights))]
+    params = [SamplingParams(max_tokens=5, seed=s, is_seeded=is_seeded) for s in range(1200)]
+    engine, chooser = capricious(lms, auto(combination), by_history)
+    samples = decode(engine, PROMPT, params, auto(combination))
+    assert chi_square_z(samples, exact_law(lms, combination, params[0], PROMPT)) < Z_LIMIT
+    assert {choice.strategy for choice in chooser.seen} == {"standard", "cos", "speculative"}
+    engine.scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("by_history", [False, True])
+def test_law_of_each_sequence_that_enters_and_leaves_shared_coins(by_history: bool) -> None:
+    """One of each batch is sampled; the others keep the stream of coins busy."""
+    lms = [TableLM(seed=11 + k, vocab_size=2, spread=3.0) for k in range(2)]
+    decoding = auto(WEIGHTED, mixture=True)
+    engine, chooser = capricious(lms, decoding, by_history)
+    samples = []
+    for batch in range(500):
+        sequences = [
+            Sequence.start(
+                f"{batch}-{k}",
+                [0] * (1 + k),
+                SamplingParams(max_tokens=6, seed=3 * batch + k),
+                decoding if k else make_decoding("mixture", WEIGHTED, 3, 1, shared_coins=True),
+            )
+            for k in range(3)
+        ]
+        samples.append(generated(run(engine, sequences)[f"{batch}-1"]))
+    law = exact_law(lms, WEIGHTED, SamplingParams(max_tokens=6), [0, 0])
+    assert chi_square_z(samples, law) < Z_LIMIT
+    assert "mixture" in {choice.strategy for choice in chooser.seen}
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0.0}, {"is_seeded": True}])
+def test_fixed_texts_do_not_depend_on_what_is_chosen(params: dict[str, float]) -> None:
+    lms = [TableLM(seed=40 + k, vocab_size=12) for k in range(2)]
+    each = [SamplingParams(max_tokens=20, seed=seed, **params) for seed in range(6)]  # type: ignore[arg-type]
+    plain = decode(make_engine(lms), PROMPT, each, make_decoding("standard", CONTRASTIVE))
+    for by_history in (False, True):
+        engine, _ = capricious(lms, auto(CONTRASTIVE), by_history)
+        assert decode(engine, PROMPT, each, auto(CONTRASTIVE)) == plain
+
+
+@pytest.mark.parametrize("mixture", [False, True])
+def test_law_under_the_real_controller(mixture: bool) -> None:
+    lms = [TableLM(seed=11 + k) for k in range(2)]
+    engine = make_engine(lms, max_sequences=8)
+    engine.control(make_costs((0.01, 0.001, 0.0), (0.03, 0.001, 0.0)))
+    params = [SamplingParams(max_tokens=4, seed=seed) for seed in range(1000)]
+    samples = decode(engine, PROMPT, params, auto(WEIGHTED, mixture))
+    assert chi_square_z(samples, exact_law(lms, WEIGHTED, params[0], PROMPT)) < Z_LIMIT
+
+
+def controller(costs: CostTable) -> Controller:
+    return Controller(costs, Strategies(SharedCoins(0)), max_gamma=8)
+
+
+def best(costs: CostTable, decoding: DecodingParams, acceptance: float, batch: int) -> str:
+    """What is chosen once the acceptance of both models is known."""
+    subject = controller(costs)
+    sequences = [
+        Sequence.start(f"s{i}", [1], SamplingParams(seed=i), decoding) for i in range(batch)
+    ]
+    rng = random.Random(1)
+    for _ in range(300):
+        for model in (0, 1):
+            subject.add(sequences[0], model, float(rng.random() < acceptance))
+    for _ in range(40):
+        subject.observe(StepStats(0, batch, batch, batch), sequences, batch)
+    chosen = subject.choose(sequences[0])
+    return f"{chosen.strategy}-{chosen.gamma[0]}"
+
+
+def test_it_speculates_where_that_pays_and_not_where_it_does_not() -> None:
+    flat = make_costs((0.01, 0, 0), (0.1, 0, 0))  # more rows cost nothing
+    full = make_costs((0.01, 0, 0.01), (0.01, 0, 0.1))  # nothing but rows costs
+    assert best(flat, auto(CONTRASTIVE), 0.9, 1) in ("cos-8", "cos-6")
+    assert best(flat, auto(CONTRASTIVE), 0.4, 1) in ("cos-1", "cos-2")
+    assert best(full, auto(CONTRASTIVE), 0.4, 32).startswith("standard")
+    assert best(full, auto(CONTRASTIVE), 0.9, 1) != "standard-2"
+
+
+def test_it_takes_the_mixture_where_it_may() -> None:
+    even = make_costs((0.1, 0, 0), (0.1, 0, 0))
+    assert best(even, auto(Combination.weighted([0.5, 0.5]), mixture=True), 0.7, 16) == "mixture-2"
+    assert best(even, auto(Combination.weighted([0.5, 0.5])), 0.7, 16).startswith("cos")
+
+
+def test_a_fixed_part_stays_fixed() -> None:
+    for strategy in ("cos", "speculative"):
+        choices = make_choices(replace(auto(CONTRASTIVE), strategy=strategy), 8)
+        assert {choice.strategy for choice in choices} == {strategy}
+        assert len({choice.gamma for choice in choices}) > 4
+    lengths = replace(auto(CONTRASTIVE), gamma=(3, 2), is_gamma_auto=False)
+    assert {c.gamma for c in make_choices(lengths, 8) if c.strategy == "cos"} == {(3, 2)}
+    assert all(max(c.gamma) <= 2 for c in make_choices(auto(CONTRASTIVE), 2))
+
+
+def test_what_turns_out_slower_than_predicted_is_left() -> None:
+    costs = make_costs((0.01, 0, 0), (0.1, 0, 0))
+    subject = controller(costs)
+    sequence = Sequence.start("s", [1], SamplingParams(), auto(CONTRASTIVE))
+    assert subject.choose(sequence).strategy != "standard"
+    for _ in range(400):
+        chosen = subject.choose(sequence)
+        sequence.schedule = chosen
+        seconds = 0.11 if chosen.strategy == "standard" else 0.16
+        stats = StepStats(1, 1, 1, 1, step_seconds=seconds)
+        stats.deliveries = [Delivery(chosen, 1, has_first=False)]
+        subject.observe(stats, [sequence], 1)
+    assert subject.choose(sequence).strategy == "standard"
+
+
+def test_without_costs_auto_is_cos() -> None:
+    lms = [TableLM(seed=11 + k) for k in range(2)]
+    sequence = Sequence.start("s", PROMPT, SamplingParams(max_tokens=8), auto(CONTRASTIVE))
+    run(make_engine(lms), [sequence])
+    assert sequence.schedule.strategy == "cos"
+    assert sum(sequence.stats.proposed) > 0
