@@ -73,8 +73,9 @@ def test_wrong_prompt_files_are_refused(text, tmp_path):
 def test_defaults_make_settings():
     settings = make_settings(parse())
     assert [each.name for each in settings.prompt_sets] == ["humaneval"]
-    assert [each.label for each in settings.strategies] == ["standard", "cos"]
+    assert [each.label for each in settings.strategies] == ["standard", "auto"]
     assert settings.ignore_eos
+    assert settings.send_seeds
 
 
 def test_a_round_without_prompts_is_refused():

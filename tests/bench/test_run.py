@@ -18,7 +18,8 @@ def bench(*arguments: str) -> int:
     return run(parser.parse_args(arguments))
 
 
-SMALL = ("--num-prompts", "4", "--rounds", "2", "--max-tokens", "20")
+STRATEGIES = ("--strategies", "standard,cos")
+SMALL = ("--num-prompts", "4", "--rounds", "2", "--max-tokens", "20", *STRATEGIES)
 
 
 def test_results_of_a_run(tmp_path, capsys):
@@ -56,6 +57,13 @@ def test_what_is_asked_of_the_server():
         assert body["ignore_eos"] is True
         asked[body["cos"]["strategy"]].append((body["seed"], body["prompt"]))
     assert asked["standard"] == asked["cos"]
+
+
+def test_seeds_may_be_left_out():
+    fake = FakeServer()
+    with serve(fake) as url:
+        assert bench("--base-url", url, *SMALL, "--no-seeds") == 0
+    assert not any("seed" in body for body in fake.requests)
 
 
 def test_no_estimate_from_a_server_without_metrics(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.bench.closed_loop import BlockResult
+from server.bench.report import cells
 from server.bench.row import Row
 from server.bench.summary import quantile, summarise
 
@@ -93,6 +94,16 @@ def test_acceptance_and_tokens_per_forward_by_model():
     [summary] = summarise([make_block("cos", 0, 1.0, *rows)])
     assert summary.acceptance == [0.5, None]
     assert summary.tokens_per_forward == [1.0, 2.0]  # 8 tokens in 8 and in 4 forwards
+
+
+def test_what_auto_took_is_told():
+    reports = [{"strategies": {"cos": 6, "standard": 2}}, {"strategies": {"cos": 8}}]
+    rows = [make_row(index, cos=report) for index, report in enumerate(reports)]
+    [summary] = summarise([make_block("auto", 0, 1.0, *rows)])
+    assert summary.used == {"cos": 14 / 16, "standard": 2 / 16}
+    assert cells(summary)[2] == "auto → cos 88% standard 12%"
+    [fixed] = summarise([make_block("cos", 0, 1.0, *rows)])
+    assert cells(fixed)[2] == "cos"
 
 
 def test_points_are_kept_apart():
