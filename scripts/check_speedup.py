@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence as Row
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
 from rich.table import Table
@@ -57,6 +58,10 @@ class Account:
         return self.decode / self.num_tokens
 
 
+class Observer(Protocol):
+    def add(self, stats: StepStats) -> None: ...
+
+
 class Experiment:
     """One engine, and prompts that never run out."""
 
@@ -82,7 +87,7 @@ class Experiment:
         texts = itertools.islice(self._prompts, count)
         return [self._tokenizer.encode(text).ids for text in texts]
 
-    def run(self, strategy: StrategySpec, prompts: Row[list[int]], account: Account) -> None:
+    def run(self, strategy: StrategySpec, prompts: Row[list[int]], account: Observer) -> None:
         """Decode them together, to the end."""
         self.engine.on_step = account.add
         for index, prompt in enumerate(prompts):
@@ -149,8 +154,8 @@ def rows(
         )
 
 
-def parse(arguments: Row[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scripts.check_speedup")
+def parse(arguments: Row[str] | None, name: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {name}")
     add = parser.add_argument
     add("--config", type=Path, default=Path("configs/default.yaml"))
     add("--strategies", default="standard,cos", help="standard first (%(default)s)")
@@ -165,7 +170,7 @@ def parse(arguments: Row[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Row[str] | None = None) -> int:
-    options = parse(arguments)
+    options = parse(arguments, "scripts.check_speedup")
     config = load_config(options.config)
     if options.clock == "cpu":
         engine = config.engine.model_copy(update={"threads": 1})

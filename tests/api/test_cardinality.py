@@ -1,0 +1,64 @@
+"""Whatever clients send, they make no series and no label of their own."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import httpx
+
+from server.metrics import Metrics
+from tests.support.api import MODEL, TableApp, make_table_app
+from tests.support.live_server import run_server
+
+METHODS = ("GET", "POST", "PUT", "DELETE", "EVILMETHOD", "PATCH", "MKCOL")
+FIELDS = ("user", "request_id", "cache_salt", "seed", "suffix", "stop", "logit_bias", "echo")
+
+
+def series(metrics: Metrics) -> set[str]:
+    lines = metrics.render().decode().splitlines()
+    return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
+
+
+def bodies(choose: random.Random) -> Iterator[object]:
+    """Endless; every word of the client's own says that it is evil."""
+    while True:
+        word = f"evil-{choose.randrange(10**9)}"
+        body: dict[str, object] = {
+            "model": choose.choice((MODEL, word)),
+            "prompt": choose.choice(("1 2 3", word, [1, 2], [word])),
+            "max_tokens": choose.choice((1, 3, -1, word)),
+            choose.choice(FIELDS): word,
+            word: word,
+        }
+        if choose.random() < 0.5:
+            names = ("cos", "standard", "mixture", "single", word)
+            body["cos"] = {"strategy": choose.choice(names), "gamma": choose.choice((1, 8, word))}
+        yield choose.choice((body, {"model": MODEL, "prompt": "1", "max_tokens": 2}, word, [word]))
+
+
+def attack(http: httpx.Client, seed: int, count: int) -> None:
+    choose = random.Random(seed)
+    makers = bodies(choose)
+    paths = ("/v1/completions", "/v1/chat/completions", "/tokenize", "/health")
+    for number in range(count):
+        path = choose.choice(
+            (*paths, f"/evil-{choose.randrange(10**9)}", f"/v1/models/evil-{seed}")
+        )
+        headers = {"X-Request-Id": f"evil-{number}", "Host": f"evil-{number}", "User-Agent": "evil"}
+        method = METHODS[number % len(METHODS)] if number % 3 else "POST"
+        http.request(method, path, json=next(makers), headers=headers, params={"evil": number})
+
+
+def test_clients_make_no_series() -> None:
+    app: TableApp = make_table_app()
+    with run_server(app.app) as url, httpx.Client(base_url=url) as http:
+        attack(http, seed=1, count=120)
+        first = series(app.metrics)
+        attack(http, seed=2, count=120)
+        second = series(app.metrics)
+    assert not [line for line in second if "evil" in line.lower()]
+    # What is new are answers to other templates, methods and statuses: few, and never many.
+    assert len(second - first) < 30
+    routes = {line for line in second if line.startswith("cos_http_requests_total")}
+    assert len(routes) < 60
