@@ -188,7 +188,7 @@ class StaticBuffers:
         keep.reshape(-1)[: len(kept)] = kept
         self._device.copy_(self._host, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.device))
         return _cut(self._device, self.shape, self.width)[3].view(-1)[: len(kept)]
 
     def plan(self) -> ForwardPlan:

@@ -6,6 +6,7 @@ for models of a known shape.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -122,7 +123,13 @@ class TorchRunner:
         """A prepared forward: logits [len(plan.keep), vocab_size]."""
         self._attention.plan = plan
         try:
-            logits = self._body(plan, self._attention)
+            with _current(self.device):
+                logits = self._body(plan, self._attention)
         finally:
             self._attention.plan = None
         return logits[:, : self.vocab_size].to(self.dtype)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches kernels on the current GPU, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
