@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from scripts.distill.attention import ATTENTION
 from scripts.distill.corpus import Shard, load_shard, shard_path
 from scripts.distill.losses import (
     LossWeights,
@@ -28,7 +29,7 @@ from scripts.distill.losses import (
     overlap,
 )
 from scripts.distill.shortlist import frequent_tokens
-from server.default_pair.build import layer_index, take_layers
+from server.default_pair.build import FROZEN, layer_index, take_layers
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dev", type=Path, required=True, help="held-out shards")
     parser.add_argument("--out", type=Path, required=True, help="checkpoint, log and layers")
     parser.add_argument("--layers", default="0,1,28,29", help="expert layers to start from")
+    parser.add_argument("--frozen", type=int, default=0, help="of them, first ones not trained")
     parser.add_argument("--passes", default="4,8,16,32,64", help="shards of each pass over them")
     parser.add_argument("--steps", type=int, required=True, help="last step, reached or not")
     parser.add_argument("--decay-steps", type=int, default=0, help="linear decay before the last")
@@ -123,14 +125,21 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
     return rate
 
 
-def start_student(expert: LlamaForCausalLM, layers: tuple[int, ...]) -> LlamaForCausalLM:
-    """The expert's embeddings and head, frozen, around copies of some of its layers."""
+def start_student(
+    expert: LlamaForCausalLM, layers: tuple[int, ...], frozen: int = 0
+) -> LlamaForCausalLM:
+    """The expert's embeddings and head around copies of some of its layers.
+
+    Embeddings, head and the first `frozen` layers stay as they are.
+    """
     state = {n: w for n, w in expert.state_dict().items() if n != "lm_head.weight"}
     config, state = take_layers(expert.config, state, layers)
     student = LlamaForCausalLM(config)
     student.load_state_dict(state, strict=False)
     student.tie_weights()
+    student.set_attn_implementation(ATTENTION)
     student.model.embed_tokens.weight.requires_grad_(False)
+    student.model.layers[:frozen].requires_grad_(False)
     return student
 
 
@@ -141,13 +150,13 @@ class Trainer:
         self.options = options
         expert = AutoModelForCausalLM.from_pretrained(options.expert, dtype=torch.float32)
         layers = tuple(map(int, options.layers.split(",")))
-        self.student = start_student(expert, layers).to(options.device)
+        self.student = start_student(expert, layers, options.frozen).to(options.device)
         self.head = self.student.lm_head.weight.detach().to(torch.bfloat16)
         self.data = Data(options.shards, options.micro_tokens)
         self.step = 0
         self.trained = [p for p in self.student.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            self.trained, lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+            self.trained, lr=options.learning_rate, betas=(0.9, 0.98), weight_decay=0.01, fused=True
         )
         self.dev = [load_shard(p) for p in sorted(options.dev.glob("*.safetensors"))]
         frequent = frequent_tokens(self.dev, self.head, options.frequent)
@@ -171,9 +180,14 @@ class Trainer:
         layers = {
             name: weight.to(torch.bfloat16).cpu().contiguous()
             for name, weight in state.items()
-            if layer_index(name) >= 0 or name == "model.norm.weight"
+            if layer_index(name) >= self.options.frozen or name == "model.norm.weight"
         }
-        meta = {"format": "pt", "expert_layers": self.options.layers, "step": str(self.step)}
+        meta = {
+            "format": "pt",
+            "expert_layers": self.options.layers,
+            FROZEN: str(self.options.frozen),
+            "step": str(self.step),
+        }
         save_file(layers, self.options.out / LAYERS, metadata=meta)
 
     def run(self) -> None:

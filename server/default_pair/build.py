@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -33,6 +34,7 @@ PROPOSER_LAYERS_FILE = Path(__file__).with_name("proposer.safetensors")
 # holds exactly. float16 comes closest: relative rms error 1.9e-4, 1.4e-3 for bfloat16.
 STORED_DTYPE = torch.float16
 STAMP_FILE = "built_from.json"
+FROZEN = "frozen_layers"  # metadata: how many layers are the expert's own first ones, unstored
 FORMAT = "1"  # raise when the written directories change for the same inputs
 
 State = dict[str, Tensor]
@@ -88,10 +90,12 @@ def read_stamp(directory: Path) -> dict[str, str] | None:
 
 
 def make_proposer(expert: Model, layers_file: Path) -> Model:
-    """The expert with the trained layers (and final norm) in place of its own."""
+    """The expert's first layers, then the trained ones and final norm in place of its others."""
+    with safe_open(layers_file, framework="pt") as file:
+        frozen = int((file.metadata() or {}).get(FROZEN, "0"))
     trained = load_file(layers_file)
     count = 1 + max(layer_index(name) for name in trained)
-    state = {n: w for n, w in expert.state.items() if layer_index(n) < 0} | trained
+    state = {n: w for n, w in expert.state.items() if layer_index(n) < frozen} | trained
     return Model(_with_layers(expert.config, count), state, expert.tokenizer)
 
 
