@@ -40,6 +40,12 @@ class ModelConfig(Section):
         description="Weights' dtype; auto is bfloat16 on GPU; on CPU float32, with weights kept in "
         "16 bits where that is exact.",
     )
+    shortlist: str | None = Field(
+        "auto",
+        description="JSON list of the token ids this member proposes; the output's law stays the "
+        "same. auto: shortlist.json in its directory, if there is one; null: all tokens.",
+        min_length=1,
+    )
 
 
 class WeightedConfig(Section):

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
 ROWS = 128  # scored at once; 6,144 tokens of the vocabulary take 3 MB
 
 
@@ -100,9 +99,7 @@ class _ScoreLoss(torch.autograd.Function):
         return weights.kl * cross_entropy / count + weights.variation * variation, variation
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, loss: Tensor, variation: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, loss: Tensor, variation: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * loss, None, None, None
 

@@ -1,4 +1,7 @@
-"""Raw scores (logits) of the positions that are still open, for every model."""
+"""Raw scores (logits) of the positions that are still open, for every model.
+
+Where a model defers its scores the store holds its state of the position until they are wanted.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,13 @@ class ScoreStore:
         dtypes: Sequence[torch.dtype],
         devices: Sequence[torch.device],
         wide_capacity: int = 0,
+        state_sizes: Sequence[int] = (),
     ) -> None:
         """One tensor [num_rows, vocab_size] per model, in its dtype, on its device.
 
         num_rows is num_slots * capacity + wide_capacity; a wide ring that would be no wider than
-        the others is left out.
+        the others is left out. `state_sizes` [num_models] is the width of a state; 0: the model
+        never defers.
         """
         self.capacity = capacity
         self._wide_slot = num_slots
@@ -42,6 +47,11 @@ class ScoreStore:
             torch.empty(num_rows, vocab_size, dtype=dtype, device=device)
             for dtype, device in zip(dtypes, devices, strict=True)
         ]
+        self._states = [
+            torch.empty(num_rows, size, dtype=rows.dtype, device=rows.device)
+            for rows, size in zip(self._rows, state_sizes or [0] * len(dtypes), strict=True)
+        ]
+        self._deferred: list[set[int]] = [set() for _ in self._rows]
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -78,6 +88,22 @@ class ScoreStore:
         """Store logits [len(rows), vocab_size] at `rows` (see `index`)."""
         store = self._rows[model]
         store.index_copy_(0, torch.tensor(rows, device=store.device), logits.to(store.dtype))
+        self._deferred[model].difference_update(rows)
+
+    def write_states(self, model: int, rows: Sequence[int], states: Tensor) -> None:
+        """Store states [len(rows), state_size]; the scores of these rows are deferred."""
+        store = self._states[model]
+        store.index_copy_(0, torch.tensor(rows, device=store.device), states.to(store.dtype))
+        self._deferred[model].update(rows)
+
+    def deferred(self, model: int, rows: Sequence[int]) -> list[int]:
+        """Those of `rows` whose scores must be written before they can be read."""
+        return [row for row in rows if row in self._deferred[model]]
+
+    def states(self, model: int, rows: Sequence[int]) -> Tensor:
+        """The states last written at `rows`, [len(rows), state_size] in the model's dtype."""
+        store = self._states[model]
+        return store.index_select(0, torch.tensor(rows, device=store.device))
 
     def read(self, model: int, rows: Sequence[int], device: torch.device) -> Tensor:
         """Scores [len(rows), vocab_size] as float32 on `device`."""

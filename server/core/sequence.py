@@ -54,6 +54,7 @@ class Sequence:
         num_prompt, num_verified: where the zones end.
         num_seen: [num_models]; what each model has consumed.
         proposers: which model proposed each pending token.
+        shortlisted: whether it drew the token from its shortlist.
         resume_at: [num_models]; model k feeds up to here before the sequence takes part in
             decoding: the prompt for models that must score its end, or what k had seen when
             the sequence was preempted.
@@ -77,6 +78,7 @@ class Sequence:
     num_verified: int = 0
     num_seen: list[int] = field(default_factory=list)
     proposers: list[int] = field(default_factory=list)
+    shortlisted: list[bool] = field(default_factory=list)
     resume_at: list[int] = field(default_factory=list)
     slot: int = -1
     num_scored: int = 0
@@ -186,10 +188,11 @@ class Sequence:
         until = self.resume_at[model] if self.num_seen[model] < self.resume_at[model] else len(self)
         return until - self.num_seen[model]
 
-    def propose(self, token_id: int, model: int) -> None:
+    def propose(self, token_id: int, model: int, from_shortlist: bool = False) -> None:
         """Append a pending token."""
         self.token_ids.append(token_id)
         self.proposers.append(model)
+        self.shortlisted.append(from_shortlist)
         self.stats.proposed[model] += 1
 
     def decline(self) -> None:
@@ -201,7 +204,7 @@ class Sequence:
         assert 0 <= count <= self.num_pending
         for proposer in self.proposers[:count]:
             self.stats.accepted[proposer] += 1
-        del self.proposers[:count]
+        del self.proposers[:count], self.shortlisted[:count]
         self.num_verified += count
 
     def recover(self, token_id: int) -> None:
@@ -210,6 +213,7 @@ class Sequence:
         assert self.num_pending > 0
         del self.token_ids[position:]
         self.proposers.clear()
+        self.shortlisted.clear()
         self.declined_at = -1
         self.num_seen = [min(seen, position) for seen in self.num_seen]
         self.resume_at = [min(until, position) for until in self.resume_at]
@@ -229,6 +233,7 @@ class Sequence:
         self.stats.num_discarded += self.num_verified - num_verified
         del self.token_ids[num_verified:]
         self.proposers.clear()
+        self.shortlisted.clear()
         self.num_verified = num_verified
         self.num_seen = [min(seen, num_verified) for seen in self.num_seen]
         self.status = Status.FINISHED
@@ -246,6 +251,6 @@ class Sequence:
         """Raise AssertionError where the counters contradict each other."""
         assert 0 < self.num_prompt <= self.num_verified <= len(self.token_ids) <= self.limit
         assert 0 < self.num_scored <= self.num_prompt
-        assert len(self.proposers) == self.num_pending
+        assert len(self.proposers) == len(self.shortlisted) == self.num_pending
         assert all(0 <= seen <= len(self.token_ids) for seen in self.num_seen)
         assert all(0 <= until <= len(self.token_ids) for until in self.resume_at)

@@ -36,6 +36,7 @@ from server.decoding.verify import INVALID, Verdict, pick, sample, verify, verif
 from server.decoding.warp import Place, Warp
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import StepPlan
+from server.engine.scores import Scores
 from server.runner.base import Batch, ModelRunner, Span
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 Key = TypeVar("Key")
 Item = TypeVar("Item")
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
+Origin = tuple[int, bool]  # of a pending token: its proposer, and whether from the shortlist
+
+MIN_SHORTLIST_GAMMA = 2  # with one proposal at a time deferring costs a second product per cycle
 
 _PROBE_PERIOD = 8  # steps that draw, for each that is probed
 _PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
@@ -86,14 +90,14 @@ class Advancer:
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._runners = runners
         self._clock = clock
-        self._scores = scores
+        self._runners = runners
+        self._store = scores
+        self._scores = Scores(runners, scores, clock)
         self._strategies = strategies
         self._eos = eos_token_ids
         self._num_draws = 0
-        # Scores meet on the last model's device: it is the largest, and scores the most.
-        self._device = runners[-1].device
+        self._device = self._scores.device
 
     @torch.inference_mode()
     def advance(self, plan: StepPlan) -> Outcome:
@@ -108,12 +112,15 @@ class Advancer:
         self._feed(plan, outcome.stats)
         self._score_prompts(plan.sequences, outcome)
         fed = self._clock()
+        self._scores.head_seconds = 0.0
         self._decide(plan.model, plan.sequences, deciding, outcome)
         for sequence, start in before.items():
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
         self._report(before, outcome)
-        outcome.stats.combine_seconds = self._clock() - fed
+        # Deferred scores belong to no other forward.
+        outcome.stats.forward_seconds += self._scores.head_seconds
+        outcome.stats.combine_seconds = self._clock() - fed - self._scores.head_seconds
         return outcome
 
     def _decide(
@@ -143,7 +150,8 @@ class Advancer:
 
     def _feed(self, plan: StepPlan, stats: StepStats) -> None:
         """One packed forward; scores of undecided positions go to the store."""
-        spans, rows = [], []
+        spans: list[Span] = []
+        places: list[Place] = []
         for sequence, count, pages in zip(plan.sequences, plan.num_tokens, plan.pages, strict=True):
             start = sequence.num_seen[plan.model]
             end = start + count
@@ -151,7 +159,7 @@ class Advancer:
             first = max(start + 1, sequence.first_open)
             kept = range(first, end + 1)
             spans.append(Span(pages, start, sequence.token_ids[start:end], len(kept)))
-            rows += [self._row(sequence, position) for position in kept]
+            places += [(sequence, position) for position in kept]
             sequence.num_seen[plan.model] = end
             num_prefill = _num_prefill(sequence, plan.model, start, end)
             stats.num_prefill_tokens += num_prefill
@@ -160,9 +168,8 @@ class Advancer:
                 sequence.stats.forwards[plan.model] += 1
         batch = Batch(tuple(spans))
         started = self._clock()
-        logits = self._runners[plan.model].forward(batch)
-        if rows:
-            self._scores.write(plan.model, rows, logits)
+        defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
+        self._scores.forward(plan.model, batch, places, defer)
         stats.num_tokens = batch.num_tokens
         stats.forward_seconds = self._clock() - started
 
@@ -186,9 +193,9 @@ class Advancer:
             return
         outcome.prompt_logprobs[sequence] = entries
         sequence.num_scored = max(first, end)
-        sequence.open_window(self._scores.num_positions(sequence.prompt_slot))
+        sequence.open_window(self._store.num_positions(sequence.prompt_slot))
         if not sequence.scores_prompt:
-            self._scores.give_back_prompt_slot(sequence.prompt_slot)
+            self._store.give_back_prompt_slot(sequence.prompt_slot)
             sequence.prompt_slot = -1
 
     def _prompt_logprobs(self, sequence: Sequence, positions: range) -> list[TokenLogprob]:
@@ -316,7 +323,7 @@ class Advancer:
         if sequence.params.is_coupled:
             return float(self._pick([place], lambda place: only) == [sequence.token_ids[position]])
         warp = Warp([place], self._eos, self._device)
-        proposal = warp.probs(self._read(model, [place]))
+        proposal = warp.probs(self._scores.read(model, [place]))
         return float(torch.minimum(proposal, self._target([place])).sum())
 
     def _propose(
@@ -331,7 +338,7 @@ class Advancer:
                 sequence.decline()
                 continue
             is_bonus = sequence in verified or sequence.proposers[-1:] not in ([], [model])
-            sequence.propose(token_id, model)
+            sequence.propose(token_id, model, self._drafts_short(sequence, model))
             sequence.stats.num_bonus += is_bonus
             outcome.stats.num_proposed += 1
             outcome.stats.num_bonus += is_bonus
@@ -339,13 +346,17 @@ class Advancer:
     def _choose(self, model: int, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
         """The token that `model` proposes to each sequence, from its own distribution alone."""
         only = Combination.only(len(self._runners), model)
-        for is_coupled, group in _split(sequences, lambda sequence: sequence.params.is_coupled):
+
+        def key(sequence: Sequence) -> tuple[bool, bool]:
+            return sequence.params.is_coupled, self._drafts_short(sequence, model)
+
+        for (is_coupled, is_short), group in _split(sequences, key):
             places = [(sequence, len(sequence)) for sequence in group]
             if is_coupled:
-                tokens = self._pick(places, lambda place: only)
+                tokens = self._pick(places, lambda place: only, is_short)
             else:
                 warp = Warp(places, self._eos, self._device)
-                proposal = warp.probs(self._read(model, places))
+                proposal = warp.probs(self._own_scores((model, is_short), places))
                 tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
             yield from zip(group, tokens, strict=True)
 
@@ -387,17 +398,58 @@ class Advancer:
     def _proposal(self, places: list[Place]) -> Tensor:
         """What the pending token of each place was drawn from (g), float32 [len(places), V]."""
 
-        def evaluate(proposer: int, group: list[Place]) -> Tensor:
+        def evaluate(origin: Origin, group: list[Place]) -> Tensor:
             warp = Warp(group, self._eos, self._device)
-            return warp.probs(self._read(proposer, group))
+            return warp.probs(self._own_scores(origin, group))
 
-        return self._by_key(places, _proposer, evaluate)
+        return self._by_key(places, _origin, evaluate)
+
+    def _own_scores(self, origin: Origin, places: list[Place]) -> Tensor:
+        """Raw scores that tokens of this origin are drawn from, float32 [len(places), V].
+
+        Where the request allows no token of the shortlist, the whole vocabulary it is: that too is
+        settled before a token is drawn.
+        """
+        model, from_shortlist = origin
+        if not from_shortlist:
+            return self._scores.read(model, places)
+        listed = self._scores.read_shortlist(model, places)
+        warped = Warp(places, self._eos, self._device)(listed)
+        is_empty = warped.amax(-1, keepdim=True) == -torch.inf
+        if not is_empty.any():
+            return listed
+        return torch.where(is_empty, self._scores.read(model, places), listed)
+
+    def _own_of(self, from_shortlist: bool, places: list[Place], model: int) -> Tensor:
+        return self._own_scores((model, from_shortlist), places)
+
+    def _drafts_short(self, sequence: Sequence, model: int) -> bool:
+        """Does `model` propose from its shortlist?
+
+        Its full scores are computed anyway when its proposals are verified: the shortlist pays
+        where several proposals are verified together. A mixture takes what model 0 proposes at its
+        own positions unseen, if that was drawn from all of its distribution.
+        """
+        decoding = sequence.schedule
+        return (
+            self._scores.has_shortlist(model)
+            and decoding.strategy in ("cos", "speculative")
+            and decoding.gamma[model] >= MIN_SHORTLIST_GAMMA
+        )
+
+    def _defers(self, sequence: Sequence, model: int) -> bool:
+        return self._drafts_short(sequence, model) or any(sequence.shortlisted)
 
     def _pick_target(self, places: list[Place]) -> list[int]:
         """The token of each place of coupled sequences."""
         return self._pick(places, self._combination)
 
-    def _pick(self, places: list[Place], combine_by: Callable[[Place], Combination]) -> list[int]:
+    def _pick(
+        self,
+        places: list[Place],
+        combine_by: Callable[[Place], Combination],
+        from_shortlist: bool = False,
+    ) -> list[int]:
         """The pick of a combination for each place of coupled sequences."""
         tokens: dict[Place, int] = {}
 
@@ -406,7 +458,7 @@ class Advancer:
 
         for (is_greedy, combination), group in _split(places, key):
             warp = Warp(group, self._eos, self._device)
-            scores = partial(self._read_of, group)
+            scores = partial(self._own_of, from_shortlist, group)
             if is_greedy:
                 picked = pick(rank(scores, combination, warp))
             else:
@@ -439,15 +491,7 @@ class Advancer:
         return self._strategies.of(sequence).target(sequence, position)
 
     def _read_of(self, places: list[Place], model: int) -> Tensor:
-        return self._read(model, places)
-
-    def _read(self, model: int, places: list[Place]) -> Tensor:
-        rows = [self._row(sequence, position) for sequence, position in places]
-        return self._scores.read(model, rows, self._device)
-
-    def _row(self, sequence: Sequence, position: int) -> int:
-        is_prompt = position < sequence.num_prompt
-        return self._scores.index(sequence.prompt_slot if is_prompt else sequence.slot, position)
+        return self._scores.read(model, places)
 
     def _uniforms(self, places: list[Place], purpose: Purpose) -> Tensor:
         seeds = [sequence.params.seed for sequence, _ in places]
@@ -496,9 +540,10 @@ def _places(windows: list[Window]) -> list[Place]:
     return [(s, s.num_verified + offset) for s, count in windows for offset in range(count)]
 
 
-def _proposer(place: Place) -> int:
+def _origin(place: Place) -> Origin:
     sequence, position = place
-    return sequence.proposers[position - sequence.num_verified]
+    offset = position - sequence.num_verified
+    return sequence.proposers[offset], sequence.shortlisted[offset]
 
 
 def _num_prefill(sequence: Sequence, model: int, start: int, end: int) -> int:

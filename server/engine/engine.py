@@ -92,6 +92,7 @@ class Engine:
             [runner.dtype for runner in runners],
             [runner.device for runner in runners],
             min(_PROMPT_WINDOW, limits.max_step_tokens),
+            [0 if (d := runner.deferred) is None else d.state_size for runner in runners],
         )
         self.scheduler = Scheduler(
             [PagePool(runner.num_pages, runner.page_size) for runner in runners],

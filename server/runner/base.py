@@ -43,6 +43,27 @@ class Batch:
         return sum(span.num_kept for span in self.spans)
 
 
+class DeferredScores(Protocol):
+    """A runner's forward in two parts, for a model that may propose from a shortlist."""
+
+    @property
+    def state_size(self) -> int:
+        """Width of a state."""
+        ...
+
+    def states(self, batch: Batch) -> Tensor:
+        """As ModelRunner.forward, but states [batch.num_kept, state_size] in place of logits."""
+        ...
+
+    def scores(self, states: Tensor) -> Tensor:
+        """States [n, state_size] -> logits [n, vocab_size], those that `forward` returns."""
+        ...
+
+    def shortlist_scores(self, states: Tensor) -> Tensor:
+        """States [n, state_size] -> float32 [n, vocab_size]: logits of the shortlist, else -inf."""
+        ...
+
+
 class ModelRunner(Protocol):
     """One model and its KV memory. Everything that touches the model happens in `forward`."""
 
@@ -79,6 +100,11 @@ class ModelRunner(Protocol):
     @property
     def dtype(self) -> torch.dtype:
         """Of the logits."""
+        ...
+
+    @property
+    def deferred(self) -> DeferredScores | None:
+        """None: the model has no shortlist."""
         ...
 
     def forward(self, batch: Batch) -> Tensor:

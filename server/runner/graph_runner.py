@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from server.cache.kv_store import KVStore
-from server.runner.base import Batch, Span
+from server.runner.base import Batch, DeferredScores, Span
 from server.runner.self_check import TOLERANCE
 from server.runner.static_shapes import Shape, Shapes, StaticBuffers
 from server.runner.torch_runner import TorchRunner
@@ -80,6 +80,11 @@ class GraphRunner:
     @property
     def dtype(self) -> torch.dtype:
         return self._runner.dtype
+
+    @property
+    def deferred(self) -> DeferredScores | None:
+        """Of the runner below: deferred forwards are not padded."""
+        return self._runner.deferred
 
     @property
     def store(self) -> KVStore:

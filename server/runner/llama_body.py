@@ -71,14 +71,20 @@ class LlamaBody:
 
     Attributes:
         packing: how many of the weights are kept in 16 bits.
+        head: states [n, hidden_size] -> logits [n, rows of the head].
+        short_head: the same for the rows of a shortlist; None without one.
+        hidden_size: of the states.
     """
 
-    def __init__(self, model: PreTrainedModel, packed: bool) -> None:
+    def __init__(
+        self, model: PreTrainedModel, packed: bool, shortlist: Tensor | None = None
+    ) -> None:
         """Takes the weights over: `model` (which `is_llama_shaped`) cannot run afterwards.
 
         Args:
             model: its layers are taken out one by one, so that no second copy piles up.
             packed: keep weights in 16 bits where that changes none.
+            shortlist: token ids [n] whose rows of the head are kept a second time.
         """
         parts: Any = model
         body: Any = model.base_model
@@ -94,7 +100,13 @@ class LlamaBody:
         while len(body.layers):
             self._layers.append(_Layer(len(self._layers), body.layers[0], keep))
             del body.layers[0]
-        self._head = keep(parts.lm_head)
+        self.hidden_size: int = parts.lm_head.in_features
+        self.short_head: Linear | None = None
+        if shortlist is not None:
+            rows = _rows(parts.lm_head, shortlist)
+            self.packing.saved -= rows.weight.nbytes  # the model had no such copy
+            self.short_head = keep(rows)
+        self.head = keep(parts.lm_head)
         self._embed = (
             pack_embedding(body.embed_tokens, self.packing, is_tied)
             if packed
@@ -104,13 +116,17 @@ class LlamaBody:
 
     def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
         """Logits [num_kept, rows of the head] of the model's type."""
+        return self.head(self.states(plan, attention))
+
+    def states(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
+        """What the head is applied to, [num_kept, hidden_size] of the model's type."""
         x: Tensor = self._embed(plan.token_ids[0])
         rope = self._rope(plan.position_ids[0])
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             # Of other rows than the kept ones, the last layer has to leave keys and values only.
             x = layer(x, rope, attention, plan.keep if index == last else None)
-        return self._head(self._norm(x))
+        return self._norm(x)
 
     def _packed(self, linear: nn.Linear) -> Linear:
         module: nn.Module = pack_linear(linear, self.packing)
@@ -122,6 +138,15 @@ class LlamaBody:
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
         signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return signed[0].to(self._dtype), signed[1].to(self._dtype)
+
+
+def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
+    """A layer with some of the outputs, which are copied."""
+    part = nn.Linear(linear.in_features, len(rows), bias=False, device="meta")
+    part.weight = nn.Parameter(linear.weight[rows], requires_grad=False)
+    if linear.bias is not None:
+        part.bias = nn.Parameter(linear.bias[rows], requires_grad=False)
+    return part
 
 
 def _plain(linear: nn.Linear) -> Linear:

@@ -17,6 +17,7 @@ from server.runner.architecture import pin_rope
 from server.runner.attention_choice import AttentionName, choose_attention
 from server.runner.llama_body import LlamaBody, is_llama_shaped
 from server.runner.packed_linear import PackingReport, pack_weights
+from server.runner.shortlist import AUTO, Shortlist, find_shortlist
 from server.runner.source import ModelSource
 from server.runner.torch_runner import Body, TorchRunner
 
@@ -41,6 +42,8 @@ class MemberLoader:
         self._report = report
         self._device = _device(member)
         self._dtype = _dtype(member, self._device)
+        self._shortlist = find_shortlist(member.name, member.shortlist, source.path, vocab_size)
+        self._must_shorten = member.shortlist not in (None, AUTO)
         self._packs = member.dtype == "auto" and self._device.type == "cpu"
         self._short = choose_attention(
             attention, self._device, lambda line: report(f"{member.name}: {line}")
@@ -60,9 +63,12 @@ class MemberLoader:
         started = time.perf_counter()
         reference = self_check.reference_logits(model, self._vocab_size)
         runner = None
+        if fast and not (self._device.type == "cpu" and is_llama_shaped(model)):
+            self._do_without_shortlist()
         if fast and is_llama_shaped(model):
             runner = self._try_fast(model, reference)
             if runner is None:
+                self._do_without_shortlist()
                 model = self._read()  # the first one gave its weights away
         if runner is None:
             runner = self._load_generic(model, reference)
@@ -72,7 +78,7 @@ class MemberLoader:
     def _try_fast(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner | None:
         """None where the written-out forward gives other logits."""
         size = model.get_memory_footprint()
-        body = LlamaBody(model, packed=self._packs)
+        body = LlamaBody(model, packed=self._packs, shortlist=self._shortlist)
         runner = self._runner(model, body, size - body.packing.saved)
         try:
             self._check(runner, reference)
@@ -80,7 +86,20 @@ class MemberLoader:
             self._report(f"{self._name}: falling back to the forward of transformers: {error}")
             return None
         self._report_packing(body.packing)
+        if self._shortlist is not None:
+            runner.deferred = Shortlist(runner, body, self._shortlist)
+            count, size = len(self._shortlist), self._vocab_size
+            self._report(f"{self._name}: proposes from a shortlist of {count} of {size} tokens")
         return runner
+
+    def _do_without_shortlist(self) -> None:
+        if self._shortlist is None:
+            return
+        problem = f"model {self._name}: only Llama-shaped models on a CPU may have a shortlist"
+        if self._must_shorten:
+            raise ConfigError(problem)
+        self._report(f"{problem}; it is not used")
+        self._shortlist = None
 
     def _load_generic(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
         size = model.get_memory_footprint()

@@ -6,6 +6,7 @@ for models of a known shape.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from server.cache.kv_store import KVStore
 from server.runner.attention import PagedAttention, ShortAttention
-from server.runner.base import Batch
+from server.runner.base import Batch, DeferredScores
 from server.runner.plan import ForwardPlan, make_plan
 
 
@@ -82,6 +83,7 @@ class TorchRunner:
         self.device: torch.device = model.device
         self.dtype: torch.dtype = model.dtype
         self.weight_bytes = weight_bytes
+        self.deferred: DeferredScores | None = None
         self._attention = PagedAttention(store, short_attention)
         if body is None:
             self._attention.attach(model)
@@ -121,13 +123,18 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, plan: ForwardPlan) -> Tensor:
         """A prepared forward: logits [len(plan.keep), vocab_size]."""
+        return self.run_part(plan, self._body)[:, : self.vocab_size].to(self.dtype)
+
+    def run_part(
+        self, plan: ForwardPlan, part: Callable[[ForwardPlan, PagedAttention], Tensor]
+    ) -> Tensor:
+        """What `part` of the body makes of a prepared forward."""
         self._attention.plan = plan
         try:
             with _current(self.device):
-                logits = self._body(plan, self._attention)
+                return part(plan, self._attention)
         finally:
             self._attention.plan = None
-        return logits[:, : self.vocab_size].to(self.dtype)
 
 
 def _current(device: torch.device) -> AbstractContextManager[object]:

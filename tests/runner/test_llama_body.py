@@ -18,6 +18,7 @@ from server.runner.base import Batch, Span
 from server.runner.llama_body import LlamaBody, is_llama_shaped
 from server.runner.loader import load_models
 from server.runner.packed_linear import pack_weights
+from server.runner.shortlist import Shortlist
 from server.runner.torch_runner import TorchRunner, TransformersBody
 from tests.runner.test_torch_runner import (
     MAX_LENGTH,
@@ -243,3 +244,34 @@ def test_greedy_text_of_a_pair_is_the_same(tmp_path):
         texts.append(decode(engine, [5, 9, 200, 31], params, decoding))
     assert texts[0] == texts[1]
     assert len(texts[0][0]) == 40
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.inference_mode()
+def test_deferred_scores_are_those_of_the_forward(packed):
+    ids = torch.tensor([3, 4, 90, VOCAB_SIZE - 1])
+    generic = make_runner(rounded(randomised("llama", tie_word_embeddings=True)))
+    body = LlamaBody(rounded(randomised("llama", tie_word_embeddings=True)), packed, ids)
+    fast = make_runner(generic.model, body)
+    head = Shortlist(fast, body, ids)
+    batch = Batch((Span((1, 2), 0, (5, 9, 7, 31, 8), 3), Span((3,), 0, (2, 4), 1)))
+    states = head.states(batch)
+    assert states.shape == (4, head.state_size)
+    logits = fast.forward(batch)
+    assert_close(logits, generic.forward(batch))
+    torch.testing.assert_close(head.scores(states), logits)
+    listed = head.shortlist_scores(states)
+    torch.testing.assert_close(listed[:, ids], logits[:, ids])
+    assert int(listed.isfinite().sum()) == 4 * len(ids)
+
+
+def test_a_short_head_keeps_the_bias_and_counts_as_memory():
+    model = rounded(randomised("llama", tie_word_embeddings=False))
+    model.lm_head.bias = nn.Parameter(torch.arange(VOCAB_SIZE).float(), requires_grad=False)
+    weight, bias = model.lm_head.weight.clone(), model.lm_head.bias.clone()
+    plain = LlamaBody(rounded(randomised("llama", tie_word_embeddings=False)), packed=True)
+    body = LlamaBody(model, True, torch.tensor([7, 1]))
+    x = torch.randn(2, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    assert body.short_head is not None
+    torch.testing.assert_close(body.short_head(x), x @ weight[[7, 1]].T + bias[[7, 1]])
+    assert plain.packing.saved - body.packing.saved == 2 * 2 * weight.shape[1]

@@ -11,8 +11,7 @@ from server.core.sampling_params import DecodingParams, SamplingParams, proposal
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.engine import Engine, EngineLimits
-from server.runner.base import ModelRunner
-from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
+from tests.support.table_lm import DigitDecoder, TableLM, TableRunner, TableShortlist
 
 
 def make_engine(
@@ -22,11 +21,14 @@ def make_engine(
     num_pages: int = 4096,
     on_step: Callable[[StepStats], None] | None = None,
     coin_seed: int = 0,
+    shortlists: Row[Row[int] | None] = (),
     **limits: Any,
 ) -> Engine:
-    runners: list[ModelRunner] = [
-        TableRunner(lm, name=f"table-{k}", num_pages=num_pages) for k, lm in enumerate(lms)
-    ]
+    """`shortlists` [num_models]: ids that a model may propose, or None."""
+    runners = [TableRunner(lm, name=f"table-{k}", num_pages=num_pages) for k, lm in enumerate(lms)]
+    for runner, ids in zip(runners, shortlists, strict=False):
+        if ids is not None:
+            runner.deferred = TableShortlist(runner, ids)
     return Engine(
         runners,
         DigitDecoder(),

@@ -64,6 +64,7 @@ class TableRunner:
         self.page_size = page_size
         self.num_pages = num_pages
         self.num_forwards = 0
+        self.deferred: TableShortlist | None = None
         self._lm = lm
         self._pages = np.full((num_pages, page_size), -1)
 
@@ -82,6 +83,36 @@ class TableRunner:
             kept = range(length - span.num_kept + 1, length + 1)
             rows += [self._lm.logits(seen[:end]) for end in kept]
         return torch.tensor(np.array(rows), dtype=torch.float32).view(-1, self.vocab_size)
+
+
+class TableShortlist:
+    """DeferredScores of a TableRunner: a state is its row of logits, backwards.
+
+    Attributes:
+        num_deferred: forwards that left states.
+        num_scored: rows whose full scores were asked for afterwards.
+    """
+
+    def __init__(self, runner: TableRunner, ids: Sequence[int]) -> None:
+        self.state_size = runner.vocab_size
+        self.num_deferred = 0
+        self.num_scored = 0
+        self._runner = runner
+        self._ids = list(ids)
+
+    def states(self, batch: Batch) -> Tensor:
+        self.num_deferred += 1
+        return self._runner.forward(batch).flip(-1)
+
+    def scores(self, states: Tensor) -> Tensor:
+        self.num_scored += len(states)
+        return states.flip(-1)
+
+    def shortlist_scores(self, states: Tensor) -> Tensor:
+        logits = states.flip(-1)
+        scores = torch.full_like(logits, -torch.inf)
+        scores[:, self._ids] = logits[:, self._ids]
+        return scores
 
 
 class DigitDecoder:

@@ -1,0 +1,87 @@
+"""What the models said about undecided positions: written by forwards, read by place.
+
+The head of a small model costs more than its layers. A model with a shortlist may *defer* its
+scores: the forward leaves the states under the head, a proposal needs the shortlist's rows of the
+head only, and the full scores of all positions that are verified together are computed in one
+product, once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence as Row
+
+import torch
+from torch import Tensor
+
+from server.cache.score_store import ScoreStore
+from server.core.sequence import Sequence
+from server.decoding.warp import Place
+from server.runner.base import Batch, ModelRunner
+
+
+class Scores:
+    """The score store seen from the engine.
+
+    Attributes:
+        head_seconds: spent on deferred scores and on shortlists since it was last set to zero.
+    """
+
+    def __init__(
+        self,
+        runners: Row[ModelRunner],
+        store: ScoreStore,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        # Scores meet on the last model's device: it is the largest, and scores the most.
+        self.device: torch.device = runners[-1].device
+        self.head_seconds = 0.0
+        self._runners = runners
+        self._store = store
+        self._clock = clock
+
+    def has_shortlist(self, model: int) -> bool:
+        return self._runners[model].deferred is not None
+
+    def forward(self, model: int, batch: Batch, kept: Row[Place], defer: bool) -> None:
+        """Run `model`; `kept` are the places that its kept rows score, `defer` as in the module."""
+        rows = self._rows(kept)
+        head = self._runners[model].deferred
+        if defer and head is not None:
+            states = head.states(batch)
+            if rows:
+                self._store.write_states(model, rows, states)
+        else:
+            logits = self._runners[model].forward(batch)
+            if rows:
+                self._store.write(model, rows, logits)
+
+    def read(self, model: int, places: Row[Place]) -> Tensor:
+        """Raw scores, float32 [len(places), V]."""
+        rows = self._rows(places)
+        missing = self._store.deferred(model, rows)
+        head = self._runners[model].deferred
+        if missing and head is not None:
+            started = self._clock()
+            self._store.write(model, missing, head.scores(self._store.states(model, missing)))
+            self.head_seconds += self._clock() - started
+        return self._store.read(model, rows, self.device)
+
+    def read_shortlist(self, model: int, places: Row[Place]) -> Tensor:
+        """Raw scores of the shortlist of `model`, -inf elsewhere, float32 [len(places), V].
+
+        The forwards that scored these places deferred.
+        """
+        head = self._runners[model].deferred
+        assert head is not None
+        started = self._clock()
+        scores = head.shortlist_scores(self._store.states(model, self._rows(places)))
+        self.head_seconds += self._clock() - started
+        return scores.to(self.device)
+
+    def _rows(self, places: Row[Place]) -> list[int]:
+        return [self._row(sequence, position) for sequence, position in places]
+
+    def _row(self, sequence: Sequence, position: int) -> int:
+        is_prompt = position < sequence.num_prompt
+        return self._store.index(sequence.prompt_slot if is_prompt else sequence.slot, position)

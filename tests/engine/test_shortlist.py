@@ -1,0 +1,181 @@
+"""Proposals from a shortlist: the same law, the same greedy text, and the head used once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from server.core.combination import Combination
+from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.engine.engine import Engine
+from server.runner.base import ModelRunner
+from tests.engine.test_exactness import COMBINATIONS, Z_LIMIT, make_lms
+from tests.support.engines import decode, generated, make_decoding, make_engine, run
+from tests.support.exact import chi_square_z, exact_law
+from tests.support.table_lm import TableLM, TableShortlist
+
+PROMPT = [0, 2, 1]
+NUM_SAMPLES = 1200
+SCHEDULES: dict[str, tuple[str, int | tuple[int, ...]]] = {
+    "speculative": ("speculative", 3),
+    "cos": ("cos", 3),
+    "cos-each": ("cos", (2, 2)),
+}
+WARPS: dict[str, dict[str, Any]] = {
+    "top-k": {"top_k": 2, "temperature": 0.8},
+    "min-p": {"min_p": 0.4},
+    "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.4},
+    "half-allowed": {"allowed_token_ids": (0, 1)},
+    # Nothing that the request allows is on the shortlist.
+    "none-allowed": {"allowed_token_ids": (1,), "logit_bias": ((1, 0.5),)},
+    "banned": {"logit_bias": ((0, float("-inf")), (2, float("-inf")))},
+}
+
+
+def check_law(
+    shortlists: list[list[int] | None],
+    combination: Combination,
+    schedule: str,
+    warp: dict[str, Any] | None = None,
+    eos: frozenset[int] = frozenset(),
+) -> None:
+    lms = make_lms(len(combination.weights))
+    options = {"max_tokens": 4, **(warp or {})}
+    params = [SamplingParams(**options, seed=seed) for seed in range(NUM_SAMPLES)]
+    strategy, gamma = SCHEDULES[schedule]
+    if isinstance(gamma, tuple):
+        gamma = (gamma * 2)[: len(lms)]
+    decoding = make_decoding(strategy, combination, gamma)
+    engine = make_engine(
+        lms, eos=eos, max_sequences=500, max_step_tokens=4096, shortlists=shortlists
+    )
+    samples = decode(engine, PROMPT, params, decoding)
+    law = exact_law(lms, combination, params[0], PROMPT, eos)
+    assert chi_square_z(samples, law) < Z_LIMIT
+    assert deferred(engine.runners[0]).num_deferred > 0
+    engine.scheduler.check_integrity()
+
+
+def deferred(runner: ModelRunner) -> TableShortlist:
+    assert isinstance(runner.deferred, TableShortlist)
+    return runner.deferred
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_law_of_every_combination(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    num_models = len(combination.weights)
+    check_law([[0, 2], [1], None][:num_models], combination, schedule)
+
+
+@pytest.mark.parametrize("warp", WARPS)
+@pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
+def test_law_under_warps(name: str, warp: str) -> None:
+    check_law([[0, 2], None], COMBINATIONS[name], "cos", WARPS[warp])
+
+
+def test_law_where_the_end_of_text_is_not_listed() -> None:
+    check_law([[0, 2], None], COMBINATIONS["weighted-2"], "cos", eos=frozenset({1}))
+
+
+def test_a_distribution_other_than_the_drawn_one_is_noticed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Verification that takes the whole vocabulary's distribution for the shortlist's."""
+    propose = Sequence.propose
+
+    def forgetful(self: Sequence, token_id: int, model: int, from_shortlist: bool = False) -> None:
+        propose(self, token_id, model)
+
+    monkeypatch.setattr(Sequence, "propose", forgetful)
+    with pytest.raises(AssertionError):
+        check_law([[0, 2], None], COMBINATIONS["weighted-2"], "cos")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
+def test_greedy_text_is_that_of_standard(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    lms = [TableLM(seed=5 + k, vocab_size=12) for k in range(2)]
+    params = [SamplingParams(max_tokens=40, temperature=0)]
+    prompts = [[i, 3, 2 * i % 12] for i in range(4)]
+    strategy, gamma = SCHEDULES[schedule]
+    listed = make_engine(lms, shortlists=[range(6), None])
+    plain = make_engine(lms)
+    for prompt in prompts:
+        ours = decode(listed, prompt, params, make_decoding(strategy, combination, gamma))
+        assert ours == decode(plain, prompt, params, make_decoding("standard", combination))
+    assert deferred(listed.runners[0]).num_scored > 0
+
+
+@pytest.mark.parametrize("gamma", [2, 4])
+def test_the_whole_head_is_used_once_for_a_position(gamma: int) -> None:
+    """Logprobs and plausibility read the scores of a position again and again."""
+    steps: list[StepStats] = []
+    engine = make_engine(
+        [TableLM(seed=5 + k, vocab_size=12) for k in range(2)],
+        shortlists=[range(6), None],
+        on_step=steps.append,
+    )
+    combination = Combination.contrastive(2, 0.5, plausibility=0.1)
+    params = [SamplingParams(max_tokens=30, seed=1, logprobs=3)]
+    decode(engine, PROMPT, params, make_decoding("cos", combination, gamma))
+    num_decided = sum(sum(stats.tails) + stats.num_drawn for stats in steps)
+    assert deferred(engine.runners[0]).num_scored <= num_decided
+
+
+@pytest.mark.parametrize("strategy", ["standard", "mixture", "cos"])
+def test_nothing_is_deferred_where_it_does_not_pay(strategy: str) -> None:
+    engine = make_engine(make_lms(2), shortlists=[[0, 2], None])
+    decoding = make_decoding(strategy, COMBINATIONS["weighted-2"], gamma=1)
+    decode(engine, PROMPT, [SamplingParams(max_tokens=20, seed=1)], decoding)
+    assert deferred(engine.runners[0]).num_deferred == 0
+
+
+def make_sequences() -> list[Sequence]:
+    """Some with proposals from the shortlist, some without."""
+    combination = Combination.contrastive(2, 0.3)
+    return [
+        Sequence.start(
+            f"s{i}",
+            [(3 * i + j) % 20 for j in range(1 + i)],
+            SamplingParams(max_tokens=5 + i, seed=i),
+            make_decoding("cos", combination, gamma=(1 + i % 4, 1)),
+        )
+        for i in range(16)
+    ]
+
+
+def engine_of(**limits: Any) -> Engine:
+    lms = [TableLM(seed=70 + k, vocab_size=20) for k in range(2)]
+    return make_engine(lms, shortlists=[range(0, 20, 2), [1]], **limits)
+
+
+def test_batch_chunking_and_preemption_change_nothing() -> None:
+    alone = []
+    for sequence in make_sequences():
+        alone.append(generated(run(engine_of(), [sequence])[sequence.id]))
+    engine = engine_of(num_pages=24, max_step_tokens=11)
+    sequences = make_sequences()
+    deltas = run(engine, sequences, engine.scheduler.check_integrity)
+    assert [generated(deltas[s.id]) for s in sequences] == alone
+    assert sum(s.stats.num_preemptions for s in sequences) > 0
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_coupled_text_is_that_of_standard(schedule: str) -> None:
+    """A proposal is the proposer's own pick from its shortlist, with the position's noise."""
+    strategy, gamma = SCHEDULES[schedule]
+    combination = Combination.contrastive(2, 0.3)
+    lms = [TableLM(seed=5 + k, vocab_size=12) for k in range(2)]
+    coupled = [SamplingParams(max_tokens=30, seed=s, is_seeded=True) for s in range(8)]
+    coupled += [SamplingParams(max_tokens=9, seed=1, is_seeded=True, allowed_token_ids=(7, 9))]
+    listed = make_engine(lms, shortlists=[range(6), None])
+    ours = decode(listed, PROMPT, coupled, make_decoding(strategy, combination, gamma))
+    standard = make_decoding("standard", combination)
+    assert ours == decode(make_engine(lms), PROMPT, coupled, standard)
+    assert deferred(listed.runners[0]).num_scored > 0
