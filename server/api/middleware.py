@@ -21,6 +21,7 @@ from server.metrics import HttpMetrics
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+CLIENT_GONE = 499  # nobody reads it; it tells such requests apart in the metrics
 _PRINTABLE = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -86,7 +87,7 @@ class HttpMetricsMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # what an exception becomes further out
+        status = CLIENT_GONE  # where nothing is answered at all
 
         async def watch(message: Message) -> None:
             nonlocal status
@@ -97,6 +98,9 @@ class HttpMetricsMiddleware:
         started = time.perf_counter()
         try:
             await self._app(scope, receive, watch)
+        except Exception:
+            status = 500  # what it becomes further out
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             seconds = time.perf_counter() - started

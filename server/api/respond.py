@@ -14,6 +14,7 @@ from server.api.clients import client_of
 from server.api.disconnect import ClientDisconnected, while_connected
 from server.api.errors import describe
 from server.api.generation import Generation
+from server.api.middleware import CLIENT_GONE
 from server.api.protocol import GenerationRequest, ReplyBody, StreamOptions
 from server.api.reply import DeltaStream, Piece, Reply, decode, merge
 from server.api.service import Service
@@ -22,8 +23,6 @@ from server.core.output import TokenDelta
 from server.errors import EngineError
 
 logger = logging.getLogger(__name__)
-
-_CLIENT_GONE = 499  # nobody reads it; it tells such requests apart in the metrics
 
 
 class Writer(ABC):
@@ -80,7 +79,7 @@ async def respond(request: Request, writer: Writer, service: Service) -> Respons
         # Waiting for the first tokens before answering 200: early errors are real statuses.
         first = await while_connected(request, _first(deltas))
     except ClientDisconnected:
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
     events = _events(first, deltas, reply, writer)
     http = service.config.http
     return EventStream(events, deltas.aclose, http.ping_seconds, http.send_seconds)
