@@ -64,7 +64,7 @@ def test_a_body_that_comes_too_slowly_is_refused(start, path: str) -> None:
 def test_a_client_that_does_not_read_holds_nobody_up(start) -> None:
     live = start(http={"send_seconds": 0.5})
     # The sockets' buffers hold little, so the answer piles up in the server.
-    body = '{"model": "table", "prompt": "1", "n": 16, "max_tokens": 250, "ignore_eos": true, '
+    body = '{"model": "table", "prompt": "1", "n": 2, "max_tokens": 250, "ignore_eos": true, '
     body += '"stream": true, "logprobs": 20}'
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -77,6 +77,15 @@ def test_a_client_that_does_not_read_holds_nobody_up(start) -> None:
         assert time.monotonic() - started < 5
         wait_until(lambda: live.table.service.clients.num_open == 0, 20)
         live.wait_idle()
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(start) -> None:
+    live = start()
+    with connect(live) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
+    counted = {"route": "unmatched", "method": "POST"}
+    name = "cos_http_requests_total"
+    wait_until(lambda: live.table.value(name, status="499", **counted) == 1)
 
 
 def test_headers_beyond_the_limit_are_refused(live: Live) -> None:

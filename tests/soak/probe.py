@@ -18,7 +18,12 @@ _INTERVAL = 0.2
 
 def run(url: str) -> dict[str, list[float]]:
     stopped = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stopped.set()), daemon=True).start()
+
+    def wait() -> None:
+        sys.stdin.read()
+        stopped.set()
+
+    threading.Thread(target=wait, daemon=True).start()
     host = urlsplit(url).netloc
     times: dict[str, list[float]] = {path: [] for path in PATHS}
     while not stopped.wait(_INTERVAL):

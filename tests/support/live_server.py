@@ -35,6 +35,8 @@ def run_server(app: FastAPI, phase: str = "ready") -> Iterator[str]:
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
+        # Connections inherit it: a client that does not read is noticed before megabytes are sent.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
