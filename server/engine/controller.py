@@ -41,6 +41,7 @@ _SEQUENCE_WEIGHT = 24.0  # proposals that its class counts for against a sequenc
 _MEMORY = 400.0  # proposals after which a class has forgotten 63 % of what came before
 _REALITY_MEMORY = 10.0  # predicted seconds of decoding, for predicted against real
 _REALITY_PRIOR = 2.0
+_GRUDGE = 120.0  # seconds of decoding after which 63 % of that is forgotten
 _REALITY_RANGE = (0.8, 4.0)
 _MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
 
@@ -169,6 +170,9 @@ class Controller:
         if not is_pure or len(interval.batches) != 1 or interval.num_tokens < 2 * len(members):
             return
         batch = max(1, next(iter(interval.batches)))
+        for ratio in self._reality.values():
+            # What was left because it was slow is tried again some minutes later.
+            ratio.forget(-math.expm1(-interval.seconds / _GRUDGE))
         predicted = self.token_seconds(chosen, self._rates(group, members), batch)
         self._real(chosen, batch).add(interval.seconds, predicted * interval.num_tokens)
 

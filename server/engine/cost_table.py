@@ -76,6 +76,11 @@ class Ratio:
         weight = self._prior
         return (self._measured + weight * prior) / (self._expected + weight)
 
+    def forget(self, share: float) -> None:
+        """Weigh what was seen so far by 1 - share."""
+        self._measured *= 1 - share
+        self._expected *= 1 - share
+
     def add(self, measured: float, expected: float) -> None:
         """One step more."""
         if expected <= 0:
