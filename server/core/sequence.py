@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from server.core.matcher import Matcher
 from server.core.sampling_params import DecodingParams, SamplingParams
 
 
@@ -66,6 +67,7 @@ class Sequence:
         coin_base: mixture with shared coins: index of the batch's coin stream minus position.
         declined_at: length at which a model had nothing to propose that the request allows; the
             token there is drawn. -1: nowhere.
+        matcher: of the grammar that the text must follow.
         priority: waiting sequences are admitted in ascending order of it, then as they came.
     """
 
@@ -85,6 +87,7 @@ class Sequence:
     prompt_slot: int = -1
     coin_base: int | None = None
     declined_at: int = -1
+    matcher: Matcher | None = None
     priority: int = 0
     status: Status = Status.WAITING
     stats: SequenceStats = field(default_factory=lambda: SequenceStats([], []))
@@ -97,6 +100,7 @@ class Sequence:
         params: SamplingParams,
         decoding: DecodingParams,
         priority: int = 0,
+        matcher: Matcher | None = None,
     ) -> Sequence:
         """A waiting sequence that nobody has seen yet. `prompt` has at least one token."""
         num_models = len(decoding.combination.weights)
@@ -111,6 +115,7 @@ class Sequence:
             num_scored=len(prompt) if params.prompt_logprobs is None else 1,
             num_seen=[0] * num_models,
             resume_at=[0] * num_models,
+            matcher=matcher,
             priority=priority,
             stats=SequenceStats(
                 proposed=[0] * num_models,

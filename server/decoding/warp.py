@@ -1,9 +1,10 @@
 """Warps: temperature, truncation, penalties and biases, applied to logits row by row.
 
-Order: repetition, frequency and presence penalties; logit_bias; masks (allowed tokens, tokens that
-complete a bad word, stop tokens before min_tokens); temperature; min-p; top-k; top-p. A row is one
-position of one sequence, and penalties and masks look at the tokens before that position, pending
-ones included, so that a position's warp is the same whether it is proposed, verified or drawn.
+Order: repetition, frequency and presence penalties; logit_bias; masks (of a grammar, allowed
+tokens, tokens that complete a bad word, stop tokens before min_tokens); temperature; min-p; top-k;
+top-p. A row is one position of one sequence, and penalties and masks look at the tokens before that
+position, pending ones included, so that a position's warp is the same whether it is proposed,
+verified or drawn.
 
 Greedy rows are warped at temperature 1 without truncation: greedy text takes the most probable
 token of the *combined* distribution (`combine.rank`).
@@ -40,6 +41,7 @@ class Warp:
             or p.min_tokens
             for p in params
         )
+        self._masks = _masks(places, device)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)
         self._temperature = torch.tensor(temperature, device=device)[:, None]
@@ -51,6 +53,10 @@ class Warp:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """float32 [R, V] -> warped logits [R, V]; the argument is left alone."""
+        if self._masks is not None:
+            rows, packed = self._masks
+            allowed = _unpack(packed, logits.shape[-1])
+            logits = logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
         if not self._is_plain:
             logits = logits.clone()
             for row, place in enumerate(self._places):
@@ -136,7 +142,31 @@ def _adjust(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[in
         logits[_ids(banned_words, logits)] = -torch.inf
     if position < sequence.num_prompt + params.min_tokens:
         banned = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos
-        logits[_ids(sorted(banned), logits)] = -torch.inf
+        ends = _ids(sorted(banned), logits)
+        kept = logits[ends]
+        logits[ends] = -torch.inf
+        if sequence.matcher is not None and logits.max() == -torch.inf:
+            logits[ends] = kept  # the grammar is complete: it ends the text all the same
+
+
+def _masks(places: Row[Place], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Rows that follow a grammar, int64 [M], and their masks, uint8 [M, bytes]; None for none."""
+    rows: list[int] = []
+    masks = bytearray()
+    for row, (sequence, position) in enumerate(places):
+        if sequence.matcher is not None:
+            rows.append(row)
+            masks += sequence.matcher.mask(sequence.token_ids[sequence.num_prompt : position])
+    if not rows:
+        return None
+    packed = torch.frombuffer(masks, dtype=torch.uint8).view(len(rows), -1)
+    return torch.tensor(rows, device=device), packed.to(device)
+
+
+def _unpack(packed: Tensor, vocab_size: int) -> Tensor:
+    """Bits of [M, bytes], the lowest of each byte first: bool [M, vocab_size]."""
+    bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return ((packed[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
 
 
 def _completes(word: tuple[int, ...], sequence: Sequence, position: int) -> bool:

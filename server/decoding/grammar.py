@@ -1,0 +1,191 @@
+"""Grammars: JSON schemas, regular expressions, choices and Lark, as masks over the vocabulary.
+
+A text that follows a grammar is decoded as any other: the mask of a position is a warp, a function
+of the tokens before it, pending ones included. So proposals are masked like their targets, and
+what is rejected is rolled back here too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence as Row
+from functools import lru_cache
+from itertools import takewhile
+from threading import Lock
+from typing import Literal
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+Kind = Literal["json", "regex", "choice", "lark"]
+
+# Masks of so many positions are kept: more than can be pending.
+_KEPT_MASKS = 64
+
+# Bounds of the work and memory of one position, and of reading a grammar.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=200_000,
+    step_lexer_fuel=20_000,
+    step_max_items=20_000,
+    max_lexer_states=20_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+
+
+class GrammarError(ValueError):
+    """No grammar, or one beyond the limits; `str()` says why in one line."""
+
+
+class GrammarMatcher:
+    """The grammar of one sequence; see `core.matcher.Matcher`."""
+
+    def __init__(self, matcher: LLMatcher, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        """`matcher` has consumed nothing, and is used by nobody else."""
+        self._matcher = matcher
+        self._eos = eos_token_ids
+        self._num_bytes = -(-vocab_size // 8)
+        self._followed: list[int] = []
+        self._num_consumed = 0  # of these, by the matcher: nothing after the end
+        self._end: int | None = None
+        self._masks: dict[int, bytes] = {}  # by number of tokens before
+        self._final = _bits(eos_token_ids, self._num_bytes)
+        self.error: str | None = None
+
+    def mask(self, generated: Row[int]) -> bytes:
+        """Once the text is complete only its end may follow; after an error nothing may."""
+        count = len(generated)
+        if count not in self._masks or not self._has_followed(generated):
+            self._follow(generated)
+            self._masks.pop(count - _KEPT_MASKS, None)
+            self._masks[count] = self._compute()
+        return self._masks[count]
+
+    def end(self, generated: Row[int]) -> int | None:
+        """See `Matcher`."""
+        self._follow(generated)
+        return self._end
+
+    def _has_followed(self, generated: Row[int]) -> bool:
+        return self._followed[: len(generated)] == list(generated)
+
+    def _follow(self, generated: Row[int]) -> None:
+        """Move to the end of `generated`, back over what it does not share with the last one."""
+        if self._has_followed(generated):
+            common = len(generated)
+        else:
+            pairs = zip(self._followed, generated, strict=False)
+            common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self._roll_back(common)
+        for token_id in generated[common:]:
+            self._consume(token_id)
+
+    def _roll_back(self, count: int) -> None:
+        if (surplus := self._num_consumed - count) > 0:
+            self._matcher.rollback(surplus)
+            self._num_consumed = count
+        if self._end is not None and self._end > count:
+            self._end = None
+        del self._followed[count:]
+        # The mask after the common tokens still holds; those of what follows do not.
+        self._masks = {n: mask for n, mask in self._masks.items() if n <= count}
+
+    def _consume(self, token_id: int) -> None:
+        self._followed.append(token_id)
+        if self._end is not None or self.error is not None:
+            return
+        if token_id in self._eos:
+            self._end = len(self._followed)
+            return
+        if not self._matcher.consume_token(token_id):
+            self._fail()
+            return
+        self._num_consumed += 1
+        if self._matcher.is_stopped():
+            self._end = len(self._followed)
+
+    def _compute(self) -> bytes:
+        if self.error is None and self._end is not None:
+            return self._final
+        mask = b"" if self.error else self._matcher.compute_bitmask()[: self._num_bytes]
+        if self._matcher.is_error():
+            self._fail()
+        return bytes(self._num_bytes) if self.error else mask
+
+    def _fail(self) -> None:
+        self.error = f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}"
+
+
+class Grammars:
+    """Compiles grammars for one vocabulary. Safe to use from many threads."""
+
+    def __init__(
+        self,
+        make_tokenizer: Callable[[list[int]], LLTokenizer],
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+    ) -> None:
+        """`make_tokenizer` is called once, with the sorted end-of-text tokens; it takes seconds."""
+        self._make_tokenizer = make_tokenizer
+        self._eos = eos_token_ids
+        self._vocab_size = vocab_size
+        self._lock = Lock()
+        self._tokenizer: LLTokenizer | None = None
+        self._template = lru_cache(maxsize=32)(self._compile)
+
+    def matchers(self, kind: Kind, source: str, count: int) -> list[GrammarMatcher]:
+        """`count` matchers of one grammar; slow, and to be called off the event loop.
+
+        Args:
+            kind: json is a schema, choice a JSON list of texts, lark llguidance's dialect of it.
+            source: the grammar.
+            count: at least 1.
+
+        Raises:
+            GrammarError: it is none, or takes more than the limits allow.
+        """
+        template = self._template(kind, source)
+        copies = [template.deep_copy() for _ in range(count)]
+        return [GrammarMatcher(copy, self._eos, self._vocab_size) for copy in copies]
+
+    def _compile(self, kind: Kind, source: str) -> LLMatcher:
+        matcher = LLMatcher(
+            self._get_tokenizer(), _grammar(kind, source), log_level=0, limits=_LIMITS
+        )
+        if not matcher.is_error():
+            # The first mask builds most of what later ones need, and meets most of the limits.
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise GrammarError(_one_line(matcher.get_error()))
+        return matcher
+
+    def _get_tokenizer(self) -> LLTokenizer:
+        if not self._eos:
+            raise GrammarError("the served models have no end-of-text token")
+        with self._lock:
+            if self._tokenizer is None:
+                self._tokenizer = self._make_tokenizer(sorted(self._eos))
+            return self._tokenizer
+
+
+def _grammar(kind: Kind, source: str) -> str:
+    match kind:
+        case "json":
+            return LLMatcher.grammar_from_json_schema(source)
+        case "regex":
+            return LLMatcher.grammar_from_regex(source)
+        case "choice":
+            texts = [json.dumps(text) for text in json.loads(source)]
+            return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
+        case "lark":
+            return LLMatcher.grammar_from_lark(source)
+
+
+def _bits(token_ids: frozenset[int], num_bytes: int) -> bytes:
+    mask = bytearray(num_bytes)
+    for token_id in token_ids:
+        mask[token_id // 8] |= 1 << token_id % 8
+    return bytes(mask)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.removesuffix("<non-verbose/>").split())[:500]

@@ -1,0 +1,231 @@
+"""Texts that follow a grammar: exact under every strategy, and rolled back as tokens are."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from llguidance import LLTokenizer
+from llguidance._tokenizer import TokenizerWrapper
+
+from server.core.combination import Combination
+from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
+from server.core.stats import StepStats
+from server.decoding.grammar import GrammarError, GrammarMatcher, Grammars, Kind
+from tests.engine.test_exactness import COMBINATIONS, MIXTURES, SCHEDULES, Z_LIMIT, decoding_of
+from tests.support.engines import generated, make_decoding, make_engine, run
+from tests.support.exact import Law, chi_square_z, softmax
+from tests.support.table_lm import TableLM
+
+TOKENS = ["a", "b", "ab", "c", ""]  # the last one ends the text
+EOS = 4
+PROMPT = [0, 3, 1]
+PATTERN = "(ab|c)+b?a"
+
+
+class _Vocabulary:
+    eos_token_id = EOS
+    bos_token_id = None
+    special_token_ids = (EOS,)
+    tokens = tuple(text.encode() or b"<end>" for text in TOKENS)
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        text = text.decode() if isinstance(text, bytes) else text
+        return [TOKENS.index(character) for character in text]
+
+
+def make_grammars(eos: frozenset[int] = frozenset({EOS})) -> Grammars:
+    wrapper = TokenizerWrapper(_Vocabulary())
+    return Grammars(lambda ends: LLTokenizer(wrapper, eos_token=ends), eos, len(TOKENS))
+
+
+GRAMMARS = make_grammars()
+
+
+def matchers(count: int, pattern: str = PATTERN) -> list[GrammarMatcher]:
+    return GRAMMARS.matchers("regex", pattern, count)
+
+
+def strings(pattern: str, longest: int) -> set[str]:
+    """All texts of the pattern, by trying."""
+    found, front = set(), [""]
+    for _ in range(longest):
+        front = [text + letter for text in front for letter in "abc"]
+        found |= {text for text in front if re.fullmatch(pattern, text)}
+    return found
+
+
+def allowed(made: tuple[int, ...], pattern: str = PATTERN) -> list[int]:
+    """Tokens after which some text of the pattern can still come, the end of a complete one."""
+    whole = ALL if pattern == PATTERN else strings(pattern, 8)
+    text = "".join(TOKENS[token] for token in made)
+    going_on = [t for t in range(4) if any(s.startswith(text + TOKENS[t]) for s in whole)]
+    return [*going_on, *[EOS] * (text in whole)]
+
+
+ALL = strings(PATTERN, 12)
+
+
+def exact_law(lms: list[TableLM], combination: Combination, params: SamplingParams) -> Law:
+    """Each member masked and renormalised before they are mixed, as any warp."""
+    law: Law = {}
+    front: Law = {(): 1.0}
+    while front:
+        made, mass = front.popitem()
+        mask = np.full(len(TOKENS), -np.inf)
+        mask[allowed(made)] = 0
+        raw = [lm.logits([*PROMPT, *made]) for lm in lms]
+        if combination.is_logit_level:
+            mix = sum(w * row for w, row in zip(combination.weights, raw, strict=True))
+            r = softmax(mix + mask)
+        else:
+            r = sum(
+                w * softmax(row + mask) for w, row in zip(combination.weights, raw, strict=True)
+            )
+        if params.is_greedy:
+            r = np.eye(len(r))[int(np.argmax(r))]
+        for token in np.flatnonzero(r):
+            longer = (*made, int(token))
+            ends = len(longer) == params.max_tokens or token == EOS
+            (law if ends else front)[longer] = mass * float(r[token])
+    return law
+
+
+def make_lms(num_models: int) -> list[TableLM]:
+    return [TableLM(seed=51 + k, vocab_size=len(TOKENS)) for k in range(num_models)]
+
+
+def sample(
+    lms: list[TableLM], decoding: Any, params: list[SamplingParams], **options: Any
+) -> list[tuple[int, ...]]:
+    engine = make_engine(
+        lms, eos=frozenset({EOS}), **{"max_sequences": 500, "max_step_tokens": 4096, **options}
+    )
+    sequences = [
+        Sequence.start(f"s{i}", PROMPT, each, decoding, matcher=matcher)
+        for i, (each, matcher) in enumerate(zip(params, matchers(len(params)), strict=True))
+    ]
+    deltas = run(engine, sequences)
+    assert all(deltas[s.id][-1].finish_reason != "error" for s in sequences)
+    engine.scheduler.check_integrity()
+    return [generated(deltas[sequence.id]) for sequence in sequences]
+
+
+CASES = [
+    *((name, "cos-3") for name in COMBINATIONS),
+    *(("weighted-2", schedule) for schedule in SCHEDULES if schedule != "cos-3"),
+    ("contrastive-2", "cos-each-2"),
+    ("weighted-2", "kappa-0"),
+    ("weighted-3", "kappa-2"),
+]
+
+
+@pytest.mark.parametrize(("name", "schedule"), CASES)
+def test_law(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    lms = make_lms(len(combination.weights))
+    if schedule in MIXTURES:
+        decoding = make_decoding("mixture", combination, **MIXTURES[schedule])
+    else:
+        decoding = decoding_of(schedule, combination)
+    params = [SamplingParams(max_tokens=5, seed=seed) for seed in range(700)]
+    law = exact_law(lms, combination, params[0])
+    assert sum(law.values()) == pytest.approx(1)
+    assert len(law) > 20
+    assert chi_square_z(sample(lms, decoding, params), law) < Z_LIMIT
+    if schedule not in MIXTURES:
+        greedy = SamplingParams(max_tokens=10, temperature=0.0)
+        assert exact_law(lms, combination, greedy) == {sample(lms, decoding, [greedy])[0]: 1.0}
+
+
+@pytest.mark.parametrize("name", ["standard", "cos"])
+def test_batches_and_preemptions_change_nothing(name: str) -> None:
+    decoding = make_decoding(name, COMBINATIONS["weighted-2"], gamma=3)
+    params = [SamplingParams(max_tokens=20, seed=seed, logprobs=0) for seed in range(12)]
+    lms = make_lms(2)
+    alone = [sample(lms, decoding, [each])[0] for each in params]
+    steps: list[StepStats] = []
+    options = {"num_pages": 9, "max_step_tokens": 11, "on_step": steps.append}
+    assert sample(lms, decoding, params, **options) == alone
+    assert sum(step.num_preempted for step in steps) > 0
+
+
+def test_the_text_ends_where_nothing_can_follow() -> None:
+    """Without a token that says so, also where such tokens are ignored or banned for longer."""
+    decoding = make_decoding("cos", COMBINATIONS["weighted-2"], gamma=3)
+    for options in ({}, {"ignore_eos": True}, {"min_tokens": 9}):
+        params = SamplingParams(max_tokens=10, seed=3, **options)
+        [matcher] = matchers(1, "ab|c")
+        sequence = Sequence.start("s", PROMPT, params, decoding, matcher=matcher)
+        deltas = run(make_engine(make_lms(2), eos=frozenset({EOS})), [sequence])["s"]
+        assert "".join(TOKENS[token] for token in generated(deltas)) in {"ab", "c"}
+        assert deltas[-1].finish_reason == "stop"
+        assert generated(deltas)[-1] != EOS
+        assert "".join(delta.text for delta in deltas).split() == [
+            str(token) for token in generated(deltas)
+        ]
+
+
+def test_a_complete_text_ends_before_min_tokens_where_only_its_end_is_allowed() -> None:
+    decoding = make_decoding("cos", COMBINATIONS["contrastive-2"], gamma=3)
+    params = SamplingParams(max_tokens=10, min_tokens=8)
+    [matcher] = GRAMMARS.matchers("lark", 'start: "a" tail\ntail: "b"?', 1)
+    sequence = Sequence.start("s", PROMPT, params, decoding, matcher=matcher)
+    deltas = run(make_engine(make_lms(2), eos=frozenset({EOS})), [sequence])["s"]
+    assert "".join(TOKENS[token] for token in generated(deltas)) == "ab"
+    assert deltas[-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_matcher_follows_wherever_it_is_led(seed: int) -> None:
+    """Masks of any prefix in any order, as after rejections, are those of a new matcher."""
+    rng = random.Random(seed)
+    [matcher] = matchers(1)
+    made: list[int] = []
+    for _ in range(200):
+        mask = np.unpackbits(np.frombuffer(matcher.mask(made), np.uint8), bitorder="little")
+        expected = [EOS] if EOS in made else allowed(tuple(made))
+        assert np.flatnonzero(mask).tolist() == expected
+        text = "".join(TOKENS[token] for token in made)
+        is_complete = EOS in made or not any(s != text and s.startswith(text) for s in ALL)
+        assert (matcher.end(made) is not None) == is_complete
+        if rng.random() < 0.3 or len(made) > 5:
+            made = made[: rng.randrange(len(made) + 1)]
+        else:
+            made = [*made, rng.choice(expected)]
+    assert matcher.error is None
+
+
+def test_the_end_of_text_is_needed() -> None:
+    with pytest.raises(GrammarError, match="no end-of-text token"):
+        make_grammars(frozenset()).matchers("regex", "a", 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "words"),
+    [
+        ("regex", "(a", "unclosed group"),
+        ("json", '{"type": "array", "uniqueItems": true}', "uniqueItems"),
+        ("json", '{"type": "no such type"}', "no such type"),
+        ("lark", "nothing: here", "start"),
+    ],
+)
+def test_what_is_no_grammar_is_refused(kind: Kind, source: str, words: str) -> None:
+    with pytest.raises(GrammarError, match=re.escape(words)):
+        GRAMMARS.matchers(kind, source, 1)
+
+
+def test_choices_are_taken_literally() -> None:
+    texts = ["ab", 'c"', "a\\b", "b\n", "(c|a)"]
+    [matcher] = GRAMMARS.matchers("choice", json.dumps(texts), 1)
+    mask = np.unpackbits(np.frombuffer(matcher.mask([]), np.uint8), bitorder="little")
+    assert np.flatnonzero(mask).tolist() == [0, 1, 2, 3]
+    assert matcher.end([2]) == 1
+    assert matcher.end([0]) is None
+    assert math.isclose(matcher.mask([1])[0], 0)  # no token is the line break
