@@ -16,9 +16,10 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from fastapi import FastAPI
+from llguidance import LLTokenizer
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
@@ -38,6 +39,7 @@ from server.api.openapi import install_openapi
 from server.api.service import Service
 from server.api.sse import outlive_shutdown_signals
 from server.config import ServerConfig
+from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
 from server.engine.calibration import calibrate
 from server.engine.engine import Engine, EngineLimits
@@ -62,6 +64,15 @@ class Parts:
     vocab_size: int
     chat_template: ChatTemplate | None = None
     special_tokens: Mapping[str, str] | None = None
+    grammars: Grammars | None = None
+
+
+class Serialisable(Protocol):
+    """The part of `tokenizers.Tokenizer` that grammars need."""
+
+    def to_str(self) -> str: ...
+
+    def get_vocab_size(self) -> int: ...
 
 
 Load = Callable[[], Parts]
@@ -74,6 +85,7 @@ def create_app(
     chat_template: ChatTemplate | None = None,
     *,
     load: Load | None = None,
+    grammars: Grammars | None = None,
     metrics: Metrics | None = None,
     tracer: RequestTracer | None = None,
     on_failure: Callable[[BaseException], None] | None = None,
@@ -85,6 +97,7 @@ def create_app(
         engine: one that is there already, as in tests; otherwise `load` is called.
         tokenizer: that of `engine`.
         chat_template: that of `tokenizer`.
+        grammars: over the vocabulary of `tokenizer`; None refuses structured output.
         load: called in a thread; loads the configured models if not given.
         metrics: those that `engine` reports to.
         tracer: records requests; the configured one if not given.
@@ -98,7 +111,8 @@ def create_app(
     metrics.engine.watch_phase(lambda: service.phase)
     if engine is not None:
         assert tokenizer is not None
-        load = partial(Parts, engine, tokenizer, tokenizer.get_vocab_size(), chat_template)
+        vocab_size = tokenizer.get_vocab_size()
+        load = partial(Parts, engine, tokenizer, vocab_size, chat_template, grammars=grammars)
     life = _Life(service, load or partial(load_parts, config, metrics), on_failure)
     app = FastAPI(
         title="cos-server",
@@ -201,6 +215,7 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         loaded.vocab_size,
         _chat_template(loaded.tokenizer),
         loaded.tokenizer.special_tokens_map,
+        _grammars(tokenizer, loaded.vocab_size, loaded.eos_token_ids),
     )
 
 
@@ -220,6 +235,15 @@ def _max_prefill_tokens(config: ServerConfig, runners: Iterable[LoadedRunner]) -
         return wanted
     # About as long as a few steps of some sequences take on either.
     return 128 if any(runner.device.type == "cpu" for runner in runners) else 512
+
+
+def _grammars(tokenizer: Serialisable, vocab_size: int, eos: frozenset[int]) -> Grammars:
+    def make_tokenizer(eos_token_ids: list[int]) -> LLTokenizer:
+        # Ids that the models do not score are cut off; those that only they know are impossible.
+        size = max(vocab_size, tokenizer.get_vocab_size())
+        return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=eos_token_ids)
+
+    return Grammars(make_tokenizer, eos, vocab_size)
 
 
 def _chat_template(tokenizer: TemplatedTokenizer) -> ChatTemplate | None:
@@ -272,6 +296,7 @@ class _Life:
             lambda: parts.engine.num_waiting,
             lambda: parts.engine.idle_seconds,
         )
+        self._service.grammars = parts.grammars
         self._service.open(parts.engine, codec)
         logger.info("ready: %s", self._service.config.served_model_name)
         await parts.engine.wait_dead()

@@ -20,7 +20,9 @@ from server.api.limits import (
 )
 from server.api.protocol import GenerationRequest
 from server.api.service import Service
+from server.api.structure import make_matchers
 from server.api.unsupported import check_supported
+from server.core.matcher import Matcher
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.rng import derive_seed
@@ -100,14 +102,16 @@ async def make_generation(
     bad_words = await _bad_words(request, service.codec)
     for prompt in prompts:
         check_prompt(prompt.token_ids, service.engine.max_length, prompt.field)
+    matchers = await make_matchers(request, service, len(prompts) * (request.n or 1))
     unique = secrets.token_hex(12)
+    sequences = _fan_out(request, prompts, bad_words, decoding, service, unique)
     return Generation(
         # Sequences keep an id of their own: two clients may send the same one.
         id=f"{id_prefix}-{request.request_id or unique}",
         created=int(time.time()),
         num_choices=request.n or 1,
         prompts=tuple(prompts),
-        sequences=tuple(_fan_out(request, prompts, bad_words, decoding, service, unique)),
+        sequences=tuple(map(_with_matcher, sequences, matchers)),
         decoding=decoding,
     )
 
@@ -136,6 +140,11 @@ def _fan_out(
                 decoding,
                 priority=request.priority or 0,
             )
+
+
+def _with_matcher(sequence: Sequence, matcher: Matcher | None) -> Sequence:
+    sequence.matcher = matcher
+    return sequence
 
 
 def _sampling_params(

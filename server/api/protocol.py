@@ -78,6 +78,38 @@ class CosOptions(Body):
     )
 
 
+class JsonSchemaFormat(Body):
+    """A JSON schema with a name, as OpenAI's clients send it."""
+
+    name: str | None = Field(None, description="Ignored.")
+    description: str | None = Field(None, description="Ignored.")
+    schema_: dict[str, Any] | bool = Field(alias="schema", description="The reply follows it.")
+    strict: bool | None = Field(None, description="Ignored: the reply always follows it.")
+
+
+class ResponseFormat(Body):
+    """The form of the whole text."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = Field(None, description="Of type json_schema.")
+
+
+Schema = Annotated[dict[str, Any] | bool | str, any_of("a JSON schema, or one as a string")]
+
+
+class StructuredOutputs(Body):
+    """The form of the whole text; one of these."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    # `json` would hide a method of its base.
+    json_: Schema | None = Field(None, alias="json", description="A JSON schema.")
+    json_object: bool | None = Field(None, description="Any JSON object.")
+    regex: str | None = Field(None, description="A regular expression for the whole text.")
+    choice: list[str] | None = Field(None, min_length=1, description="One of these texts.")
+    grammar: str | None = Field(None, description="A grammar in llguidance's dialect of Lark.")
+
+
 class GenerationRequest(Body):
     """What completions and chat completions have in common."""
 
@@ -103,6 +135,14 @@ class GenerationRequest(Body):
         None, description="Token id to bias."
     )
     allowed_token_ids: list[int] | None = Field(None, description="Only these are generated.")
+    response_format: ResponseFormat | None = Field(None, description="The form of the text.")
+    structured_outputs: StructuredOutputs | None = Field(None, description="The same, more forms.")
+    guided_json: Schema | None = Field(None, description="structured_outputs.json.")
+    guided_regex: str | None = Field(None, description="structured_outputs.regex.")
+    guided_choice: list[str] | None = Field(
+        None, min_length=1, description="structured_outputs.choice."
+    )
+    guided_grammar: str | None = Field(None, description="structured_outputs.grammar.")
     bad_words: list[str] | None = Field(None, description="Texts that are never completed.")
     stop: Stop = Field(None, description="Strings that end the text.")
     stop_token_ids: list[int] | None = Field(None, description="Tokens that end the text.")

@@ -13,12 +13,14 @@ from server.api.codec import Codec
 from server.api.decoding import DecodingDefaults
 from server.api.keys import load_keys
 from server.config import HttpConfig, ServerConfig
+from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
 from server.errors import ConfigError, EngineDead, EngineDraining, ModelNotFound
 from server.metrics import Metrics
 from server.tracing import RequestTracer
 
 _RENDER_THREADS = 4
+_GRAMMAR_THREADS = 2
 
 Phase = Literal["loading", "ready", "draining", "failed"]
 
@@ -39,6 +41,8 @@ class Service:
         self.tracer = tracer
         self.started_at = int(time.time())
         self.render_threads = CapacityLimiter(_RENDER_THREADS)
+        self.grammar_threads = CapacityLimiter(_GRAMMAR_THREADS)
+        self.grammars: Grammars | None = None
         self.failure: BaseException | None = None
         self._engine: AsyncEngine | None = None
         self._codec: Codec | None = None

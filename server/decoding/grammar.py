@@ -163,7 +163,10 @@ class Grammars:
             raise GrammarError("the served models have no end-of-text token")
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = self._make_tokenizer(sorted(self._eos))
+                try:
+                    self._tokenizer = self._make_tokenizer(sorted(self._eos))
+                except ValueError as error:
+                    raise GrammarError(f"the tokenizer has no grammars: {error}") from error
             return self._tokenizer
 
 

@@ -47,6 +47,7 @@ class _End:
     num_tokens: int
     finish_reason: FinishReason
     stop_reason: str | int | None = None
+    by_token: bool = False  # the last one says so and is no part of the text
 
 
 _REASONS: dict[Fault, str] = {
@@ -212,7 +213,7 @@ class Engine:
         new = sequence.token_ids[start : start + count]
         end = self._find_end(sequence, new)
         shown = new[: end.num_tokens] if end is not None else new
-        if end is not None and end.finish_reason == "stop" and not sequence.params.include_stop:
+        if end is not None and end.by_token and not sequence.params.include_stop:
             shown = shown[:-1]
         stream = self._texts[sequence]
         text, match = stream.push(shown)
@@ -255,15 +256,18 @@ class Engine:
         )
 
     def _find_end(self, sequence: Sequence, new: list[int]) -> _End | None:
-        """The first stop token, or the last token that max_tokens allows."""
+        """The first stop token, what completes the grammar, or the last that max_tokens allows."""
         params = sequence.params
         generated = sequence.num_generated - len(new)
+        complete = _complete(sequence)
         for count, token_id in enumerate(new, start=1):
             if generated + count > params.min_tokens:
                 if token_id in params.stop_token_ids:
-                    return _End(count, "stop", token_id)
+                    return _End(count, "stop", token_id, by_token=True)
                 if token_id in self.eos_token_ids and not params.ignore_eos:
-                    return _End(count, "stop")
+                    return _End(count, "stop", by_token=True)
+            if generated + count == complete:
+                return _End(count, "stop", by_token=token_id in self.eos_token_ids)
             if generated + count == params.max_tokens:
                 return _End(count, "length")
         return None
@@ -272,13 +276,14 @@ class Engine:
         """End one sequence that cannot go on."""
         self._count(fault)
         position = sequence.num_verified - sequence.num_prompt
+        reason = _grammar_error(sequence) or _REASONS[fault]
         if sequence.id in self._sequences:
             self._release(sequence, sequence.num_verified)
         return TokenDelta(
             sequence_id=sequence.id,
             finish_reason="error",
             stats=sequence.stats,
-            error=f"token {position} cannot be drawn: {_REASONS[fault]}",
+            error=f"token {position} cannot be drawn: {reason}",
         )
 
     def _count(self, fault: Fault) -> None:
@@ -344,3 +349,14 @@ def _num_cached(sequence: Sequence) -> int:
         if seen > 0
     ]
     return min(min(found, default=0), sequence.num_prompt)
+
+
+def _complete(sequence: Sequence) -> int | None:
+    """Generated tokens that complete the sequence's grammar, if it has one and they do."""
+    if sequence.matcher is None:
+        return None
+    return sequence.matcher.end(sequence.token_ids[sequence.num_prompt : sequence.num_verified])
+
+
+def _grammar_error(sequence: Sequence) -> str | None:
+    return None if sequence.matcher is None else sequence.matcher.error

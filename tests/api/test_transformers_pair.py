@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -181,3 +182,34 @@ def test_metrics_tell_of_the_models(http: httpx.Client) -> None:
     assert lines["cos_decode_seconds_total"] > 0
     assert lines["cos_baseline_estimated_seconds_total"] > 0
     assert lines['cos_baseline_step_seconds{batch="1",model="member-0"}'] > 0
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_replies_follow_a_json_schema(http: httpx.Client, temperature: float) -> None:
+    """Random weights, yet every reply that ends by itself is valid; greedy ones are standard's."""
+    schema = {
+        "type": "object",
+        "properties": {
+            "ok": {"type": "boolean"},
+            "kinds": {"type": "array", "items": {"enum": ["a", "bé", "c"]}, "maxItems": 3},
+            "text": {"type": "string", "maxLength": 12},
+        },
+        "required": ["ok", "kinds", "text"],
+        "additionalProperties": False,
+        "x-guidance": {"whitespace_flexible": False},
+    }
+    body: dict[str, Any] = {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
+        "temperature": temperature, "seed": 1, "max_tokens": 120, "ignore_eos": True, "n": 2,
+    }  # fmt: skip
+    choices = complete(http, **body)["choices"]
+    for choice in choices:
+        assert choice["finish_reason"] == "stop"
+        reply = json.loads(choice["text"])
+        assert set(reply) == {"ok", "kinds", "text"}
+        assert isinstance(reply["ok"], bool)
+        assert set(reply["kinds"]) <= {"a", "bé", "c"}
+        assert len(reply["text"]) <= 12
+    if temperature == 0:
+        standard = complete(http, **body, cos={"strategy": "standard"})["choices"]
+        assert [c["text"] for c in choices] == [c["text"] for c in standard]

@@ -85,9 +85,8 @@ def exact_law(lms: list[TableLM], combination: Combination, params: SamplingPara
             mix = sum(w * row for w, row in zip(combination.weights, raw, strict=True))
             r = softmax(mix + mask)
         else:
-            r = sum(
-                w * softmax(row + mask) for w, row in zip(combination.weights, raw, strict=True)
-            )
+            parts = np.stack([softmax(row + mask) for row in raw])
+            r = np.asarray(combination.weights) @ parts
         if params.is_greedy:
             r = np.eye(len(r))[int(np.argmax(r))]
         for token in np.flatnonzero(r):

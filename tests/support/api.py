@@ -9,12 +9,15 @@ from typing import Any
 
 from fastapi import FastAPI
 from jinja2 import TemplateError
+from llguidance import LLTokenizer
+from llguidance._tokenizer import TokenizerWrapper
 from torch import Tensor
 
 from server.api.chat_template import Turns
 from server.api.service import Service
 from server.app import create_app
 from server.config import ServerConfig, parse_config
+from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, EngineLimits
 from server.metrics import Metrics
@@ -49,6 +52,21 @@ class DigitTokenizer(DigitDecoder):
 
     def id_to_token(self, id: int) -> str | None:
         return self.decode([id])
+
+
+def make_grammars() -> Grammars:
+    """Over the vocabulary of DigitTokenizer."""
+
+    class Vocabulary:
+        eos_token_id, bos_token_id = EOS, None
+        special_token_ids = (EOS,)
+        tokens = tuple(DigitTokenizer().decode([i]).encode() for i in range(VOCAB_SIZE))
+
+        def __call__(self, text: str | bytes) -> list[int]:
+            return DigitTokenizer().encode(text if isinstance(text, str) else text.decode()).ids
+
+    wrapper = TokenizerWrapper(Vocabulary())
+    return Grammars(lambda eos: LLTokenizer(wrapper, eos_token=eos), frozenset({EOS}), VOCAB_SIZE)
 
 
 class LetterTemplate:
@@ -141,6 +159,7 @@ def make_table_app(
     num_models: int = 2,
     on_failure: Callable[[BaseException], None] | None = None,
     has_template: bool = True,
+    has_grammars: bool = True,
     tracer: RequestTracer | None = None,
     **sections: Any,
 ) -> TableApp:
@@ -153,6 +172,7 @@ def make_table_app(
         AsyncEngine(engine),
         DigitTokenizer(),
         LetterTemplate() if has_template else None,
+        grammars=make_grammars() if has_grammars else None,
         metrics=metrics,
         tracer=tracer,
         on_failure=on_failure,

@@ -1,0 +1,79 @@
+"""Texts of a form that the request gives."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.api.conftest import Live
+
+FREE = {"max_tokens": 30, "seed": 4}
+
+
+@pytest.mark.parametrize("cos", [{}, {"strategy": "standard"}])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_texts_follow_the_form(live: Live, cos: dict[str, Any], temperature: float) -> None:
+    fields = {**FREE, "cos": cos, "temperature": temperature, "n": 3, "ignore_eos": True}
+    forms: list[tuple[dict[str, Any], str]] = [
+        ({"structured_outputs": {"regex": "([a-c]{2}1 )+end"}}, "([a-c]{2}1 )+end"),
+        ({"guided_regex": "a(b|c)*d"}, "a(b|c)*d"),
+        ({"structured_outputs": {"choice": ["abc", "1 2 ", "d"]}}, "abc|1 2 |d"),
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"guided_grammar": 'start: "x" start "y" | "1 "'}, "x*1 y*"),
+    ]
+    for form, pattern in forms:
+        for choice in live.complete(**fields, **form)["choices"]:
+            if choice["finish_reason"] == "stop":
+                assert re.fullmatch(pattern, choice["text"]), (form, choice["text"])
+    [chunk_text] = {
+        "".join(c["choices"][0]["text"] for c in live.stream(**{**fields, "n": 1}, **forms[3][0]))
+    }
+    assert chunk_text in {"yes", "no"}
+    chat = live.chat(**fields, structured_outputs={"choice": ["yes", "no"]})
+    assert all(choice["message"]["content"] in {"yes", "no"} for choice in chat["choices"])
+
+
+def test_log_probabilities_are_those_of_the_free_text(live: Live) -> None:
+    [choice] = live.complete(**FREE, guided_choice=["a"], logprobs=0)["choices"]
+    assert choice["logprobs"]["token_logprobs"][0] < -0.5
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+        ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
+        ({"guided_regex": "a" * 70000}, "guided_regex", "limit 65536"),
+        ({"guided_json": "{nonsense"}, "guided_json", ""),
+        ({"guided_regex": "a", "guided_choice": ["b"]}, "guided_choice", "exclude each other"),
+        ({"structured_outputs": {"regexp": "a"}}, "structured_outputs.regexp", ""),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice", "at least 1"),
+        (
+            {"structured_outputs": {"json": {"type": "array", "uniqueItems": True}}},
+            "structured_outputs.json",
+            "uniqueItems",
+        ),
+    ],
+)
+def test_refusals(live: Live, fields: dict[str, Any], param: str, words: str) -> None:
+    for response in (live.post(**fields), live.post_chat(**fields)):
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == param
+        assert words in response.json()["error"]["message"]
+
+
+def test_reading_a_grammar_may_not_take_for_ever(start: Callable[..., Live]) -> None:
+    live = start(http={"grammar_seconds": 1e-6, "max_grammar_bytes": 5})
+    assert "longer than" in live.post(guided_regex="ab").json()["error"]["message"]
+    assert "limit 5" in live.post(guided_regex="abcdef").json()["error"]["message"]
+
+
+def test_a_tokenizer_without_grammars_refuses_by_name(start: Callable[..., Live]) -> None:
+    live = start(has_grammars=False)
+    assert live.post(max_tokens=1, response_format={"type": "text"}).status_code == 200
+    error = live.post(response_format={"type": "json_object"}).json()["error"]
+    assert (error["param"], error["code"]) == ("response_format", "unsupported_parameter")
