@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Panel:
-    """One graph: (legend, PromQL) pairs."""
+    """One graph: (legend, PromQL) pairs; `is_rare` where having no data is nothing unusual."""
 
     title: str
     unit: str
@@ -16,6 +16,7 @@ class Panel:
     is_stacked: bool = False
     thresholds: tuple[tuple[float | None, str], ...] = ()
     maximum: float | None = None
+    is_rare: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,4 +53,9 @@ def quantiles(metric: str) -> tuple[tuple[str, str], ...]:
 
 def mean(metric: str) -> str:
     """Of one histogram."""
-    return ratio(rate(f"{metric}_sum"), rate(f"{metric}_count"))
+    return by_mean(metric, "")
+
+
+def by_mean(metric: str, by: str) -> str:
+    """Of each of the histograms by a label."""
+    return ratio(rate(f"{metric}_sum", by), rate(f"{metric}_count", by))

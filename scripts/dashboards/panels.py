@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from scripts.dashboards.panel import Dashboard, Panel, mean, quantiles, rate, ratio, series
+from scripts.dashboards.panel import (
+    Dashboard,
+    Panel,
+    by_mean,
+    mean,
+    quantiles,
+    rate,
+    ratio,
+    series,
+)
 
 TRAFFIC = (
     Panel(
@@ -92,6 +101,13 @@ TROUBLE = (
         maximum=1,
     ),
     Panel("Sequences in a step", "short", (("mean", mean("cos_batch_size")),)),
+    Panel(
+        "Faults survived",
+        "short",
+        (("{{kind}}", rate("cos_engine_faults_total", "kind")),),
+        "Per second: sequences that a fault ended alone, and steps made smaller for memory.",
+        is_stacked=True,
+    ),
 )
 SPEEDUP = (
     Panel(
@@ -177,6 +193,21 @@ CYCLES = (
         "short",
         (("mean gamma of new texts", mean("cos_spec_gamma")),),
         "Of the first model, over texts that began and whose strategy proposes.",
+    ),
+    Panel(
+        "Proposal lengths that auto chose",
+        "short",
+        (("{{proposer}}", by_mean("cos_auto_gamma", "proposer")),),
+        "Mean over texts that it moved to other lengths; 0 is a model that only scores. Nothing "
+        "to draw means no change.",
+        is_rare=True,
+    ),
+    Panel(
+        "Changes by auto",
+        "short",
+        (("to {{strategy}}", rate("cos_auto_choices_total", "strategy")),),
+        "Texts per second that it moved to other lengths or to a strategy while they ran.",
+        is_stacked=True,
     ),
     Panel(
         "Tokens per forward and sequence",
@@ -282,6 +313,12 @@ MODELS = (
         "By number of sequences; the slowest of all servers.",
     ),
 )
+LOAD = Panel(
+    "Load of the machine",
+    "x",
+    (("{{model}}", f"max by (model) ({series('cos_model_load')})"),),
+    "Seconds of forwards now over those timed at start; the estimated speedup allows for it.",
+)
 MEMORY = (
     Panel(
         "KV memory in use",
@@ -302,6 +339,23 @@ MEMORY = (
             ("{{model}} weights", f"sum by (model) ({series('cos_model_weight_bytes')})"),
         ),
         is_stacked=True,
+    ),
+    Panel(
+        "Prompt tokens from the prefix cache",
+        "percentunit",
+        (
+            (
+                "{{model}}",
+                ratio(
+                    rate("cos_prefix_cache_hit_tokens_total", "model"),
+                    f"({rate('cos_prefix_cache_hit_tokens_total', 'model')} + "
+                    + rate("cos_model_forward_tokens_total", "model", 'phase="prefill"')
+                    + ")",
+                ),
+            ),
+        ),
+        "Of all tokens that a model had to read or find.",
+        maximum=1,
     ),
     Panel(
         "Preemptions",
@@ -332,6 +386,8 @@ DASHBOARDS = (
         ),
     ),
     Dashboard(
-        "cos-models", "cos-server models and memory", (("Models", MODELS), ("Memory", MEMORY))
+        "cos-models",
+        "cos-server models and memory",
+        (("Models", (*MODELS, LOAD)), ("Memory", MEMORY)),
     ),
 )

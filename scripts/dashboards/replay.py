@@ -95,7 +95,8 @@ def queries() -> Iterator[Query]:
                 for legend, expression in panel.queries:
                     for name, value in _VARIABLES.items():
                         expression = expression.replace(name, value)
-                    yield Query(f"{dashboard.title}: {panel.title}: {legend}", expression)
+                    where = f"{dashboard.title}: {panel.title}: {legend}"
+                    yield Query(where, expression, may_be_empty=panel.is_rare)
     for group in yaml.safe_load((_RULES / "rules.yml").read_text(encoding="utf-8"))["groups"]:
         for rule in group["rules"]:
             name = rule.get("record") or rule["alert"]

@@ -11,7 +11,12 @@ from typing import Any
 import httpx
 
 _CLIENTS = 4
-_COS = ({"strategy": "cos"}, {"strategy": "cos", "gamma": 3}, {"strategy": "standard"})
+_COS: tuple[dict[str, Any], ...] = (
+    {},
+    {"strategy": "cos"},
+    {"strategy": "cos", "gamma": 3},
+    {"strategy": "standard"},
+)
 
 
 class Traffic(AbstractContextManager["Traffic"]):
