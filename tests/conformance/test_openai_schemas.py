@@ -6,6 +6,8 @@ Exemptions, each where OpenAI's service itself departs from its document:
    null; before the end of a text there is none.
 2. The same schema lets `usage` be absent but not null, while `include_usage` promises null in
    every chunk but the last.
+3. The first token of an echoed prompt has no probability: its `token_logprobs` and `top_logprobs`
+   are null.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ def null_in_streams(schemas: Exempt) -> None:
     properties["usage"] = or_null(properties["usage"])
 
 
+def null_in_echoes(schemas: Exempt) -> None:
+    """Exemption 3, and those of streams."""
+    null_in_streams(schemas)
+    choice = schemas["CreateCompletionResponse"]["properties"]["choices"]["items"]["properties"]
+    [logprobs, _] = choice["logprobs"]["anyOf"]
+    for name in ("token_logprobs", "top_logprobs"):
+        items = logprobs["properties"][name]
+        items["items"] = or_null(items["items"])
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"n": 3, "cos": {"strategy": "speculative"}},
@@ -52,6 +64,16 @@ def test_completions(
         for chunk in live.stream(**SHORT | options, logprobs=logprobs, **streaming):
             problems = openai_document.problems("CreateCompletionResponse", chunk, null_in_streams)
             assert problems == []
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+def test_echoes(live: Live, openai_document: OpenAIDocument, max_tokens: int) -> None:
+    options: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": max_tokens}
+    name = "CreateCompletionResponse"
+    for body in [live.complete(**options), *live.stream(**options)]:
+        assert openai_document.problems(name, body, null_in_echoes) == []
+    assert openai_document.problems(name, live.complete(**options)), "the exemption is needed"
+    assert not openai_document.problems(name, live.complete(**{**options, "logprobs": None}))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
