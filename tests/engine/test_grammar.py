@@ -73,7 +73,10 @@ ALL = strings(PATTERN, 12)
 
 
 def exact_law(lms: list[TableLM], combination: Combination, params: SamplingParams) -> Law:
-    """Each member masked and renormalised before they are mixed, as any warp."""
+    """Each member masked and renormalised before they are mixed, as any warp.
+
+    A text ends where only its end may follow.
+    """
     law: Law = {}
     front: Law = {(): 1.0}
     while front:
@@ -91,7 +94,7 @@ def exact_law(lms: list[TableLM], combination: Combination, params: SamplingPara
             r = np.eye(len(r))[int(np.argmax(r))]
         for token in np.flatnonzero(r):
             longer = (*made, int(token))
-            ends = len(longer) == params.max_tokens or token == EOS
+            ends = len(longer) == params.max_tokens or token == EOS or allowed(longer) == [EOS]
             (law if ends else front)[longer] = mass * float(r[token])
     return law
 
