@@ -30,9 +30,9 @@ _BONUS_LENGTHS = (1, 2, 4)  # and of the others
 _PERIOD = 16  # steps between choices
 _BATCH_PERIOD = 4  # steps after which a changed batch is looked at
 # Another way must promise this much more than the present one; and anything that proposes, this
-# much more than standard decoding.
+# much more than standard decoding: below it a wrong guess costs more than there is to gain.
 _HYSTERESIS = 1.03
-_MARGIN = 1.01
+_MARGIN = 1.03
 _BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
 _MAX_KEPT = 4096  # profiles, and everything else that clients' own combinations add to
 _PRIOR_ACCEPTANCE = 0.6
@@ -183,7 +183,8 @@ class Controller:
         plain = group.choices[0]
         if plain.strategy == "standard" and seconds[plain] < seconds[best] * _MARGIN:
             best = plain
-        if group.is_new or seconds[group.chosen] > seconds[best] * _HYSTERESIS:
+        patience = 1.0 if best.strategy == "standard" else _HYSTERESIS
+        if group.is_new or seconds[group.chosen] > seconds[best] * patience:
             group.chosen = best
         group.is_new = False
 

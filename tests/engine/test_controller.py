@@ -178,7 +178,8 @@ def test_it_speculates_where_that_pays_and_not_where_it_does_not() -> None:
     assert best(flat, auto(CONTRASTIVE), 0.9, 1) in ("cos-8", "cos-6")
     assert best(flat, auto(CONTRASTIVE), 0.4, 1) in ("cos-1", "cos-2")
     assert best(full, auto(CONTRASTIVE), 0.4, 32).startswith("standard")
-    assert best(full, auto(CONTRASTIVE), 0.9, 1) != "standard-2"
+    half = make_costs((0.01, 0, 0.01), (0.1, 0, 0.05))
+    assert best(half, auto(CONTRASTIVE), 0.9, 1) != "standard-2"
 
 
 def test_it_takes_the_mixture_where_it_may() -> None:
