@@ -22,7 +22,7 @@ DEPENDENCIES := pyproject.toml scripts/constraints.txt
 MODELS := $(if $(filter configs/default%,$(CONFIG)),models)
 
 .DEFAULT_GOAL := help
-.PHONY: help install format check test serve models bench bench-gpu clean
+.PHONY: help install format check audit test serve models bench bench-gpu clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,10 @@ check: $(VENV)/.dev ## Check format, lint, types, layers and every configuration
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m pytest -q tests/test_configs.py
+	$(BIN)/python -m scripts.audit
+
+audit: $(VENV)/.dev ## Ask the package index for known vulnerabilities of the pinned packages
+	$(BIN)/python -m scripts.audit
 
 test: $(VENV)/.dev ## Run the tests (ARGS are pytest's)
 	$(BIN)/python -m pytest $(ARGS)

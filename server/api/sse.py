@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from pydantic import BaseModel
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from sse_starlette.sse import AppStatus, SendTimeoutError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +44,18 @@ class EventStream(EventSourceResponse):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_done = False
+
+        async def send_until_done(message: Message) -> None:
+            # The library's pings go on while the stream is being closed.
+            nonlocal is_done
+            body = message.get("body", b"")
+            if not (is_done and body):
+                is_done = is_done or body.endswith(DONE)
+                await send(message)
+
         try:
-            await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send_until_done)
         except* SendTimeoutError:
             logger.warning("a client left its stream unread and was disconnected")
         finally:
