@@ -12,8 +12,9 @@ import asyncio
 import logging
 import secrets
 import threading
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager, suppress
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -177,7 +178,8 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     # Here, because it imports transformers: seconds that a client of the port need not wait.
     from server.runner.loader import load_models
 
-    loaded = load_models(config)
+    with _phase("models loaded"):
+        loaded = load_models(config)
     tokenizer = loaded.tokenizer.backend_tokenizer
     # Some tokenizer files cut or pad what they encode; the server has its own limits.
     tokenizer.no_truncation()
@@ -205,7 +207,8 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     )
     if config.engine.calibrate:
         combination = make_combination(config.combination, len(config.models))
-        costs = calibrate(engine, combination)
+        with _phase("decoding timed"):
+            costs = calibrate(engine, combination)
         if costs is not None:
             engine.control(costs)
             metrics.speedup.calibrated(costs)
@@ -217,6 +220,14 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         loaded.tokenizer.special_tokens_map,
         _grammars(tokenizer, loaded.vocab_size, loaded.eos_token_ids),
     )
+
+
+@contextmanager
+def _phase(name: str) -> Iterator[None]:
+    """Log how long a part of the start took."""
+    started = time.perf_counter()
+    yield
+    logger.info("%s, %.1f s", name, time.perf_counter() - started)
 
 
 def _facts(runner: LoadedRunner) -> ModelFacts:
@@ -280,6 +291,7 @@ class _Life:
 
     async def _run(self) -> None:
         """Load, open, watch."""
+        started = time.perf_counter()
         try:
             parts = await _in_daemon_thread(self._load)
             codec = Codec(
@@ -298,7 +310,8 @@ class _Life:
         )
         self._service.grammars = parts.grammars
         self._service.open(parts.engine, codec)
-        logger.info("ready: %s", self._service.config.served_model_name)
+        seconds = time.perf_counter() - started
+        logger.info("ready: %s, %.1f s", self._service.config.served_model_name, seconds)
         await parts.engine.wait_dead()
         self._fail(parts.engine.error or RuntimeError("the engine thread has ended"))
 
