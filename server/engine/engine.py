@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterable, Sequence as Row
 from dataclasses import dataclass
 
@@ -20,6 +19,7 @@ from server.engine.detokenizer import Decoder, TextStream
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import Scheduler, StepPlan
 from server.runner.base import ModelRunner
+from server.runner.clock import device_clock
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +70,20 @@ class Engine:
         *,
         on_step: Callable[[StepStats], None] | None = None,
         coin_seed: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
+        clock: Callable[[], float] | None = None,
     ) -> None:
-        """`coin_seed` seeds the coins that sequences of strategy mixture share."""
+        """Make an idle engine.
+
+        Args:
+            runners: of the models, in proposal order.
+            decoder: turns token ids into text.
+            eos_token_ids: end a text.
+            limits: of this engine.
+            on_step: told of every step.
+            coin_seed: seeds the coins that sequences of strategy mixture share.
+            clock: in seconds; by default one that waits for the models' devices.
+        """
+        clock = clock or device_clock(runner.device for runner in runners)
         self.on_step = on_step
         self.on_fault: Callable[[Fault], None] | None = None
         self.clock = clock
