@@ -71,6 +71,8 @@ class ChatWriter(Writer):
             choice.stop_reason = piece.stop_reason
         if self.request.return_token_ids:
             choice.token_ids = list(piece.token_ids)
+        if piece.provenance is not None:
+            choice.provenance = self._provenance(piece.provenance)
         return self._chunk([choice])
 
     def usage_chunk(self) -> ChatCompletionChunk:
@@ -90,6 +92,8 @@ class ChatWriter(Writer):
         )
         if self.request.return_token_ids:
             choice.token_ids = list(piece.token_ids)
+        if piece.provenance is not None:
+            choice.provenance = self._provenance(piece.provenance)
         return choice
 
     def _logprobs(self, piece: Piece) -> ChatLogprobs | None:

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
 
-from server.api.protocol import Body, Finite, GenerationRequest, PromptLogprobs, ReplyBody, any_of
+from server.api.protocol import (
+    Body,
+    Finite,
+    GenerationRequest,
+    PromptLogprobs,
+    ReplyBody,
+    TokenProvenance,
+    any_of,
+)
 
 Scalar = Annotated[
     StrictBool | StrictInt | Finite | str | None, any_of("a string, a number, a boolean or null")
@@ -195,6 +203,9 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
     stop_reason: str | int | None
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+    provenance: list[TokenProvenance] | None = Field(
+        None, description="With cos.provenance; one for each token."
+    )
 
 
 class ChatCompletion(ReplyBody):
@@ -222,6 +233,9 @@ class ChunkChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+    provenance: list[TokenProvenance] | None = Field(
+        None, description="With cos.provenance; one for each token."
+    )
 
 
 class ChatCompletionChunk(ReplyBody):

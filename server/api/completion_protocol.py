@@ -6,7 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field
 
-from server.api.protocol import GenerationRequest, PromptLogprobs, ReplyBody, any_of
+from server.api.protocol import (
+    GenerationRequest,
+    PromptLogprobs,
+    ReplyBody,
+    TokenProvenance,
+    any_of,
+)
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -90,6 +96,9 @@ class CompletionChoice(BaseModel):
         None, description="With return_token_ids; in a stream on a choice's first chunk."
     )
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
+    provenance: list[TokenProvenance] | None = Field(
+        None, description="With cos.provenance; one for each token."
+    )
     prompt_logprobs: PromptLogprobs | None = Field(None, description="Where asked for by name.")
 
 

@@ -74,6 +74,8 @@ class CompletionWriter(Writer):
             choice.token_ids = list(piece.token_ids)
             if is_first:
                 choice.prompt_token_ids = self.generation.prompt(piece.index).token_ids
+        if piece.provenance is not None:
+            choice.provenance = self._provenance(piece.provenance)
         if (num_top := self.request.prompt_logprobs) is not None:
             as_ids = bool(self.request.return_tokens_as_token_ids)
             entries = piece.prompt_logprobs

@@ -175,6 +175,7 @@ def _sampling_params(
         cache_salt=request.cache_salt or "",
         logprobs=request.num_logprobs,
         prompt_logprobs=request.num_prompt_logprobs,
+        provenance=bool(request.cos and request.cos.provenance),
     )
 
 

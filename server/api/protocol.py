@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
 
 from server.config import CombinationConfig, StrategyName
+from server.core.provenance import TokenOutcome
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _LOWEST_TEMPERATURE = 1e-5
@@ -75,6 +76,9 @@ class CosOptions(Body):
         None,
         description="mixture, auto: take the batch's coins; allowed by default for one choice "
         "without a seed.",
+    )
+    provenance: bool | None = Field(
+        None, description="Report where each token of a choice came from; false if null."
     )
 
 
@@ -232,6 +236,18 @@ class PromptLogprob(BaseModel):
 
 # By token id, the prompt's own first; null for the first token, which nothing comes before.
 PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class TokenProvenance(BaseModel):
+    """Where one generated token came from."""
+
+    model: str | None = Field(
+        description="Who proposed there, by its configured name; null where nobody did."
+    )
+    outcome: TokenOutcome = Field(
+        description="The proposal was accepted; was a bonus, and accepted; was rejected, and "
+        "another token recovered; or there was none, and the token was drawn."
+    )
 
 
 class Usage(BaseModel):

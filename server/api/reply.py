@@ -15,6 +15,7 @@ from server.api.generation import Generation
 from server.api.protocol import CosReport, PromptTokensDetails, Usage
 from server.api.service import Service
 from server.core.output import TokenDelta, TokenLogprob
+from server.core.provenance import Provenance
 from server.core.sequence import SequenceStats
 from server.errors import GenerationFailed
 from server.metrics import RequestObserver
@@ -34,6 +35,7 @@ class Piece:
         text: empty where all of it is held back for now.
         token_ids: may be more than the text's, or fewer: text is held back, tokens are not.
         logprobs: one for each token; None where none were asked for.
+        provenance: one for each token; None where it was not asked for.
         prompt_logprobs: of the prompt from its second token on; on the first piece of a choice.
         finish_reason: set on the last piece of a choice.
         stop_reason: the stop string or stop token that ended the text.
@@ -43,6 +45,7 @@ class Piece:
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...] | None
+    provenance: tuple[Provenance, ...] | None
     finish_reason: Literal["stop", "length"] | None
     stop_reason: str | int | None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -69,12 +72,13 @@ class Reply:
             self._stats.append(delta.stats)
         if delta.finish_reason is not None:
             self._finish_reasons.add(delta.finish_reason)
-        wants_logprobs = self._generation.sequences[index].params.logprobs is not None
+        params = self._generation.sequences[index].params
         return Piece(
             index=index,
             text=delta.text,
             token_ids=delta.token_ids,
-            logprobs=delta.logprobs if wants_logprobs else None,
+            logprobs=delta.logprobs if params.logprobs is not None else None,
+            provenance=delta.provenance if params.provenance else None,
             finish_reason=delta.finish_reason,
             stop_reason=delta.stop_reason,
             prompt_logprobs=delta.prompt_logprobs,
@@ -239,11 +243,13 @@ def merge(pieces: Row[Piece]) -> Piece:
     """The whole choice."""
     last = pieces[-1]
     logprobs = [entry for piece in pieces for entry in piece.logprobs or ()]
+    provenance = [entry for piece in pieces for entry in piece.provenance or ()]
     return Piece(
         index=last.index,
         text="".join(piece.text for piece in pieces),
         token_ids=tuple(token_id for piece in pieces for token_id in piece.token_ids),
         logprobs=None if last.logprobs is None else tuple(logprobs),
+        provenance=None if last.provenance is None else tuple(provenance),
         finish_reason=last.finish_reason,
         stop_reason=last.stop_reason,
         prompt_logprobs=pieces[0].prompt_logprobs,

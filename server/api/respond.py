@@ -15,11 +15,12 @@ from server.api.disconnect import ClientDisconnected, while_connected
 from server.api.errors import describe
 from server.api.generation import Generation
 from server.api.middleware import CLIENT_GONE
-from server.api.protocol import GenerationRequest, ReplyBody, StreamOptions
+from server.api.protocol import GenerationRequest, ReplyBody, StreamOptions, TokenProvenance
 from server.api.reply import DeltaStream, Piece, Reply, decode, merge
 from server.api.service import Service
 from server.api.sse import DONE, EventStream, event
 from server.core.output import TokenDelta
+from server.core.provenance import Provenance
 from server.errors import EngineError
 
 logger = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Writer(ABC):
         self.request = request
         self.generation = generation
         self.codec = service.codec
+        self._model_names = [model.name for model in service.config.models]
         self.head: dict[str, Any] = {
             "id": generation.id,
             "created": generation.created,
@@ -61,7 +63,17 @@ class Writer(ABC):
     def is_silent(self, piece: Piece) -> bool:
         """Whether a piece has nothing to tell yet: its text is held back."""
         shows_ids = bool(self.request.return_token_ids and piece.token_ids)
-        return not (piece.text or piece.finish_reason or piece.logprobs or shows_ids)
+        tells = piece.text or piece.finish_reason or piece.logprobs or piece.provenance or shows_ids
+        return not tells
+
+    def _provenance(self, entries: Iterable[Provenance]) -> list[TokenProvenance]:
+        return [
+            TokenProvenance(
+                model=None if entry.model is None else self._model_names[entry.model],
+                outcome=entry.outcome,
+            )
+            for entry in entries
+        ]
 
 
 async def respond(request: Request, writer: Writer, service: Service) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from server.core.provenance import Provenance
 from server.core.sequence import SequenceStats
 
 FinishReason = Literal["stop", "length", "error"]
@@ -39,6 +40,7 @@ class TokenDelta:
         logprobs: one for each token, or empty where none were asked for.
         prompt_logprobs: of the prompt from its second token on, all of them on the first delta;
             empty where none were asked for.
+        provenance: one for each token, or empty where it was not asked for.
         finish_reason: set on the last delta of a sequence.
         stop_reason: the stop string or stop token id that ended the text, None for the models'
             own end-of-text token and for every other end.
@@ -52,6 +54,7 @@ class TokenDelta:
     text: str = ""
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    provenance: tuple[Provenance, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     stats: SequenceStats | None = None

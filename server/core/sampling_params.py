@@ -40,6 +40,7 @@ class SamplingParams:
         cache_salt: only sequences with the same salt find each other's.
         logprobs: alternatives to report for each token; 0 reports only the token, None nothing.
         prompt_logprobs: the same for the tokens of the prompt.
+        provenance: report where each token came from.
     """
 
     max_tokens: int = 16
@@ -65,6 +66,7 @@ class SamplingParams:
     cache_salt: str = ""
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    provenance: bool = False
 
     @property
     def is_greedy(self) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from server.core.matcher import Matcher
+from server.core.provenance import Provenance
 from server.core.sampling_params import DecodingParams, SamplingParams
 
 
@@ -56,6 +57,7 @@ class Sequence:
         num_seen: [num_models]; what each model has consumed.
         proposers: which model proposed each pending token.
         shortlisted: whether it drew the token from its shortlist.
+        bonuses: whether it proposed the token as a bonus.
         resume_at: [num_models]; model k feeds up to here before the sequence takes part in
             decoding: the prompt for models that must score its end, or what k had seen when
             the sequence was preempted.
@@ -68,6 +70,7 @@ class Sequence:
         declined_at: length at which a model had nothing to propose that the request allows; the
             token there is drawn. -1: nowhere.
         matcher: of the grammar that the text must follow.
+        provenance: of verified tokens that nobody has taken yet; None where it is not asked for.
         priority: waiting sequences are admitted in ascending order of it, then as they came.
     """
 
@@ -81,6 +84,7 @@ class Sequence:
     num_seen: list[int] = field(default_factory=list)
     proposers: list[int] = field(default_factory=list)
     shortlisted: list[bool] = field(default_factory=list)
+    bonuses: list[bool] = field(default_factory=list)
     resume_at: list[int] = field(default_factory=list)
     slot: int = -1
     num_scored: int = 0
@@ -88,6 +92,7 @@ class Sequence:
     coin_base: int | None = None
     declined_at: int = -1
     matcher: Matcher | None = None
+    provenance: list[Provenance] | None = None
     priority: int = 0
     status: Status = Status.WAITING
     stats: SequenceStats = field(default_factory=lambda: SequenceStats([], []))
@@ -116,6 +121,7 @@ class Sequence:
             num_seen=[0] * num_models,
             resume_at=[0] * num_models,
             matcher=matcher,
+            provenance=[] if params.provenance else None,
             priority=priority,
             stats=SequenceStats(
                 proposed=[0] * num_models,
@@ -193,12 +199,16 @@ class Sequence:
         until = self.resume_at[model] if self.num_seen[model] < self.resume_at[model] else len(self)
         return until - self.num_seen[model]
 
-    def propose(self, token_id: int, model: int, from_shortlist: bool = False) -> None:
+    def propose(
+        self, token_id: int, model: int, from_shortlist: bool = False, is_bonus: bool = False
+    ) -> None:
         """Append a pending token."""
         self.token_ids.append(token_id)
         self.proposers.append(model)
         self.shortlisted.append(from_shortlist)
+        self.bonuses.append(is_bonus)
         self.stats.proposed[model] += 1
+        self.stats.num_bonus += is_bonus
 
     def decline(self) -> None:
         """Nobody proposes the next token."""
@@ -209,16 +219,22 @@ class Sequence:
         assert 0 <= count <= self.num_pending
         for proposer in self.proposers[:count]:
             self.stats.accepted[proposer] += 1
-        del self.proposers[:count], self.shortlisted[:count]
+        if self.provenance is not None:
+            self.provenance += [
+                Provenance(self.proposers[i], "bonus" if self.bonuses[i] else "accepted")
+                for i in range(count)
+            ]
+        del self.proposers[:count], self.shortlisted[:count], self.bonuses[:count]
         self.num_verified += count
 
     def recover(self, token_id: int) -> None:
         """Replace the first pending token by a verified one and drop the rest of the tail."""
         position = self.num_verified
         assert self.num_pending > 0
+        if self.provenance is not None:
+            self.provenance.append(Provenance(self.proposers[0], "recovered"))
         del self.token_ids[position:]
-        self.proposers.clear()
-        self.shortlisted.clear()
+        self._drop_proposals()
         self.declined_at = -1
         self.num_seen = [min(seen, position) for seen in self.num_seen]
         self.resume_at = [min(until, position) for until in self.resume_at]
@@ -229,16 +245,24 @@ class Sequence:
     def draw(self, token_id: int) -> None:
         """Append a verified token; nothing may be pending."""
         assert self.num_pending == 0
+        if self.provenance is not None:
+            self.provenance.append(Provenance(None, "drawn"))
         self.token_ids.append(token_id)
         self.num_verified += 1
         self.stats.num_drawn += 1
+
+    def take_provenance(self) -> list[Provenance]:
+        """Of the tokens verified since it was last taken; empty where it is not asked for."""
+        taken = self.provenance or []
+        if taken:
+            self.provenance = []
+        return taken
 
     def finish(self, num_verified: int) -> None:
         """End the text after `num_verified` tokens; whatever follows is dropped."""
         self.stats.num_discarded += self.num_verified - num_verified
         del self.token_ids[num_verified:]
-        self.proposers.clear()
-        self.shortlisted.clear()
+        self._drop_proposals()
         self.num_verified = num_verified
         self.num_seen = [min(seen, num_verified) for seen in self.num_seen]
         self.status = Status.FINISHED
@@ -252,10 +276,16 @@ class Sequence:
         self.status = Status.WAITING
         self.stats.num_preemptions += 1
 
+    def _drop_proposals(self) -> None:
+        self.proposers.clear()
+        self.shortlisted.clear()
+        self.bonuses.clear()
+
     def check(self) -> None:
         """Raise AssertionError where the counters contradict each other."""
         assert 0 < self.num_prompt <= self.num_verified <= len(self.token_ids) <= self.limit
         assert 0 < self.num_scored <= self.num_prompt
         assert len(self.proposers) == len(self.shortlisted) == self.num_pending
+        assert len(self.bonuses) == self.num_pending
         assert all(0 <= seen <= len(self.token_ids) for seen in self.num_seen)
         assert all(0 <= until <= len(self.token_ids) for until in self.resume_at)

@@ -338,8 +338,7 @@ class Advancer:
                 sequence.decline()
                 continue
             is_bonus = sequence in verified or sequence.proposers[-1:] not in ([], [model])
-            sequence.propose(token_id, model, self._drafts_short(sequence, model))
-            sequence.stats.num_bonus += is_bonus
+            sequence.propose(token_id, model, self._drafts_short(sequence, model), is_bonus)
             outcome.stats.num_proposed += 1
             outcome.stats.num_bonus += is_bonus
 

@@ -249,6 +249,7 @@ class Engine:
             text=text,
             logprobs=tuple(logprobs[:kept]),
             prompt_logprobs=tuple(prompt_logprobs),
+            provenance=tuple(sequence.take_provenance()[:kept]),
             finish_reason=end.finish_reason if end is not None else None,
             stop_reason=end.stop_reason if end is not None else None,
             stats=sequence.stats if end is not None else None,

@@ -41,6 +41,23 @@ def test_recover_replaces_the_first_pending_token_and_rolls_back() -> None:
     sequence.check()
 
 
+def test_provenance_is_handed_over_once_and_only_where_asked_for() -> None:
+    params = SamplingParams(max_tokens=50, provenance=True)
+    sequence = Sequence.start("s", [1], params, DECODING)
+    sequence.draw(2)
+    for token, is_bonus in enumerate((False, True, False, False)):
+        sequence.propose(token, token % 2, is_bonus=is_bonus)
+    sequence.accept(2)
+    sequence.recover(9)
+    sequence.check()
+    found = [(each.model, each.outcome) for each in sequence.take_provenance()]
+    assert found == [(None, "drawn"), (0, "accepted"), (1, "bonus"), (0, "recovered")]
+    assert sequence.take_provenance() == []
+    plain = make_sequence(verified=2, pending=2)
+    plain.accept(2)
+    assert plain.take_provenance() == []
+
+
 def test_forget_resumes_where_it_was() -> None:
     sequence = make_sequence(verified=2, pending=1)
     sequence.num_seen = [6, 5]

@@ -1,0 +1,22 @@
+"""Where a generated token came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+TokenOutcome = Literal["accepted", "bonus", "recovered", "drawn"]
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Of one verified token.
+
+    Attributes:
+        model: index of who proposed there; None where nobody did.
+        outcome: the proposal was accepted; it was a bonus, and accepted; it was rejected, and
+            this token drawn instead; or there was none, and the token was drawn.
+    """
+
+    model: int | None
+    outcome: TokenOutcome
