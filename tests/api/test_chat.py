@@ -24,7 +24,7 @@ def test_shape_of_a_body(live: Live) -> None:
     assert body["object"] == "chat.completion"
     assert body["model"] == "table"
     assert body["usage"] == usage(4, 5)
-    assert body["cos"]["strategy"] == "cos"
+    assert body["cos"]["strategy"] == "auto"
     [choice] = body["choices"]
     assert set(choice) == {"index", "message", "logprobs", "finish_reason", "stop_reason"}
     assert set(choice["message"]) == {"role", "content", "refusal"}

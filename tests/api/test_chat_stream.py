@@ -81,7 +81,7 @@ def test_usage_comes_last_and_only_when_asked_for(live: Live) -> None:
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 9
-    assert chunks[-1]["cos"]["strategy"] == "cos"
+    assert chunks[-1]["cos"]["strategy"] == "auto"
 
 
 def test_continuous_usage_rises_with_every_chunk(live: Live) -> None:

@@ -70,7 +70,7 @@ def test_usage_comes_last_and_only_when_asked_for(live: Live) -> None:
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert chunks[-1]["choices"] == []
     assert chunks[-1]["usage"]["completion_tokens"] == 9
-    assert chunks[-1]["cos"]["strategy"] == "cos"
+    assert chunks[-1]["cos"]["strategy"] == "auto"
     chunks = live.stream(max_tokens=9, stream_options={"include_usage": False})
     assert all("usage" not in chunk and "cos" not in chunk for chunk in chunks)
 
