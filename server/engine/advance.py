@@ -46,7 +46,7 @@ Item = TypeVar("Item")
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
 Origin = tuple[int, bool]  # of a pending token: its proposer, and whether from the shortlist
 
-MIN_SHORTLIST_GAMMA = 2  # with one proposal at a time deferring costs a second product per cycle
+MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
 
 _PROBE_PERIOD = 8  # steps that draw, for each that is probed
 _PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once

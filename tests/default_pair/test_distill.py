@@ -9,10 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from scripts.distill import plot, prompts, train
+from scripts.distill.attention import ATTENTION
 from scripts.distill.corpus import load_shard, save_shard, shard_path
 from scripts.distill.expert import Writer
 from scripts.distill.losses import LossWeights, VocabularySampler, distillation_loss
 from scripts.distill.shortlist import frequent_tokens
+from server.default_pair.build import layer_index
 from tests.support.tiny_models import VOCAB_SIZE, make_model
 
 HIDDEN = 32
@@ -132,6 +134,47 @@ def test_training_changes_layers_and_lowers_the_loss(workshop, tmp_path):
     assert sum(losses[-5:]) < sum(losses[:5])
     assert torch.equal(trainer.student.lm_head.weight, head)
     assert not any("embed" in name for name in load_file(tmp_path / train.LAYERS))
+
+
+def test_frozen_layers_are_neither_trained_nor_stored(workshop, tmp_path):
+    trainer = make_trainer(workshop, tmp_path, layers="0,1,3", frozen=2, steps=6)
+    before = {n: w.clone() for n, w in trainer.student.state_dict().items()}
+    trainer.run()
+    moved = {n for n, w in trainer.student.state_dict().items() if not torch.equal(w, before[n])}
+    stored = set(load_file(tmp_path / train.LAYERS))
+    assert moved <= stored
+    assert {layer_index(name) for name in moved} == {2, -1}
+    assert {layer_index(name) for name in stored} == {2, -1}
+
+
+@pytest.mark.parametrize("weights", [LossWeights(), LossWeights(0.5, 2.0, 0.3)])
+def test_the_gradient_is_that_of_autograd(weights):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(20, HIDDEN, generator=generator)
+    student, expert = torch.randn(2, 300, HIDDEN, generator=generator)
+    student = student.requires_grad_()
+    vocabulary = VocabularySampler(head, torch.arange(8), 6).draw(generator)
+    loss, _ = distillation_loss(student, expert, vocabulary, weights)
+    loss.backward()
+    p = (expert @ vocabulary.weight.T + vocabulary.correction).softmax(-1)
+    plain = student.detach().clone().requires_grad_()
+    log_q = (plain @ vocabulary.weight.T + vocabulary.correction).log_softmax(-1)
+    entropy = -(p * log_q).sum(-1).mean()
+    variation = 0.5 * (p - log_q.exp()).abs().sum(-1).mean()
+    state = 1 - torch.cosine_similarity(plain, expert, dim=-1).mean()
+    expected = weights.kl * entropy + weights.variation * variation + weights.state * state
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(student.grad, plain.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_training_attention_is_causal_attention():
+    model = make_expert()
+    ids = torch.randint(0, 200, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(ids, use_cache=False).logits
+        model.set_attn_implementation(ATTENTION)
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected)
 
 
 def test_learning_rate_warms_up_and_decays(workshop, tmp_path):

@@ -22,7 +22,7 @@ NUM_SAMPLES = 1200
 SCHEDULES: dict[str, tuple[str, int | tuple[int, ...]]] = {
     "speculative": ("speculative", 3),
     "cos": ("cos", 3),
-    "cos-each": ("cos", (2, 2)),
+    "cos-each": ("cos", (3, 3)),
 }
 WARPS: dict[str, dict[str, Any]] = {
     "top-k": {"top_k": 2, "temperature": 0.8},
@@ -112,7 +112,7 @@ def test_greedy_text_is_that_of_standard(name: str, schedule: str) -> None:
     assert deferred(listed.runners[0]).num_scored > 0
 
 
-@pytest.mark.parametrize("gamma", [2, 4])
+@pytest.mark.parametrize("gamma", [3, 4])
 def test_the_whole_head_is_used_once_for_a_position(gamma: int) -> None:
     """Logprobs and plausibility read the scores of a position again and again."""
     steps: list[StepStats] = []
@@ -131,7 +131,7 @@ def test_the_whole_head_is_used_once_for_a_position(gamma: int) -> None:
 @pytest.mark.parametrize("strategy", ["standard", "mixture", "cos"])
 def test_nothing_is_deferred_where_it_does_not_pay(strategy: str) -> None:
     engine = make_engine(make_lms(2), shortlists=[[0, 2], None])
-    decoding = make_decoding(strategy, COMBINATIONS["weighted-2"], gamma=1)
+    decoding = make_decoding(strategy, COMBINATIONS["weighted-2"], gamma=2)
     decode(engine, PROMPT, [SamplingParams(max_tokens=20, seed=1)], decoding)
     assert deferred(engine.runners[0]).num_deferred == 0
 
