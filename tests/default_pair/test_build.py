@@ -89,6 +89,31 @@ def test_directories_load_with_transformers(source, expert, layers_file, tmp_pat
     )
 
 
+def test_the_first_layers_may_be_the_experts_own(expert, layers_file):
+    """Two frozen layers in front of one that is stored as the third."""
+    state = {n.replace("layers.0.", "layers.2."): w for n, w in load_file(layers_file).items()}
+    stored = {n: w for n, w in state.items() if "layers.1." not in n}
+    save_file(stored, layers_file, metadata={build.FROZEN: "2"})
+    made = build.make_proposer(expert, layers_file)
+    assert made.config.num_hidden_layers == 3
+    name = "self_attn.q_proj.weight"
+    for layer in (0, 1):
+        own = expert.state[f"model.layers.{layer}.{name}"]
+        torch.testing.assert_close(made.state[f"model.layers.{layer}.{name}"], own)
+    torch.testing.assert_close(
+        made.state[f"model.layers.2.{name}"], stored[f"model.layers.2.{name}"]
+    )
+    assert max(map(build.layer_index, made.state)) == 2
+
+
+def test_the_shortlist_lies_beside_the_proposer(source, tmp_path):
+    build.build_pair(tmp_path)
+    listed = json.loads((tmp_path / build.PROPOSER_NAME / "shortlist.json").read_text())
+    assert len(set(listed)) == len(listed) > 1000
+    assert max(listed) < 49_152
+    assert not (tmp_path / build.EXPERT_NAME / "shortlist.json").exists()
+
+
 def test_a_second_build_does_nothing(source, tmp_path):
     assert len(build.build_pair(tmp_path)) == 2
     assert build.build_pair(tmp_path) == []
