@@ -12,8 +12,10 @@ from torch import Tensor
 class KVStore:
     """Keys and values by layer, each [num_pages, page_size, kv_heads, head_dim].
 
-    Slot s is token s % page_size of page s // page_size. Page 0 belongs to nobody: padding reads
-    it, so it has to stay finite, and padding rows of static-shape forwards write it. A layer is
+    Slot s is token s % page_size of page s // page_size. Page 0 belongs to nobody: masked
+    keys are read from it, so it has to stay finite, and only spans that pad a static-shape forward
+    write it. No other slot is read before its owner has written it, so whatever a page's last owner
+    left there, NaN too, does no harm. A layer is
     allocated when it is first written, because only then its shapes are known (keys and values
     may differ, and so may layers).
     """

@@ -15,7 +15,7 @@ class PagePool:
 
     A page is *held* by the page tables that list it, each once; or *idle*, kept because the prefix
     in it may be wanted again; or *blank*. Blank and idle pages are free to be taken, blank ones
-    first. Page 0 is never handed out: padding rows of static-shape forwards write there.
+    first. Page 0 is never handed out: padding spans of static-shape forwards write there.
     """
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -82,6 +82,11 @@ class PagePool:
     def publish(self, page: int, key: bytes) -> None:
         """Let a held page be found; its content stays as it is from now on."""
         self._index.add(key, page)
+
+    def withdraw(self, pages: Iterable[int]) -> None:
+        """Let held pages be found no more: what is in them is not to be trusted."""
+        for page in pages:
+            self._index.forget(page)
 
     def give_back(self, pages: Iterable[int]) -> None:
         """One holder less for each; what was published stays findable until it is taken."""

@@ -72,6 +72,10 @@ class PageTable:
         """Keys of the pages that tokens [num_seen, end), verified, fill; none without a cache."""
         return [key for _, key in self._full_pages(token_ids, num_seen, end)]
 
+    def withdraw(self) -> None:
+        """Let nobody find these pages any more, not even those that others published."""
+        self._pool.withdraw(self.pages)
+
     def release(self) -> None:
         """Give every page back, the last one first: a prefix outlives what follows it."""
         self._pool.give_back(reversed(self.pages))

@@ -42,6 +42,12 @@ class PrefixIndex:
         """Somebody holds an idle page again."""
         del self._idle[page]
 
+    def forget(self, page: int) -> None:
+        """Let a held page be found no more, if it could be."""
+        key = self._keys.pop(page, None)
+        if key is not None:
+            del self._pages[key]
+
     def evict(self) -> int:
         """Forget the idle page that nobody has used for longest."""
         page = next(iter(self._idle))

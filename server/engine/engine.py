@@ -151,8 +151,10 @@ class Engine:
         """One advance of one model; returns what it added to whom."""
         started = self.clock()
         plan = self.scheduler.plan()
-        if plan is None:
-            return []
+        broken = self._fail_broken()
+        return broken if plan is None else broken + self._run(plan, started)
+
+    def _run(self, plan: StepPlan, started: float) -> list[TokenDelta]:
         for sequence in plan.sequences:
             if sequence.stats.first_run is None:
                 sequence.stats.first_run = started
@@ -181,6 +183,13 @@ class Engine:
         outcome.stats.num_cached = plan.num_cached
         self._observe(outcome.stats, decoding, batch, started)
         return deltas
+
+    def _fail_broken(self) -> list[TokenDelta]:
+        """End what raised an error in the scheduler."""
+        return [
+            self._fail(sequence, "out_of_memory" if is_out_of_memory(error) else "internal")
+            for sequence, error in list(self.scheduler.broken.items())
+        ]
 
     def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
         """A forward did not fit into memory: undo the step, and make the next ones smaller."""
@@ -290,6 +299,8 @@ class Engine:
         position = sequence.num_verified - sequence.num_prompt
         reason = _grammar_error(sequence) or _REASONS[fault]
         if sequence.id in self._sequences:
+            if fault == "invalid_scores":
+                self.scheduler.withdraw(sequence)
             self._release(sequence, sequence.num_verified)
         return TokenDelta(
             sequence_id=sequence.id,

@@ -7,6 +7,7 @@ youngest is preempted first, whatever its priority.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence as Row
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,8 @@ from server.cache.prefix_keys import PrefixKeys
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence, Status
 from server.decoding.strategies import Strategies
+
+logger = logging.getLogger(__name__)
 
 # Steps that must go well, after one that ran out of memory, before steps may be twice as large.
 _SMOOTH_STEPS = 64
@@ -97,6 +100,8 @@ class Scheduler:
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        # What raised an error here, and holds nothing any more; to be released.
+        self.broken: dict[Sequence, Exception] = {}
         self._pools = pools
         self._scores = scores
         self._strategies = strategies
@@ -117,7 +122,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self.broken)
 
     @property
     def num_decoding(self) -> int:
@@ -146,25 +151,31 @@ class Scheduler:
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is, with its pages and its slot."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-            self._free(sequence)
-        else:
-            self.waiting.remove(sequence)
+        self._take_out(sequence)
+        self.broken.pop(sequence, None)
         del self._tables[sequence.id]
+
+    def withdraw(self, sequence: Sequence) -> None:
+        """Take its pages out of the prefix cache: they may hold what made its scores invalid."""
+        for table in self._tables[sequence.id]:
+            table.withdraw()
 
     def publish(self, sequences: Iterable[Sequence]) -> None:
         """After a step over them: let others find the full pages of what is verified."""
         for sequence in sequences:
-            for table, num_seen in zip(self._tables[sequence.id], sequence.num_seen, strict=True):
-                table.publish(sequence.token_ids, min(num_seen, sequence.num_verified))
+            tables = self._tables[sequence.id]
+            try:
+                for table, num_seen in zip(tables, sequence.num_seen, strict=True):
+                    table.publish(sequence.token_ids, min(num_seen, sequence.num_verified))
+            except Exception as error:
+                self._break(sequence, error)
 
     def plan(self) -> StepPlan | None:
         """The next advance, over one sequence at least; None when nothing runs."""
         num_preempted = 0
         while True:
             self._admit()
-            wants = [self._want(sequence) for sequence in self.running]
+            wants = self._wants()
             if not wants:
                 return None
             plan = self._fill(self._choose_model(wants), wants)
@@ -210,8 +221,10 @@ class Scheduler:
         tables = list(self._tables.values())
         for k, pool in enumerate(self._pools):
             pool.check_integrity(page for table in tables for page in table[k].pages)
-        assert set(self._tables) == {sequence.id for sequence in [*self.running, *self.waiting]}
-        for sequence in self.waiting:
+        assert set(self._tables) == {
+            sequence.id for sequence in [*self.running, *self.waiting, *self.broken]
+        }
+        for sequence in [*self.waiting, *self.broken]:
             assert not any(table.pages for table in self._tables[sequence.id])
         slots = [sequence.slot for sequence in self.running]
         assert len(set(slots)) == len(slots)
@@ -222,15 +235,31 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self._running_limit:
             sequence = self.waiting[0]
-            if not self._reserve(sequence):
-                return
-            self.waiting.popleft()
-            self._start(sequence)
+            try:
+                if not self._reserve(sequence):
+                    return
+                self._start(sequence)
+            except Exception as error:
+                self._break(sequence, error)
+
+    def _break(self, sequence: Sequence, error: Exception) -> None:
+        """An error in the path of one sequence ends that one; the engine says so."""
+        logger.error("sequence %s is broken", sequence.id, exc_info=error)
+        self._take_out(sequence)
+        self.broken[sequence] = error
+
+    def _take_out(self, sequence: Sequence) -> None:
+        """From where it is queued, if it is, and out of all that it holds."""
+        queue: list[Sequence] | deque[Sequence]
+        for queue in (self.running, self.waiting):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._free(sequence)
 
     def _start(self, sequence: Sequence) -> None:
         sequence.slot = self._scores.take_slot()
         sequence.status = Status.RUNNING
-        self.running.append(sequence)
+        self.running.append(self.waiting.popleft())
         if not sequence.num_generated and not sequence.num_pending:
             self._strategies.settle(sequence)
         decoding = sequence.decoding
@@ -264,6 +293,15 @@ class Scheduler:
             self._count_cached(sequence, model, num_seen - sequence.num_seen[model])
         sequence.num_seen = before
         return False
+
+    def _wants(self) -> list[_Want]:
+        wants = []
+        for sequence in list(self.running):
+            try:
+                wants.append(self._want(sequence))
+            except Exception as error:
+                self._break(sequence, error)
+        return wants
 
     def _want(self, sequence: Sequence) -> _Want:
         for model in _resuming(sequence):
@@ -315,7 +353,11 @@ class Scheduler:
         step = _Step(model, self._token_limit, reading)
         for want in self._candidates(model, wants):
             if want.sequence.status is Status.RUNNING:
-                self._take(want, step)
+                try:
+                    self._take(want, step)
+                except Exception as error:
+                    step.num_tokens.pop(want.sequence, None)
+                    self._break(want.sequence, error)
         planned = [sequence for sequence in self.running if sequence in step.num_tokens]
         return StepPlan(
             model=model,
@@ -372,8 +414,7 @@ class Scheduler:
         return victims
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
-        self._free(sequence)
+        self._take_out(sequence)
         sequence.forget()
         self.waiting.appendleft(sequence)
 
@@ -381,7 +422,8 @@ class Scheduler:
         for table in self._tables[sequence.id]:
             table.release()
         self._scores.give_back_prompt_slot(sequence.prompt_slot)
-        self._scores.give_back(sequence.slot)
+        if sequence.slot >= 0:
+            self._scores.give_back(sequence.slot)
         sequence.slot = sequence.prompt_slot = -1
 
     def pages_idle(self) -> tuple[int, ...]:

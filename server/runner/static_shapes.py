@@ -4,8 +4,9 @@ A captured CUDA graph runs the same kernels on the same memory again, so whateve
 to step has to be written into that memory first. Nothing here needs a GPU.
 
 A span shorter than its shape is filled up with copies of its last token, and a batch smaller than
-its shape with spans of one token over page 0. Padding writes its KV to slot 0, looks at what a real
-token looks at, so that nothing turns infinite, and its logits are dropped.
+its shape with spans of one token over page 0. A copy looks at what the token looks at and writes
+the same KV to the same slot: slot 0, which masked keys are read from, must stay finite, so nothing
+that comes of a sequence may go there. The logits of padding are dropped.
 """
 
 from __future__ import annotations
@@ -182,8 +183,6 @@ class StaticBuffers:
         pages = np.take_along_axis(table, positions // self.page_size, axis=1)
         np.multiply(pages, self.page_size, out=slots)
         slots += positions % self.page_size
-        slots[starts[:, None] + steps >= lengths[:, None]] = 0
-        slots[used:] = 0
         kept = _kept_rows(batch, num_tokens)
         keep.reshape(-1)[: len(kept)] = kept
         self._device.copy_(self._host, non_blocking=True)

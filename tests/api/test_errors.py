@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
 
 from server.api.errors import MAX_INPUT_CHARS, MAX_PROBLEMS, describe
+from server.api.reply import Reply
 from server.api.unsupported import REFUSED_IN_COMPLETIONS
+from server.core.output import TokenDelta
+from server.core.sequence import Sequence
+from server.engine.scheduler import Scheduler
 from server.errors import EngineDead, EngineDraining, EngineOverloaded, GenerationFailed
 from tests.api.conftest import Live
-from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE
+from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE, DigitTokenizer
+from tests.support.live_server import wait_until
 
 URL = "/v1/completions"
 
@@ -292,6 +299,81 @@ def test_request_ids_are_echoed_or_made(live: Live) -> None:
         made = live.http.get("/health", headers={"x-request-id": bad})
         assert made.headers["x-request-id"].startswith("req-")
     assert live.post(model="nope").headers["x-request-id"]
+
+
+def beside(live: Live, call: Callable[[], None]) -> None:
+    """Run `call` while another request decodes, whose text must be what it is alone."""
+    body = {"max_tokens": 40, "ignore_eos": True, "seed": 7}
+    expected = live.complete(**body)["choices"]
+    live.table.set_pace(0.005)
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(live.complete, **body)
+        wait_until(lambda: live.table.engine.has_work)
+        call()
+        assert other.result()["choices"] == expected
+    live.wait_idle()
+
+
+def test_an_error_in_the_tokeniser_costs_one_request(start, monkeypatch) -> None:
+    live = start()
+    original = DigitTokenizer.encode
+
+    def raising(self: DigitTokenizer, sequence: str, **options: bool) -> Any:
+        if sequence == "3 3":
+            raise RuntimeError("told to fail")
+        return original(self, sequence, **options)
+
+    monkeypatch.setattr(DigitTokenizer, "encode", raising)
+
+    def call() -> None:
+        for stream in (False, True):
+            response = live.post(prompt="3 3", stream=stream)
+            assert response.status_code == 500
+            assert error_of(response)["code"] == "internal_error"
+
+    beside(live, call)
+
+
+def test_what_cannot_be_queued_costs_one_request(start, monkeypatch) -> None:
+    live = start()
+    original = Scheduler.add
+
+    def raising(self: Scheduler, sequence: Sequence) -> None:
+        if sequence.params.seed == 99:
+            raise RuntimeError("told to fail")
+        original(self, sequence)
+
+    monkeypatch.setattr(Scheduler, "add", raising)
+
+    def call() -> None:
+        for stream in (False, True):
+            response = live.post(seed=99, stream=stream)
+            assert response.status_code == 500
+            assert error_of(response)["code"] == "generation_failed"
+
+    beside(live, call)
+
+
+def test_an_error_in_writing_an_answer_costs_one_request(start, monkeypatch) -> None:
+    """After its third piece, in a stream and in a whole answer."""
+    live = start()
+    original = Reply.take
+
+    def raising(self: Reply, delta: TokenDelta) -> Any:
+        if self._generation.sequences[0].params.seed == 99 and self._num_tokens > 2:
+            raise RuntimeError("told to fail")
+        return original(self, delta)
+
+    monkeypatch.setattr(Reply, "take", raising)
+
+    def call() -> None:
+        body = {"seed": 99, "max_tokens": 200, "ignore_eos": True}
+        assert live.stream(**body)[-1]["error"]["code"] == "internal_error"
+        response = live.post(**body)
+        assert response.status_code == 500
+        assert error_of(response)["code"] == "internal_error"
+
+    beside(live, call)
 
 
 def test_a_bug_is_a_500_that_says_nothing_of_itself(start, monkeypatch) -> None:

@@ -9,10 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from server.cache.page_table import PageTable
+from server.cache.prefix_keys import PrefixKeys
+from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
 from server.core.output import TokenDelta
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
+from server.decoding.strategies import Strategies
 from server.decoding.warp import Warp
 from server.engine import scheduler
 from server.engine.detokenizer import TextStream
@@ -254,6 +258,117 @@ def test_a_forward_that_fails_for_no_known_reason_ends_the_engine() -> None:
     runners[1].fail = fail
     with pytest.raises(RuntimeError, match="illegal memory access"):
         run(engine, make_sequences())
+
+
+@pytest.mark.parametrize("strategy", ["cos", "mixture"])
+@pytest.mark.parametrize("num_pages", [4096, 1 + 2 * 4])
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (scheduler.Scheduler, "_reserve"),
+        (scheduler.Scheduler, "_start"),
+        (scheduler.Scheduler, "_want"),
+        (scheduler.Scheduler, "_take"),
+        (Strategies, "settle"),
+        (ScoreStore, "take_slot"),
+    ],
+)
+def test_an_error_in_the_scheduler_ends_one_sequence(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, num_pages: int, owner: type, method: str
+) -> None:
+    """Before a stage of admission or planning of the sequence, and after it."""
+    original = getattr(owner, method)
+    engine, _ = make_engine(num_pages=num_pages, max_sequences=4)
+
+    def is_bad(args: tuple[Any, ...]) -> bool:
+        for arg in args:
+            sequence = arg if isinstance(arg, Sequence) else getattr(arg, "sequence", None)
+            if sequence is not None:
+                return bool(sequence.id == f"s{BAD}")
+        return bool(engine.scheduler.waiting[0].id == f"s{BAD}")  # a slot for the next one
+
+    for is_late in (False, True):
+
+        def raising(self: Any, *args: Any, is_late: bool = is_late) -> Any:
+            will_fail = is_bad(args)
+            result = original(self, *args) if is_late or not will_fail else None
+            if will_fail and (method != "take_slot" or not is_late):
+                raise ValueError("told to fail")
+            return result
+
+        monkeypatch.setattr(owner, method, raising)
+        faults = record_faults(engine)
+        deltas = run(engine, make_sequences(strategy), engine.scheduler.check_integrity)
+        monkeypatch.undo()
+        if method != "take_slot" or not is_late:
+            check_only_the_bad_one_failed(deltas, strategy, "internal error")
+            assert faults == ["internal"]
+        check_clean(engine)
+
+
+@pytest.mark.parametrize("stage", ["_reserve", "_want"])
+def test_memory_that_runs_out_in_the_scheduler_ends_one_sequence(
+    monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    original = getattr(scheduler.Scheduler, stage)
+
+    def raising(self: scheduler.Scheduler, sequence: Sequence) -> Any:
+        if sequence.id == f"s{BAD}":
+            raise MemoryError
+        return original(self, sequence)
+
+    monkeypatch.setattr(scheduler.Scheduler, stage, raising)
+    engine, _ = make_engine()
+    faults = record_faults(engine)
+    deltas = run(engine, make_sequences())
+    monkeypatch.undo()
+    check_only_the_bad_one_failed(deltas, "cos", "not enough memory")
+    assert faults == ["out_of_memory"]
+    check_clean(engine)
+
+
+@pytest.mark.parametrize("stage", ["lookup", "adopt", "publish"])
+def test_an_error_in_the_prefix_cache_ends_one_sequence(
+    monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """The bad one's prompt differs from the others' in its middle."""
+    shared = [7] * 16
+
+    def sequences() -> list[Sequence]:
+        decoding = make_decoding("cos", Combination.weighted([0.5, 0.5]), gamma=3)
+        params = SamplingParams(max_tokens=24, seed=1)
+        prompts = [[*shared, i, *shared] for i in range(6)]
+        return [
+            Sequence.start(f"s{i}", prompt, params, decoding) for i, prompt in enumerate(prompts)
+        ]
+
+    expected = run(make_engine()[0], sequences())
+    original: dict[str, Any] = {
+        "lookup": (PrefixKeys, "key"),
+        "adopt": (PageTable, "adopt"),
+        "publish": (PageTable, "publish"),
+    }
+    owner, method = original[stage]
+    unharmed = getattr(owner, method)
+
+    def raising(self: Any, token_ids: list[int], *rest: Any) -> Any:
+        result = unharmed(self, token_ids, *rest)
+        if token_ids[16] == BAD:
+            raise ValueError("told to fail")
+        return result
+
+    monkeypatch.setattr(owner, method, raising)
+    engine, _ = make_engine()
+    faults = record_faults(engine)
+    deltas = run(engine, sequences(), engine.scheduler.check_integrity)
+    monkeypatch.undo()
+    assert faults == ["internal"]
+    for name, each in deltas.items():
+        if name == f"s{BAD}":
+            assert each[-1].finish_reason == "error"
+        else:
+            assert generated(each) == generated(expected[name])
+    check_clean(engine)
 
 
 def test_an_abort_is_obeyed_before_the_next_step() -> None:

@@ -58,7 +58,7 @@ def test_padded_equals_eager(family, page_size):
     assert 5 < num_padded < 25
 
 
-def test_padding_touches_no_page_but_the_first():
+def test_padding_touches_no_other_page_but_the_first():
     eager, padded = make_runners("llama", 4)
     tables = make_tables(random.Random(0), 4, in_order=False)
     spans = [Span(tables[0], 0, [5, 6, 7, 8, 9], 5), Span(tables[1], 0, [3], 1)]
@@ -85,6 +85,23 @@ def test_garbage_in_other_pages_does_no_harm():
     assert_close(padded.forward(batch), eager.forward(batch))
 
 
+def test_a_span_of_nan_leaves_the_others_alone():
+    """Also those of later forwards: what pads its shape must not be kept where masked keys lie."""
+    eager, padded = make_runners("llama", 4)
+    batch = Batch((Span([3, 5], 0, [1, 2, 3, 4, 5], 1), Span([2], 0, [9], 1), Span([7], 0, [4], 1)))
+    for runner in (eager, padded):
+        runner.forward(batch)
+    with torch.inference_mode():
+        padded.store.slots(0)[1][3 * 4 : 4 * 4] = float("nan")
+    spoilt, good = Span([3, 5], 5, [6], 1), Span([2], 1, [8, 3, 1], 3)
+    logits = padded.forward(Batch((spoilt, good)))
+    plain = eager.forward(Batch((spoilt, good)))
+    assert logits[:1].isnan().all()
+    assert_close(logits[1:], plain[1:])
+    later = Batch((good, Span([7], 1, [2], 1)))
+    assert_close(padded.forward(later), eager.forward(later))
+
+
 def test_buffers_hold_the_batch_and_padding():
     buffers = StaticBuffers(Shape(4, 3), 4, 4, torch.device("cpu"))
     buffers.fill(Batch((Span([9, 8, 7, 6], 11, [1, 2, 3], 3),) * 4))
@@ -94,7 +111,7 @@ def test_buffers_hold_the_batch_and_padding():
     assert keep.tolist() == [0, 4]
     assert plan.token_ids.tolist() == [[7, 7, 7, 4, 6, 6, 0, 0, 0, 0, 0, 0]]
     assert plan.position_ids.tolist() == [[4, 4, 4, 0, 1, 1, 0, 0, 0, 0, 0, 0]]
-    assert plan.slots.tolist() == [20, 0, 0, 12, 13, 0, 0, 0, 0, 0, 0, 0]
+    assert plan.slots.tolist() == [20, 20, 20, 12, 13, 13, 0, 0, 0, 0, 0, 0]
     assert paging.starts.tolist() == [4, 0, 0, 0]
     assert paging.lengths.tolist() == [5, 2, 1, 1]
     assert paging.table[:, 0].tolist() == [2, 3, 0, 0]

@@ -134,6 +134,22 @@ def test_other_head_dimensions(dim, value_dim):
     assert_same(case)
 
 
+def test_what_lies_in_other_slots_does_not_matter(monkeypatch):
+    """A freed page may hold NaN; the table of a sequence may be longer than it is."""
+    monkeypatch.setattr(kernels, "num_splits", lambda *_: 2)
+    lengths = [3, 40, 150]
+    groups, queries, store = make_case(3, lengths, 16, 4, 2, 64, torch.float32)
+    clean = kernels.attend_group(groups[0], queries, store, 0, PLAIN)
+    stale = torch.ones(store.num_pages * 16, dtype=torch.bool, device=DEVICE)
+    for length, pages in zip(lengths, groups[0].pages, strict=True):
+        for position in range(length):
+            stale[pages[position // 16] * 16 + position % 16] = False
+    for memory in store.slots(0):
+        memory[stale] = torch.nan
+    spoilt = kernels.attend_group(groups[0], queries, store, 0, PLAIN)
+    assert torch.equal(spoilt, clean)
+
+
 def test_large_groups_are_left_to_the_portable_path():
     groups, _, _ = make_case(16, [100], 16, 16, 1, 64, torch.float32)
     assert not kernels.supports(groups[0], 16, 1)
