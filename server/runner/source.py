@@ -70,6 +70,8 @@ class ModelSource:
             use_safetensors=True,
             dtype=dtype,
             output_loading_info=True,
+            # They are refused below, by name; transformers would name its own option instead.
+            ignore_mismatched_sizes=True,
         )
         for problem in ("missing_keys", "mismatched_keys", "error_msgs"):
             if found := info.get(problem):

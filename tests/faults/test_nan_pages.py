@@ -67,8 +67,8 @@ def spoil(models: LoadedModels, pages: list[list[int]] | None = None) -> None:
         for k, runner in enumerate(models.runners):
             size = runner.page_size
             chosen = range(1, runner.num_pages) if pages is None else pages[k]
-            for layer in range(runner.store.num_layers):  # type: ignore[attr-defined]
-                for memory in runner.store.slots(layer):  # type: ignore[attr-defined]
+            for layer in range(runner.store.num_layers):
+                for memory in runner.store.slots(layer):
                     for page in chosen:
                         memory[page * size : (page + 1) * size] = torch.nan
 

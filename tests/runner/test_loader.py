@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
+import pickle
 import shutil
+import struct
 
 import pytest
 import torch
@@ -159,6 +162,74 @@ def test_pickles_only(llama):
     assert "only pickled weights" in refusal(config_of(llama))
 
 
+class Pickled:
+    """What a hostile checkpoint holds: opening it would run this."""
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.folder),))
+
+    def __init__(self, folder):
+        self.folder = folder
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.ckpt"])
+@pytest.mark.parametrize("beside", ["nothing", "good weights", "broken weights"])
+def test_a_pickle_is_never_opened(tmp_path, llama, name, beside):
+    """Neither alone, nor beside other weights, nor where these cannot be read."""
+    trap = tmp_path / "opened"
+    (llama / name).write_bytes(pickle.dumps(Pickled(trap)))
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": name}}
+    (llama / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    weights = llama / "model.safetensors"
+    if beside == "good weights":
+        load_models(config_of(llama))
+    else:
+        weights.unlink()
+        if beside == "broken weights":
+            weights.write_bytes(b"broken")
+        expected = "only pickled" if beside == "nothing" else "cannot read weights"
+        assert expected in refusal(config_of(llama))
+    assert not trap.exists()
+
+
+def test_pickles_of_an_index_are_not_opened(tmp_path, llama):
+    """An index that calls a pickle one of the model's safetensors."""
+    trap = tmp_path / "opened"
+    weights = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    (llama / "model-1.safetensors").write_bytes(pickle.dumps(Pickled(trap)))
+    for name in ("model-1.safetensors", "pytorch_model.bin"):
+        shutil.copy(llama / "model-1.safetensors", llama / "pytorch_model.bin")
+        index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, name)}
+        (llama / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "cannot read weights" in refusal(config_of(llama))
+    assert not trap.exists()
+
+
+def header(data, length=None):
+    text = json.dumps(data).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        header({}, length=2**63),
+        header({}, length=10**8),
+        header({}),
+        header({"lm_head.weight": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}),
+        header({"lm_head.weight": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}),
+        header({"lm_head.weight": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}}),
+        header([1, 2, 3]),
+        struct.pack("<Q", 4) + b"\xff\xfe{}",
+    ],
+    ids=["2^63 long", "100 MB long", "empty", "huge", "backwards", "no dtype", "list", "no text"],
+)
+def test_an_absurd_header(llama, head):
+    (llama / "model.safetensors").write_bytes(head + bytes(64))
+    assert "m0: cannot read weights" in refusal(config_of(llama))
+
+
 def test_no_weights(llama):
     (llama / "model.safetensors").unlink()
     assert "no weights" in refusal(config_of(llama))
@@ -178,6 +249,17 @@ def test_missing_tensor(llama):
     message = refusal(config_of(llama))
     assert "missing" in message
     assert "model.layers.1.mlp.up_proj.weight" in message
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"])
+@pytest.mark.parametrize("cut", [lambda weight: weight[:-1], lambda weight: weight.flatten()])
+def test_a_tensor_of_another_shape(llama, name, cut):
+    weights = load_file(llama / "model.safetensors")
+    weights[name] = cut(weights[name]).clone()
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    message = refusal(config_of(llama))
+    assert "m0" in message
+    assert name in message
 
 
 def test_wrong_shapes(llama):
