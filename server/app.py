@@ -212,6 +212,9 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         if costs is not None:
             engine.control(costs)
             metrics.speedup.calibrated(costs)
+    if (shadow := config.engine.shadow) is not None:
+        engine.measure_standard(shadow.every_seconds, shadow.rounds)
+        metrics.speedup.shadowed()
     return Parts(
         AsyncEngine(engine),
         tokenizer,

@@ -120,6 +120,17 @@ class DecodingConfig(Section):
         return self
 
 
+class ShadowConfig(Section):
+    """Windows in which everybody decodes by standard, to measure the speedup over it."""
+
+    every_seconds: float = Field(
+        30.0, gt=0, allow_inf_nan=False, description="Seconds of decoding between windows."
+    )
+    rounds: int = Field(
+        8, ge=1, le=1024, description="Tokens of each sequence that a window measures."
+    )
+
+
 class EngineConfig(Section):
     """Sizes of the engine."""
 
@@ -149,6 +160,11 @@ class EngineConfig(Section):
         True,
         description="Time forwards at start, some seconds, so that auto can choose and metrics can "
         "estimate the speedup over standard decoding. Without it auto is cos with gamma 2.",
+    )
+    shadow: ShadowConfig | None = Field(
+        None,
+        description="Measure the speedup: now and then all sequences but mixtures decode by "
+        "standard for some tokens, which costs what that takes. Off if null; {} for its defaults.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; all cores if null.")
     attention: Literal["auto", "portable", "triton"] = Field(

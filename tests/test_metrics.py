@@ -9,7 +9,7 @@ import pytest
 
 from server.core.combination import Combination
 from server.core.sequence import SequenceStats
-from server.core.stats import Delivery, StepStats
+from server.core.stats import Delivery, ShadowStats, StepStats
 from server.engine.cost_table import CostTable, Timings
 from server.errors import EngineOverloaded
 from server.metrics import REJECTIONS, Metrics, ModelFacts
@@ -208,6 +208,21 @@ def test_whether_requests_are_taken(metrics: Metrics) -> None:
     phase = "draining"
     assert value(metrics, "cos_ready") == 0
     assert value(metrics, "cos_draining") == 1
+
+
+def test_shadow_windows_are_counted_where_they_are_on(metrics: Metrics) -> None:
+    shadow = ShadowStats(2.0, 8, 3.0, 1.5, "measured")
+    metrics.observe_step(StepStats(0, shadow=shadow))
+    assert "cos_shadow" not in metrics.render().decode()
+    metrics.speedup.shadowed()
+    assert value(metrics, "cos_shadow_windows_total", outcome="abandoned") == 0
+    metrics.observe_step(StepStats(0, shadow=shadow))
+    metrics.observe_step(StepStats(0, shadow=ShadowStats(0.5, 1)))
+    assert value(metrics, "cos_shadow_standard_seconds_total") == 2.5
+    assert value(metrics, "cos_shadow_standard_tokens_total") == 9
+    assert value(metrics, "cos_shadow_baseline_seconds_total") == 3
+    assert value(metrics, "cos_shadow_decode_seconds_total") == 1.5
+    assert value(metrics, "cos_shadow_windows_total", outcome="measured") == 1
 
 
 def test_no_baseline_before_calibration(metrics: Metrics) -> None:

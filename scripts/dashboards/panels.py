@@ -126,6 +126,23 @@ SPEEDUP = (
         thresholds=((None, "red"), (1, "green")),
     ),
     Panel(
+        "Measured speedup over standard decoding",
+        "x",
+        (
+            (
+                "measured",
+                ratio(
+                    rate("cos_shadow_baseline_seconds_total"),
+                    rate("cos_shadow_decode_seconds_total"),
+                ),
+            ),
+        ),
+        "What standard decoding took when it was last measured with as many sequences, over what "
+        "decoding takes between measurements. No series unless engine.shadow is set.",
+        thresholds=((None, "red"), (1, "green")),
+        is_rare=True,
+    ),
+    Panel(
         "Both sides of the speedup",
         "percentunit",
         (

@@ -101,7 +101,9 @@ def queries() -> Iterator[Query]:
         for rule in group["rules"]:
             name = rule.get("record") or rule["alert"]
             if "record" in rule:
-                yield Query(f"rule: {name}", rule["expr"])
+                # engine.shadow is an option.
+                may_be_empty = "cos_shadow_" in rule["expr"]
+                yield Query(f"rule: {name}", rule["expr"], may_be_empty)
             elif "cos:" not in rule["expr"]:  # the others ask what is recorded
                 yield Query(f"alert: {name}", rule["expr"], may_be_empty=True)
 

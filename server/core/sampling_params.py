@@ -124,3 +124,8 @@ class DecodingParams:
     def is_auto(self) -> bool:
         """Something of it is left to be chosen while it runs."""
         return self.strategy == "auto" or self.is_gamma_auto
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing is proposed: all scorers score each token, and it is drawn."""
+        return self.strategy in ("standard", "single")

@@ -62,6 +62,7 @@ class Sequence:
             decoding: the prompt for models that must score its end, or what k had seen when
             the sequence was preempted.
         schedule: how it is decoded at present: `decoding`, or what was chosen where that is open.
+        is_shadowed: it decodes by standard for a measurement's sake; see `engine.shadow`.
         slot: ring of the ScoreStore while running, else -1.
         num_scored: tokens of the prompt whose log-probabilities are known, the first one
             included; num_prompt where none were asked for. See `open_window`.
@@ -86,6 +87,7 @@ class Sequence:
     shortlisted: list[bool] = field(default_factory=list)
     bonuses: list[bool] = field(default_factory=list)
     resume_at: list[int] = field(default_factory=list)
+    is_shadowed: bool = False
     slot: int = -1
     num_scored: int = 0
     prompt_slot: int = -1

@@ -8,6 +8,7 @@ from typing import Literal
 from server.core.sampling_params import DecodingParams
 
 Phase = Literal["prefill", "propose", "score"]
+ShadowOutcome = Literal["measured", "abandoned"]
 # What the engine survives:
 # invalid_scores    a sequence's scores are no distribution; it ends
 # internal          an error in the path of one sequence; it ends
@@ -28,6 +29,24 @@ class Delivery:
     def num_decoded(self) -> int:
         """Without the first token of the text: that one comes with the prompt."""
         return self.num_tokens - self.has_first
+
+
+@dataclass(slots=True)
+class ShadowStats:
+    """One step beside standard decoding as it was measured; see `engine.shadow`.
+
+    Attributes:
+        standard_seconds, standard_tokens: of a round of standard decoding that this step ended.
+        baseline_seconds, decode_seconds: what standard decoding took for as many tokens, and what
+            the step took; both 0 where it was not measured, and while it is.
+        outcome: of a measurement that this step ended, if it did.
+    """
+
+    standard_seconds: float = 0.0
+    standard_tokens: int = 0
+    baseline_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    outcome: ShadowOutcome | None = None
 
 
 @dataclass(slots=True)
@@ -52,6 +71,7 @@ class StepStats:
         deliveries: what clients got.
         prefill_seconds: what prompts added to the step; None if that is unknown.
         baseline_seconds: what standard decoding of it would have taken; None if that is unknown.
+        shadow: None where standard decoding is not measured on the live load.
         num_discarded: verified tokens cut off by the end of the text.
         num_preempted: sequences preempted to make room for this step.
         num_cached: [num_models] tokens found in the prefix cache for this step, not computed.
@@ -77,6 +97,7 @@ class StepStats:
     deliveries: list[Delivery] = field(default_factory=list)
     prefill_seconds: float | None = None
     baseline_seconds: float | None = None
+    shadow: ShadowStats | None = None
     num_discarded: int = 0
     num_preempted: int = 0
     num_cached: tuple[int, ...] = ()

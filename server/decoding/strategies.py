@@ -204,11 +204,21 @@ class Chooser(Protocol):
         ...
 
 
+def may_shadow(decoding: DecodingParams) -> bool:
+    """It is standard decoding, or may be for a while: all but a mixture share its law and text."""
+    return decoding.strategy != "mixture"
+
+
 class Strategies:
-    """The strategy of each sequence; equal decoding parameters share one object."""
+    """The strategy of each sequence; equal decoding parameters share one object.
+
+    Attributes:
+        is_shadowing: all that may decode by standard now; see `engine.shadow`.
+    """
 
     def __init__(self, shared_coins: SharedCoins) -> None:
         self.shared_coins = shared_coins
+        self.is_shadowing = False
         self.chooser: Chooser | None = None
         self.make = lru_cache(maxsize=1024)(self._build)
 
@@ -218,24 +228,31 @@ class Strategies:
     def settle(self, sequence: Sequence) -> bool:
         """Decode `sequence` from here on as the chooser says; none of its tokens is pending.
 
-        Returns whether that is something new.
+        While standard decoding is measured, decode it so instead, whatever was chosen or asked for.
+        Returns whether that is something new that was chosen.
 
         A sequence on shared coins stays there until nobody has looked at its next coin: leaving
         because of a coin's value would bias its text.
         """
         assert sequence.num_pending == 0
-        if not sequence.decoding.is_auto:
+        decoding, was_shadowed = sequence.decoding, sequence.is_shadowed
+        is_shadowed = self.is_shadowing and may_shadow(decoding) and not decoding.is_plain
+        if not (decoding.is_auto or is_shadowed or was_shadowed):
             return False
         if sequence.coin_base is not None and not self.shared_coins.is_fresh(sequence):
             return False
-        chosen = self._choose(sequence)
+        sequence.is_shadowed = is_shadowed
+        if is_shadowed:
+            chosen = _plain(decoding)
+        else:
+            chosen = self._choose(sequence) if decoding.is_auto else decoding
         if chosen == sequence.schedule:
             return False
         sequence.schedule = chosen
         sequence.coin_base = None
         if chosen.shared_coins:
             self.shared_coins.join(sequence)
-        return True
+        return not (is_shadowed or was_shadowed)
 
     def _choose(self, sequence: Sequence) -> DecodingParams:
         if self.chooser is None:
@@ -249,7 +266,7 @@ class Strategies:
         chosen = self.chooser.choose(sequence)
         if chosen.shared_coins and not sequence.num_generated:
             # While it reads its prompt, others would look at the coins that it joined at.
-            return replace(chosen, strategy="standard", shared_coins=False)
+            return _plain(chosen)
         return chosen
 
     def _build(self, decoding: DecodingParams) -> Strategy:
@@ -262,3 +279,8 @@ class Strategies:
                 return Cos(decoding)
             case "mixture":
                 return Mixture(decoding, self.shared_coins)
+
+
+def _plain(decoding: DecodingParams) -> DecodingParams:
+    """Standard decoding of the same combination."""
+    return replace(decoding, strategy="standard", is_gamma_auto=False, shared_coins=False)

@@ -18,6 +18,7 @@ from server.engine.cost_table import CostTable
 from server.engine.detokenizer import Decoder, TextStream
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import Scheduler, StepPlan
+from server.engine.shadow import Shadow
 from server.runner.base import ModelRunner
 from server.runner.clock import device_clock
 
@@ -89,6 +90,7 @@ class Engine:
         self.clock = clock
         self.costs: CostTable | None = None
         self.controller: Controller | None = None
+        self.shadow: Shadow | None = None
         self.limits = limits
         self.runners = tuple(runners)
         self.num_models = len(runners)
@@ -126,6 +128,10 @@ class Engine:
         self.costs = costs
         self.controller = Controller(costs, self._strategies, self.limits.max_gamma)
         self._strategies.chooser = self.controller
+
+    def measure_standard(self, every_seconds: float, rounds: int) -> None:
+        """Decode by standard for `rounds` tokens of each sequence, after each `every_seconds`."""
+        self.shadow = Shadow(self._strategies, every_seconds, rounds)
 
     @property
     def has_work(self) -> bool:
@@ -358,8 +364,11 @@ class Engine:
         if self.costs is not None:
             stats.baseline_seconds = self.costs.estimate(stats.deliveries, batch)
             self.costs.observe(stats)
-        if self.controller is not None:
+        # What a window took says nothing of what was chosen.
+        if self.controller is not None and not self._strategies.is_shadowing:
             self.controller.observe(stats, self.scheduler.running, batch)
+        if self.shadow is not None:
+            self.shadow.observe(stats, self.scheduler.running, batch)
         if self.on_step is not None:
             self.on_step(stats)
 

@@ -1,13 +1,46 @@
-"""Both sides of the estimated speedup; their ratio is left to PromQL."""
+"""Both sides of the estimated speedup, and of the measured; ratios are left to PromQL."""
 
 from __future__ import annotations
 
 from functools import partial
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from server.core.stats import StepStats
+from server.core.stats import ShadowOutcome, ShadowStats, StepStats
 from server.engine.cost_table import CostTable
+
+
+class _Shadow:
+    """Standard decoding as measured on the live load."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"cos_shadow_{name}", text, labels, registry=registry)
+
+        self._standard_seconds = counter(
+            "standard_seconds", "Time of rounds of standard decoding that were measured."
+        )
+        self._standard_tokens = counter("standard_tokens", "Tokens of these rounds.")
+        self._baseline_seconds = counter(
+            "baseline_seconds",
+            "What standard decoding of the tokens decoded between measurements would have taken, "
+            "at what a token took when as many sequences last decoded so.",
+        )
+        self._decode_seconds = counter(
+            "decode_seconds", "What decoding of the same tokens took, waste included."
+        )
+        self._windows = counter("windows", "Measurements, by what became of them.", "outcome")
+        for outcome in get_args(ShadowOutcome):
+            self._windows.labels(outcome)
+
+    def observe(self, stats: ShadowStats) -> None:
+        self._standard_seconds.inc(stats.standard_seconds)
+        self._standard_tokens.inc(stats.standard_tokens)
+        self._baseline_seconds.inc(stats.baseline_seconds)
+        self._decode_seconds.inc(stats.decode_seconds)
+        if stats.outcome is not None:
+            self._windows.labels(stats.outcome).inc()
 
 
 class SpeedupMetrics:
@@ -21,6 +54,7 @@ class SpeedupMetrics:
             registry=registry,
         )
         self.baseline_seconds: Counter | None = None
+        self._shadow: _Shadow | None = None
         self._registry = registry
         self._names = names
 
@@ -28,6 +62,12 @@ class SpeedupMetrics:
         self.decode_seconds.inc(stats.decode_seconds)
         if self.baseline_seconds is not None and stats.baseline_seconds is not None:
             self.baseline_seconds.inc(stats.baseline_seconds)
+        if self._shadow is not None and stats.shadow is not None:
+            self._shadow.observe(stats.shadow)
+
+    def shadowed(self) -> None:
+        """Export what windows of standard decoding measure; there are no such series without."""
+        self._shadow = _Shadow(self._registry)
 
     def calibrated(self, costs: CostTable) -> None:
         """Export what was timed; without it there are no such series, rather than ones of 1."""
