@@ -128,7 +128,7 @@ def test_prompts_beside_decoding_do_not_make_it_look_faster() -> None:
     for number in range(12):
         # One after the other, so that each but the first reads its prompt while others decode.
         params = SamplingParams(max_tokens=30, seed=number)
-        engine.add(Sequence.start(f"s{number}", [0] * (20 + number), params, decoding))
+        engine.add(Sequence.start(f"s{number}", [number] * (20 + number), params, decoding))
         for _ in range(5):
             engine.step()
     while engine.has_work:
