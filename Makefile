@@ -5,6 +5,8 @@ PYTHON ?= python3
 CONFIG ?= configs/default.yaml
 # Options of `cos-server bench` and `pytest`, as in: make bench ARGS="--concurrency 1,4"
 ARGS ?=
+# Processes of `make test`; each takes one core.
+TEST_JOBS ?= 2
 # Extra pip options for PyTorch, such as --extra-index-url with the address of its CPU wheels.
 TORCH_PIP_ARGS ?=
 
@@ -45,7 +47,7 @@ audit: $(VENV)/.dev ## Ask the package index for known vulnerabilities of the pi
 	$(BIN)/python -m scripts.audit
 
 test: $(VENV)/.dev ## Run the tests (ARGS are pytest's)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 serve: $(VENV)/.runtime $(MODELS) ## Build the default models and serve CONFIG on 127.0.0.1:8000
 	$(BIN)/cos-server serve --config $(CONFIG)
