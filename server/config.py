@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from server.errors import ConfigError
 
+VerificationName = Literal["token", "block"]
 StrategyName = Literal["standard", "single", "speculative", "cos", "mixture", "auto"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -108,6 +109,13 @@ class DecodingConfig(Section):
     )
     shared_coins: bool = Field(
         True, description="mixture: one coin for the whole batch, where a request allows it."
+    )
+
+    verification: VerificationName = Field(
+        "token",
+        description="How proposals to requests without a seed, at a temperature above 0, are "
+        "accepted: block decides those verified together as a whole and keeps more of them, token "
+        "one after another. The law of the text is the same. Mixtures always decide by token.",
     )
 
     @model_validator(mode="after")

@@ -81,6 +81,7 @@ class DecodingDefaults:
             kappa=self._resolve_kappa(options) if is_mixture else 0,
             shared_coins=may_mix and self._shares_coins(request, options, strategy),
             is_gamma_auto=gamma == "auto" and strategy in _PROPOSING,
+            verification=self._decoding.verification,
         )
 
     def _lengths(self, gamma: GammaSetting, strategy: StrategyName) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from server.config import StrategyName
+from server.config import StrategyName, VerificationName
 from server.core.combination import Combination
 
 _FIRST_GAMMA = 2
@@ -111,6 +111,7 @@ class DecodingParams:
         shared_coins: mixture: take the batch's coins, not the sequence's own; auto: a mixture with
             shared coins may be chosen.
         is_gamma_auto: `gamma` is only where choosing begins.
+        verification: of proposals that are not coupled; a mixture's are decided by token.
     """
 
     strategy: StrategyName
@@ -119,6 +120,7 @@ class DecodingParams:
     kappa: int = 0
     shared_coins: bool = False
     is_gamma_auto: bool = False
+    verification: VerificationName = "token"
 
     @property
     def is_auto(self) -> bool:
@@ -129,3 +131,8 @@ class DecodingParams:
     def is_plain(self) -> bool:
         """Nothing is proposed: all scorers score each token, and it is drawn."""
         return self.strategy in ("standard", "single")
+
+    @property
+    def verifies_blocks(self) -> bool:
+        # A mixture's windows end by coins, and its first model's own positions are never rejected.
+        return self.verification == "block" and self.strategy != "mixture"

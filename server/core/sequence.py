@@ -70,6 +70,7 @@ class Sequence:
         coin_base: mixture with shared coins: index of the batch's coin stream minus position.
         declined_at: length at which a model had nothing to propose that the request allows; the
             token there is drawn. -1: nowhere.
+        num_rejections: so far; draws after a rejection use randomness of their own.
         matcher: of the grammar that the text must follow.
         provenance: of verified tokens that nobody has taken yet; None where it is not asked for.
         priority: waiting sequences are admitted in ascending order of it, then as they came.
@@ -93,6 +94,7 @@ class Sequence:
     prompt_slot: int = -1
     coin_base: int | None = None
     declined_at: int = -1
+    num_rejections: int = 0
     matcher: Matcher | None = None
     provenance: list[Provenance] | None = None
     priority: int = 0
@@ -238,6 +240,7 @@ class Sequence:
         del self.token_ids[position:]
         self._drop_proposals()
         self.declined_at = -1
+        self.num_rejections += 1
         self.num_seen = [min(seen, position) for seen in self.num_seen]
         self.resume_at = [min(until, position) for until in self.resume_at]
         self.token_ids.append(token_id)

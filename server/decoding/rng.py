@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     COIN = 5
     CHOICE = 6
     NOISE = 7
+    ROUND = 8
 
 
 def uniform(seed: int, position: int, purpose: Purpose) -> float:
@@ -43,6 +44,11 @@ def uniform(seed: int, position: int, purpose: Purpose) -> float:
 def derive_seed(seed: int, index: int) -> int:
     """Seed of choice `index` of a request, in [0, 2**63); choice 0 keeps the request's own."""
     return seed if index == 0 else _hash(seed, index, Purpose.CHOICE) >> 1
+
+
+def round_seed(seed: int, num_rejections: int) -> int:
+    """Seed of the draws of a text after so many rejections: none of them has been used before."""
+    return seed if num_rejections == 0 else _hash(seed, num_rejections, Purpose.ROUND)
 
 
 def uniforms(

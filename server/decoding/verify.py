@@ -1,4 +1,4 @@
-"""Verification: exact acceptance of proposals, in one of two ways.
+"""Verification: exact acceptance of proposals, in one of three ways.
 
 **Free** (Leviathan et al. 2023; paper eq. 6 and A.1). A token x that was proposed from g is
 *accepted* with probability min(1, r(x) / g(x)). If it is not, the *recovered* token, drawn from
@@ -7,6 +7,19 @@ r with nothing proposed. Each position of a tail has its own g, that of its prop
 output is r's whatever the proposers were, as long as proposer and g of a position are fixed before
 its token is drawn, a drawn token leaves the tail only through verification, and the uniforms are
 fresh (`rng`).
+
+**Block** (Sun et al. 2025, arXiv 2403.10444). A window is decided as a whole: with p_0 = 1 and
+p_i = min(1, p_{i-1} r(x_i) / g(x_i)), its longest prefix is kept whose length i passes a test of
+its own, of probability
+
+    h_i = S_i / (S_i + 1 - p_i),  S_i = sum_x max(0, p_i r_{i+1}(x) - g_{i+1}(x)),
+
+h_n = p_n at the window's end, and the recovered token comes from
+norm(max(0, p_i r_{i+1} - g_{i+1})). By induction from the end, x_1..x_i is kept with probability
+p_i given x_1..x_i, never less than the product of the single acceptances; a window of one token is
+decided as above. The law is exact as long as whether the window ends at a position depends on
+tokens up to there and on no later one, and as long as the uniforms after a rejection are new: what
+was kept has depended on all of the window.
 
 **Coupled**. Exponential noise E, one value for each token, is a function of (seed, position), and
 whoever has a distribution p for the position picks argmax p / E, which has law p (the Gumbel-max
@@ -20,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -140,6 +154,67 @@ def verify(
     return verdicts
 
 
+def verify_blocks(
+    target: Tensor,
+    proposal: Tensor,
+    token_ids: Sequence[int],
+    lengths: Sequence[int],
+    accept_uniforms: Tensor,
+    recover_uniforms: Tensor,
+) -> list[Verdict]:
+    """`verify`, with each window decided as a block; the same arguments and results."""
+    tests, carry = block_tests(target, proposal, token_ids, lengths)
+    passed = [u < h for u, h in zip(accept_uniforms.tolist(), tests, strict=True)]
+    counts: list[int] = []
+    rows: list[int] = []
+    for start, end in pairwise(accumulate(lengths, initial=0)):
+        count = max((row - start + 1 for row in range(start, end) if passed[row]), default=0)
+        counts.append(count)
+        if count < end - start:
+            rows.append(start + count)
+    recovered = iter(_recover(target, proposal, rows, recover_uniforms, carry))
+    return [
+        Verdict(count, next(recovered) if count < length else None)
+        for count, length in zip(counts, lengths, strict=True)
+    ]
+
+
+def block_tests(
+    target: Tensor, proposal: Tensor, token_ids: Sequence[int], lengths: Sequence[int]
+) -> tuple[list[float], Tensor]:
+    """The tests of block verification (h) and what they rest on (p); arguments as for `verify`.
+
+    A row that is no distribution ends its block, so that it is met as often as by `verify`; which
+    rows are depends on the tokens before them only.
+
+    Returns:
+        For each row, the probability of the test that keeps its window up to and including it; and
+        [R], in the target's dtype, p of the tokens of the window before it.
+    """
+    tokens = torch.tensor(token_ids, device=target.device)[:, None]
+    ratios = (target.gather(1, tokens) / proposal.gather(1, tokens))[:, 0].tolist()
+    mass = target.sum(-1)
+    is_valid = ((mass > 0) & (mass + proposal.sum(-1)).isfinite()).tolist()
+    before: list[float] = []
+    after: list[float] = []
+    for start, end in pairwise(accumulate(lengths, initial=0)):
+        p = 1.0
+        for row in range(start, end):
+            before.append(p if is_valid[row] else 1.0)
+            p = min(1.0, p * ratios[row]) if is_valid[row] else 0.0
+            after.append(p)
+    carry = torch.tensor(before, dtype=target.dtype, device=target.device)
+    excess: list[float] = (carry[:, None] * target - proposal).clamp_min_(0).sum(-1).tolist()
+    tests = list(after)
+    for start, end in pairwise(accumulate(lengths, initial=0)):
+        for row in range(start, end - 1):
+            if is_valid[row + 1]:
+                rest = excess[row + 1] + 1.0 - after[row]
+                # Without rest the next token is accepted for certain, and the test decides nothing.
+                tests[row] = excess[row + 1] / rest if rest > 0 else 1.0
+    return tests, carry
+
+
 def _first_failures(is_accepted: list[bool], lengths: Sequence[int]) -> list[int | None]:
     """Row of the first rejection in each window."""
     failures: list[int | None] = []
@@ -151,13 +226,20 @@ def _first_failures(is_accepted: list[bool], lengths: Sequence[int]) -> list[int
     return failures
 
 
-def _recover(target: Tensor, proposal: Tensor, rows: list[int], uniforms: Tensor) -> list[int]:
-    """Draw from norm(max(0, r - g)) for each of `rows`."""
+def _recover(
+    target: Tensor,
+    proposal: Tensor,
+    rows: list[int],
+    uniforms: Tensor,
+    carry: Tensor | None = None,
+) -> list[int]:
+    """Draw from norm(max(0, carry * r - g)) for each of `rows`; `carry` [R] is 1 if not given."""
     if not rows:
         return []
     index = torch.tensor(rows, device=target.device)
     r = target.index_select(0, index)
-    residual = (r - proposal.index_select(0, index)).clamp_min_(0)
+    carried = r if carry is None else carry.index_select(0, index)[:, None] * r
+    residual = (carried - proposal.index_select(0, index)).clamp_min_(0)
     # Rounding alone can reject a token where r equals g; nothing is left over then but r itself.
     is_empty = residual.sum(-1, keepdim=True) <= 0
     return sample(torch.where(is_empty, r, residual), uniforms.index_select(0, index))

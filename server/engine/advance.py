@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,9 +30,17 @@ from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
 from server.decoding.combine import combine, log_combined, rank
-from server.decoding.rng import Purpose, exponentials, uniforms
+from server.decoding.rng import Purpose, exponentials, round_seed, uniforms
 from server.decoding.strategies import Strategies
-from server.decoding.verify import INVALID, Verdict, pick, sample, verify, verify_picks
+from server.decoding.verify import (
+    INVALID,
+    Verdict,
+    pick,
+    sample,
+    verify,
+    verify_blocks,
+    verify_picks,
+)
 from server.decoding.warp import Place, Warp
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import StepPlan
@@ -45,6 +53,8 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
 Origin = tuple[int, bool]  # of a pending token: its proposer, and whether from the shortlist
+# target, proposal, token ids, lengths, uniforms that accept and that recover; see `verify`
+Rule = Callable[[Tensor, Tensor, Row[int], Row[int], Tensor, Tensor], list[Verdict]]
 
 MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
 
@@ -215,15 +225,18 @@ class Advancer:
         if not windows:
             return set()
         outcome.stats.tails += [s.num_pending for s, _ in windows]
-        for is_coupled, group in _split(windows, lambda window: window[0].params.is_coupled):
-            verdicts = self._verify_coupled(group) if is_coupled else self._verify_free(group)
+        for rule, group in _split(windows, lambda window: _rule(window[0])):
+            if rule == "coupled":
+                verdicts = self._verify_coupled(group)
+            else:
+                verdicts = self._verify_free(group, verify_blocks if rule == "block" else verify)
             for (sequence, _), verdict in zip(group, verdicts, strict=True):
                 self._apply(sequence, verdict.num_accepted, verdict.recovered, outcome)
         return {sequence for sequence, _ in windows}
 
-    def _verify_free(self, windows: list[Window]) -> list[Verdict]:
+    def _verify_free(self, windows: list[Window], rule: Rule) -> list[Verdict]:
         places = _places(windows)
-        return verify(
+        return rule(
             self._target(places),
             self._proposal(places),
             [s.token_ids[position] for s, position in places],
@@ -493,7 +506,7 @@ class Advancer:
         return self._scores.read(model, places)
 
     def _uniforms(self, places: list[Place], purpose: Purpose) -> Tensor:
-        seeds = [sequence.params.seed for sequence, _ in places]
+        seeds = [round_seed(s.params.seed, s.num_rejections) for s, _ in places]
         return uniforms(seeds, [position for _, position in places], purpose, self._device)
 
     def _report(self, before: dict[Sequence, int], outcome: Outcome) -> None:
@@ -533,6 +546,13 @@ def _split(items: list[Item], key: Callable[[Item], Key]) -> list[tuple[Key, lis
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return list(groups.items())
+
+
+def _rule(sequence: Sequence) -> Literal["coupled", "block", "token"]:
+    """How its proposals are verified."""
+    if sequence.params.is_coupled:
+        return "coupled"
+    return "block" if sequence.schedule.verifies_blocks else "token"
 
 
 def _places(windows: list[Window]) -> list[Place]:

@@ -9,6 +9,7 @@ probability 3.4e-6, so any of the fewer than 250 here would fail with probabilit
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
+from server.engine import advance
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
 from tests.support.exact import chi_square_z, exact_law
 from tests.support.table_lm import TableLM
@@ -102,6 +104,33 @@ def check_law(
 def test_law_of_every_strategy_and_combination(name: str, schedule: str) -> None:
     combination = COMBINATIONS[name]
     check_law(make_lms(len(combination.weights)), decoding_of(schedule, combination))
+
+
+@pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
+@pytest.mark.parametrize("name", ["weighted-2", "contrastive-3"])
+def test_law_of_token_verification(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    lms = make_lms(len(combination.weights))
+    check_law(lms, replace(decoding_of(schedule, combination), verification="token"))
+
+
+@pytest.mark.parametrize("gamma", [(6, 6), (6, 1), (2, 5)])
+@pytest.mark.parametrize("strategy", ["speculative", "cos"])
+def test_law_of_long_blocks(strategy: str, gamma: tuple[int, int]) -> None:
+    lms = [TableLM(seed=51 + k, vocab_size=2, spread=2.0) for k in range(2)]
+    decoding = make_decoding(strategy, COMBINATIONS["contrastive-2"], gamma)
+    check_law(lms, decoding, {"max_tokens": 7})
+
+
+def test_a_block_needs_new_uniforms_after_a_rejection(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was kept has depended on the uniforms of tokens behind it; used again they bias."""
+    lms = [TableLM(seed=51 + k, vocab_size=2, spread=2.0) for k in range(2)]
+    combination = COMBINATIONS["contrastive-2"]
+    long = {"max_tokens": 7}
+    monkeypatch.setattr(advance, "round_seed", lambda seed, num_rejections: seed)
+    with pytest.raises(AssertionError):
+        check_law(lms, make_decoding("speculative", combination, 6), long)
+    check_law(lms, make_decoding("speculative", combination, 6, verification="token"), long)
 
 
 @pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])

@@ -45,9 +45,17 @@ def make_decoding(
     gamma: int | tuple[int, ...] = 3,
     kappa: int = 0,
     shared_coins: bool = False,
+    verification: str = "block",
 ) -> DecodingParams:
     lengths = proposal_lengths(gamma, len(combination.weights))
-    return DecodingParams(strategy, combination, lengths, kappa, shared_coins)  # type: ignore[arg-type]
+    return DecodingParams(
+        strategy,  # type: ignore[arg-type]
+        combination,
+        lengths,
+        kappa,
+        shared_coins,
+        verification=verification,  # type: ignore[arg-type]
+    )
 
 
 def run(
