@@ -72,7 +72,7 @@ def test_a_finished_request_is_one_line_without_its_text(
     [line] = [json.loads(text) for text in lines]
     assert line["request_id"] == "mine"
     assert line["id"].startswith("cmpl-")
-    assert (line["reason"], line["endpoint"], line["strategy"]) == ("length", "completions", "cos")
+    assert (line["reason"], line["endpoint"], line["strategy"]) == ("length", "completions", "auto")
     assert (line["prompt_tokens"], line["generated_tokens"]) == (3, 5)
     assert 0 < line["first_token_seconds"] <= line["seconds"]
     assert len(line["proposed"]) == len(line["accepted"]) == 2

@@ -66,7 +66,7 @@ def test_rates_and_ratios_of_a_window() -> None:
     before = scrape(metrics, 100.0)
     metrics.observe_step(step())
     text = screen(before, scrape(metrics, 102.0))
-    assert "table http://x ready weighted cos gamma 4" in text
+    assert "table http://x ready weighted auto gamma auto" in text
     assert "tokens/s 10.0 estimated speedup 1.50x" in text
     assert "verified a cycle 4.00" in text
     assert "pending before 4.00" in text
