@@ -34,7 +34,7 @@ def decode(
         Sequence.start(
             f"s{i}", [1, i], SamplingParams(**{"max_tokens": 24, "seed": i, **params}), decoding
         )
-        for i in range(10)
+        for i in range(20)
     ]
     deltas = run(make_engine(LMS, eos=EOS, num_pages=num_pages), sequences)
     return [(sequence, deltas[sequence.id]) for sequence in sequences]

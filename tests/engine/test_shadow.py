@@ -107,7 +107,7 @@ class TimedRunner(TableRunner):
     """Takes the clock's time for each forward, and nothing else does."""
 
     def __init__(self, clock: Clock, lm: TableLM, seconds: float) -> None:
-        super().__init__(lm)
+        super().__init__(lm, max_length=1024)
         self._clock = clock
         self._seconds = seconds
 
@@ -179,11 +179,11 @@ def test_the_measured_speedup_is_that_of_two_runs() -> None:
         alone: list[StepStats] = []
         run(
             timed_engine(alone, every_seconds=None),
-            texts(make_decoding(strategy, CONTRASTIVE, 2), 1, max_tokens=60),
+            texts(make_decoding(strategy, CONTRASTIVE, 2), 1, max_tokens=1000),
         )
         taken[strategy] = sum(step.decode_seconds for step in alone)
     steps: list[StepStats] = []
-    run(timed_engine(steps), texts(decoding, 1, max_tokens=60))
+    run(timed_engine(steps), texts(decoding, 1, max_tokens=1000))
     shadows = [step.shadow for step in steps if step.shadow is not None]
     baseline = sum(shadow.baseline_seconds for shadow in shadows)
     measured = baseline / sum(shadow.decode_seconds for shadow in shadows)
