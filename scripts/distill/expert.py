@@ -156,7 +156,11 @@ class Writer:
 def draw(logits: Tensor, temperatures: Tensor, generator: torch.Generator) -> Tensor:
     """From logits [rows, vocab], temperatures [rows, 1] -> token ids [rows, 1].
 
-    By the Gumbel trick: the draw needs a generator only, no device's multinomial.
+    By the inverse of the distribution function: one uniform number a row.
     """
-    noise = torch.empty_like(logits).exponential_(generator=generator).log()
-    return (logits - temperatures * noise).argmax(-1, keepdim=True)
+    greedy = logits.argmax(-1, keepdim=True)
+    uniform = torch.rand(greedy.shape, generator=generator, device=logits.device)
+    cumulative = logits.div(temperatures.clamp(min=1e-3)).softmax(-1).cumsum_(-1)
+    # Below the whole mass, so that rounding can't point past the last token.
+    drawn = torch.searchsorted(cumulative, uniform * cumulative[:, -1:] * (1 - 1e-6), right=True)
+    return torch.where(temperatures > 0, drawn, greedy)

@@ -12,7 +12,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from scripts.distill.corpus import save_shard, shard_path
 from scripts.distill.expert import Writer
-from scripts.distill.prompts import Prompt, PromptSource, load_functions, load_problems
+from scripts.distill.prompts import (
+    Prompt,
+    PromptSource,
+    WidePromptSource,
+    load_functions,
+    load_library,
+    load_problems,
+)
 
 GROUP = 8  # shards whose prompts are sorted by length together, so that little is padded
 GREEDY_SHARE = 0.3
@@ -27,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=64, help="per shard")
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--wide", action="store_true", help="the expert writes most prompts too")
+    parser.add_argument("--stride", type=int, default=1, help="write every n-th shard only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -37,14 +46,21 @@ def run(options: argparse.Namespace) -> None:
     model = AutoModelForCausalLM.from_pretrained(options.expert, dtype=torch.bfloat16)
     tokenizer = AutoTokenizer.from_pretrained(options.expert)
     writer = Writer(model.to(options.device).eval(), [tokenizer.eos_token_id, 0])
-    problems = load_problems(options.problems, options.exclude)
-    source = PromptSource(problems, load_functions(), options.seed)
-    with tqdm(total=options.shards, desc="shards", unit="shard", smoothing=0) as bar:
-        for index in range(options.first, options.first + options.shards):
+    source = prompt_source(options)
+    indices = range(options.first, options.first + options.shards, options.stride)
+    with tqdm(total=len(indices), desc="shards", unit="shard", smoothing=0) as bar:
+        for index in indices:
             if not shard_path(options.out, index).exists():
                 tokens = _write_shard(index, writer, source, tokenizer, options)
                 bar.set_postfix(tokens=tokens)
             bar.update()
+
+
+def prompt_source(options: argparse.Namespace) -> PromptSource:
+    problems = load_problems(options.problems, options.exclude)
+    if options.wide:
+        return WidePromptSource(problems, load_functions(), load_library(), options.seed)
+    return PromptSource(problems, load_functions(), options.seed)
 
 
 def _write_shard(
@@ -56,7 +72,8 @@ def _write_shard(
 ) -> int:
     prompts = shard_prompts(index, source, tokenizer, options.sequences)
     rng = random.Random(f"{options.seed}/{index}")
-    heat = [0.0 if rng.random() < GREEDY_SHARE else 1.0 for _ in prompts]
+    greedy = [rng.random() < GREEDY_SHARE and not prompt.drawn for prompt, _ in prompts]
+    heat = [0.0 if cold else 1.0 for cold in greedy]
     generator = torch.Generator(options.device).manual_seed(rng.getrandbits(62))
     ids = [ids for _, ids in prompts]
     with tqdm(total=options.new_tokens, desc=f"shard {index}", leave=False) as bar:

@@ -27,14 +27,20 @@ CODE_MODULES = (
     "ipaddress", "numbers",
 )  # fmt: skip
 
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "config"}
+
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt; `chat` ones go through the chat template, `kind` names where they come from."""
+    """A prompt; `chat` ones go through the chat template, `kind` names where they come from.
+
+    `drawn` ones leave nearly all to the expert: greedy text would repeat itself.
+    """
 
     kind: str
     text: str
     chat: bool = False
+    drawn: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +83,30 @@ def load_functions() -> list[str]:
     return sorted({text for text in found if len(text) < 900})
 
 
+def load_library() -> list[str]:
+    """Whole documented functions and methods of the standard library, docstrings and bodies."""
+    folder = Path(sysconfig.get_paths()["stdlib"])
+    found: set[str] = set()
+    for path in sorted(folder.rglob("*.py")):
+        if LEFT_OUT & set(path.relative_to(folder).parts):
+            continue
+        source = path.read_text(errors="replace")
+        lines = source.splitlines()
+        found.update(
+            "\n".join(line[node.col_offset :] for line in lines[node.lineno - 1 : node.end_lineno])
+            for node in ast.walk(ast.parse(source))
+            if isinstance(node, ast.FunctionDef) and ast.get_docstring(node)
+        )
+    return sorted(text for text in found if len(text) < 2000)
+
+
 def _head(source: str, node: ast.FunctionDef) -> str:
     lines = source.splitlines()[node.lineno - 1 : node.body[0].end_lineno]
     return "\n".join(line[node.col_offset :] for line in lines) + "\n"
 
 
 class PromptSource:
-    """Draws prompt number i, the same one each time."""
+    """Draws prompt number i, the same one each time: the first mix of kinds."""
 
     def __init__(self, problems: Sequence[Problem], functions: Sequence[str], seed: int) -> None:
         self._problems = problems
@@ -146,3 +169,56 @@ class PromptSource:
     def _open_text(self, rng: random.Random) -> Prompt:
         opening = rng.choice(topics.RAW_OPENINGS).format(topic=rng.choice(topics.CHAT_TOPICS))
         return Prompt("text", opening[0].upper() + opening[1:])
+
+
+class WidePromptSource(PromptSource):
+    """A second mix, in which the expert writes most prompts too.
+
+    It is given the start of a function's name, of an examination or of an article, and what it
+    makes of that is as varied as its own text is. Code comes with its body up to some line.
+    """
+
+    def __init__(
+        self,
+        problems: Sequence[Problem],
+        functions: Sequence[str],
+        library: Sequence[str],
+        seed: int,
+    ) -> None:
+        super().__init__(problems, functions, seed)
+        self._library = library
+        self._kinds = (
+            (0.22, self._word_problem),
+            (0.17, self._library_code),
+            (0.17, self._invented_code),
+            (0.04, self._code),
+            (0.20, self._invented_question),
+            (0.05, self._multiple_choice),
+            (0.08, self._field_chat),
+            (0.02, self._chat),
+            (0.05, self._article),
+        )
+
+    def _library_code(self, rng: random.Random) -> Prompt:
+        lines = rng.choice(self._library).split("\n")
+        shown = rng.randint(min(len(lines), 4), len(lines))
+        return Prompt("code", "\n".join(lines[:shown]) + "\n")
+
+    def _invented_code(self, rng: random.Random) -> Prompt:
+        head = "from typing import List\n\n\n" if rng.random() < 0.4 else rng.choice(("", "\n\n"))
+        name = rng.choice(topics.FUNCTION_VERBS)
+        return Prompt("code", f"{head}def {name}" + rng.choice(("_", "_", "(")), drawn=True)
+
+    def _invented_question(self, rng: random.Random) -> Prompt:
+        text = rng.choice(topics.INVENTED_QUESTIONS).format(field=rng.choice(topics.FIELDS))
+        return Prompt("choice", text, drawn=True)
+
+    def _field_chat(self, rng: random.Random) -> Prompt:
+        field, other = rng.sample(topics.FIELDS, 2)
+        return Prompt(
+            "chat", rng.choice(topics.CHAT_REQUESTS).format(topic=field, other=other), chat=True
+        )
+
+    def _article(self, rng: random.Random) -> Prompt:
+        text = rng.choice(topics.ARTICLES).format(field=rng.choice(topics.FIELDS))
+        return Prompt("text", text[0].upper() + text[1:], drawn=True)

@@ -141,3 +141,52 @@ FUNCTION_TASKS = (
     ("middle_element(values: list) -> int", "Return the element in the middle."),
     ("swap_case(text: str) -> str", "Turn upper case into lower case and the other way round."),
 )
+
+# Fields of study: what invented questions and articles are about.
+FIELDS = (
+    "abstract algebra", "anatomy", "astronomy", "business ethics", "clinical medicine",
+    "cell biology", "organic chemistry", "physical chemistry", "computer architecture",
+    "operating systems", "computer security", "physics", "mechanics", "electromagnetism",
+    "econometrics", "electrical engineering", "arithmetic", "geometry", "calculus",
+    "formal logic", "world facts", "human biology", "ecology", "genetics", "European history",
+    "American history", "world history", "geography", "civics", "political science",
+    "macroeconomics", "microeconomics", "statistics", "probability", "psychology",
+    "child development", "aging", "human relationships", "international law", "contract law",
+    "criminal law", "evidence in court", "constitutional law", "jurisprudence",
+    "logical fallacies", "machine learning", "management", "marketing", "medical genetics",
+    "moral disputes", "moral philosophy", "nutrition", "epistemology", "philosophy of mind",
+    "prehistory", "archaeology", "accounting", "auditing", "medicine", "pharmacology",
+    "nursing", "dentistry", "public relations", "security studies", "sociology",
+    "foreign policy", "virology", "immunology", "world religions", "geology", "meteorology",
+    "oceanography", "linguistics", "music theory", "art history", "literature", "education",
+    "biochemistry", "thermodynamics", "optics", "number theory", "linear algebra",
+    "set theory", "finance", "insurance", "property law", "torts", "neuroscience",
+    "anthropology", "veterinary science", "agriculture", "architecture", "transport",
+)  # fmt: skip
+
+INVENTED_QUESTIONS = (
+    "The following are multiple choice questions (with answers) about {field}.\n\nQ:",
+    "Exam in {field}. Think step by step before you answer.\n\nQ:",
+    "Multiple choice test: {field}\n\nQuestion 1.",
+    "Q: Which of the following statements about {field} is true?\n(A)",
+    "Q: In {field},", "Q: A student of {field}", "Q: According to", "Q: The",
+    "Q: Which of the following",
+)  # fmt: skip
+
+ARTICLES = (
+    "An introduction to {field}\n\n", "In {field},", "Chapter 1: {field}\n\n",
+    "Glossary of {field}:\n", "A common mistake in {field} is",
+    "The key idea of {field} is", "Homework in {field}:\n\n1.",
+)  # fmt: skip
+
+# How the name of an invented function begins.
+FUNCTION_VERBS = (
+    "add", "apply", "build", "calculate", "check", "clean", "combine", "compare", "compute",
+    "convert", "copy", "count", "create", "decode", "delete", "describe", "draw", "encode",
+    "evaluate", "expand", "extract", "filter", "find", "format", "generate", "get", "group",
+    "has", "index", "insert", "invert", "is", "join", "list", "load", "longest", "make", "map",
+    "match", "merge", "move", "next", "normalize", "pad", "parse", "pick", "print", "process",
+    "random", "rank", "read", "replace", "reverse", "score", "search", "select", "set",
+    "shorten", "show", "simulate", "solve", "sort", "split", "sum", "test", "to", "transform",
+    "trim", "update", "validate", "wrap", "write",
+)  # fmt: skip

@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="checkpoint, log and layers")
     parser.add_argument("--layers", default="0,1,28,29", help="expert layers to start from")
     parser.add_argument("--frozen", type=int, default=0, help="of them, first ones not trained")
+    parser.add_argument("--start", type=Path, help="another run's folder: begin where it ended")
     parser.add_argument("--passes", default="4,8,16,32,64", help="shards of each pass over them")
     parser.add_argument("--steps", type=int, required=True, help="last step, reached or not")
     parser.add_argument("--decay-steps", type=int, default=0, help="linear decay before the last")
@@ -163,12 +164,19 @@ class Trainer:
         self.sampler = VocabularySampler(self.head, frequent, options.rare)
 
     def resume(self) -> None:
+        """Goes on where the run was left, or from another run's end at step 0."""
         path = self.options.out / CHECKPOINT
         if path.exists():
-            saved = torch.load(path, map_location=self.options.device)
-            self.student.load_state_dict(saved["student"])
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.step = saved["step"]
+            self.step = self._load(path)
+        elif self.options.start:
+            self._load(self.options.start / CHECKPOINT)
+
+    def _load(self, path: Path) -> int:
+        saved = torch.load(path, map_location=self.options.device)
+        self.student.load_state_dict(saved["student"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        step: int = saved["step"]
+        return step
 
     def save(self) -> None:
         self.options.out.mkdir(parents=True, exist_ok=True)

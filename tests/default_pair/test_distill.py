@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from scripts.distill import plot, prompts, train
 from scripts.distill.attention import ATTENTION
 from scripts.distill.corpus import load_shard, save_shard, shard_path
-from scripts.distill.expert import Writer
+from scripts.distill.expert import Writer, draw
 from scripts.distill.losses import LossWeights, VocabularySampler, distillation_loss
 from scripts.distill.shortlist import frequent_tokens
 from server.default_pair.build import layer_index
@@ -123,6 +123,16 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(workshop, tmp_path):
     second.run()
     whole, halves = (load_file(tmp_path / n / train.LAYERS) for n in ("whole", "halves"))
     assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_run_may_start_where_another_ended(workshop, tmp_path):
+    first = make_trainer(workshop, tmp_path / "first")
+    first.run()
+    second = make_trainer(workshop, tmp_path / "second", start=tmp_path / "first")
+    second.resume()
+    assert second.step == 0
+    expected = first.student.state_dict()
+    assert all(torch.equal(w, expected[n]) for n, w in second.student.state_dict().items())
 
 
 def test_training_changes_layers_and_lowers_the_loss(workshop, tmp_path):
@@ -254,3 +264,25 @@ def test_curves_take_the_later_entry_of_a_repeated_step(tmp_path):
     assert curves.tokens == [0.5, 1.0]
     assert (curves.dev_tokens, curves.dev_overlap) == ([1.0], [0.4])
     assert plot.smooth([1.0, 3.0]) == [1.0, 2.0]
+
+
+def test_draws_follow_the_distribution():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -40.0]]).expand(20_000, -1)
+    drawn = draw(logits, torch.full((20_000, 1), 2.0), torch.Generator().manual_seed(0))
+    shares = torch.bincount(drawn[:, 0], minlength=4) / 20_000
+    torch.testing.assert_close(shares, (logits[0] / 2).softmax(-1), atol=0.02, rtol=0)
+    assert shares[3] == 0
+    assert draw(logits[:2], torch.zeros(2, 1), torch.Generator()).tolist() == [[2], [2]]
+
+
+def test_the_wide_mix_is_a_function_of_the_index_and_has_all_kinds(tmp_path):
+    library = prompts.load_library()
+    problems = [prompts.Problem(f"Question {i}?", f"{i}") for i in range(9)]
+    source, again = (
+        prompts.WidePromptSource(problems, ["def f():\n"], library, seed=3) for _ in range(2)
+    )
+    drawn = [source[i] for i in range(200)]
+    assert drawn == [again[i] for i in range(200)]
+    assert {prompt.kind for prompt in drawn} == {"math", "code", "choice", "chat", "text"}
+    assert {prompt.drawn for prompt in drawn if prompt.kind == "text"} == {True}
+    assert len(library) > 1_000
