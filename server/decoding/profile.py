@@ -15,7 +15,7 @@ import torch
 
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
-from server.decoding.strategies import Strategy
+from server.decoding.strategies import Strategy, is_scored, num_verifiable
 
 _LENGTH = 64  # of the imagined text; nothing depends on it
 _MAX_STATES = 400
@@ -111,13 +111,13 @@ class Chain:
         num_tokens = sequence.num_unseen(model)
         assert num_tokens > 0
         sequence.num_seen[model] = len(sequence)
-        num_verifiable = self._num_verifiable(sequence)
+        num_decided = num_verifiable(self._strategy, sequence)
         branches = []
-        for num_accepted in range(num_verifiable + 1):
+        for num_accepted in range(num_decided + 1):
             branch = self._sequence(state)
             branch.num_seen[model] = len(branch)
             branches.append(
-                self._outcome(branch, model, num_tokens, num_verifiable, num_accepted, states)
+                self._outcome(branch, model, num_tokens, num_decided, num_accepted, states)
             )
         return branches
 
@@ -126,18 +126,18 @@ class Chain:
         sequence: Sequence,
         model: int,
         num_tokens: int,
-        num_verifiable: int,
+        num_decided: int,
         num_accepted: int,
         states: list[_State],
     ) -> _Branch:
-        window = tuple(sequence.proposers[:num_verifiable])
-        is_rejected = num_accepted < num_verifiable
+        window = tuple(sequence.proposers[:num_decided])
+        is_rejected = num_accepted < num_decided
         num_verified = num_accepted + is_rejected
         sequence.accept(num_accepted)
         if is_rejected:
             sequence.recover(0)
         num_drawn = num_proposed = 0
-        if not sequence.proposers and self._is_scored(sequence, len(sequence)):
+        if not sequence.proposers and is_scored(self._strategy, sequence, len(sequence)):
             sequence.draw(0)
             num_drawn = 1
             num_verified += 1
@@ -157,22 +157,10 @@ class Chain:
         return _Branch(
             accepted=window[:num_accepted],
             rejected=window[num_accepted] if is_rejected else None,
-            shape=Shape(model, num_tokens, num_drawn, num_verifiable, num_proposed),
+            shape=Shape(model, num_tokens, num_drawn, num_decided, num_proposed),
             target=self._index[after],
             num_verified=num_verified,
         )
-
-    def _num_verifiable(self, sequence: Sequence) -> int:
-        count = 0
-        while count < sequence.num_pending and self._is_scored(
-            sequence, sequence.num_verified + count
-        ):
-            count += 1
-        return count
-
-    def _is_scored(self, sequence: Sequence, position: int) -> bool:
-        scorers = self._strategy.target(sequence, position).scorers
-        return all(sequence.num_seen[model] >= position for model in scorers)
 
     def _sequence(self, state: _State) -> Sequence:
         """The state as a sequence of `_LENGTH` tokens and a tail."""

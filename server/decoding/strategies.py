@@ -39,6 +39,22 @@ def furthest_behind(sequence: Sequence, scorers: tuple[int, ...]) -> int:
     return min(scorers, key=lambda model: (sequence.num_seen[model], model))
 
 
+def is_scored(strategy: Strategy, sequence: Sequence, position: int) -> bool:
+    """Whether all models that `position` needs have scored it."""
+    scorers = strategy.target(sequence, position).scorers
+    return all(sequence.num_seen[model] >= position for model in scorers)
+
+
+def num_verifiable(strategy: Strategy, sequence: Sequence) -> int:
+    """Pending tokens, in order, whose scorers have all scored them."""
+    count = 0
+    while count < sequence.num_pending and is_scored(
+        strategy, sequence, sequence.num_verified + count
+    ):
+        count += 1
+    return count
+
+
 class Standard:
     """All scorers, one token each, then one token drawn from r: the baseline.
 

@@ -31,7 +31,7 @@ min(1, r / g) would. Greedy decoding is this without noise.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -103,16 +103,9 @@ def verify_picks(
         token_ids: the proposed token of each row.
         lengths: rows of each window, in order.
     """
-    failures = _first_failures([p == t for p, t in zip(picks, token_ids, strict=True)], lengths)
-    verdicts = []
-    start = 0
-    for length, failure in zip(lengths, failures, strict=True):
-        if failure is None:
-            verdicts.append(Verdict(length, None))
-        else:
-            verdicts.append(Verdict(failure - start, picks[failure]))
-        start += length
-    return verdicts
+    is_accepted = [pick == token for pick, token in zip(picks, token_ids, strict=True)]
+    counts = _num_accepted(is_accepted, lengths)
+    return _verdicts(counts, lengths, [picks[row] for row in _rejected_rows(counts, lengths)])
 
 
 def verify(
@@ -140,18 +133,9 @@ def verify(
     r, g = target.gather(1, tokens)[:, 0], proposal.gather(1, tokens)[:, 0]
     # Comparisons with NaN are false: a broken row is rejected, and sampling it yields INVALID.
     is_accepted: list[bool] = (accept_uniforms * g < r).tolist()
-    failures = _first_failures(is_accepted, lengths)
-    rows = [row for row in failures if row is not None]
-    recovered = iter(_recover(target, proposal, rows, recover_uniforms))
-    verdicts = []
-    start = 0
-    for length, failure in zip(lengths, failures, strict=True):
-        if failure is None:
-            verdicts.append(Verdict(length, None))
-        else:
-            verdicts.append(Verdict(failure - start, next(recovered)))
-        start += length
-    return verdicts
+    counts = _num_accepted(is_accepted, lengths)
+    rows = _rejected_rows(counts, lengths)
+    return _verdicts(counts, lengths, _recover(target, proposal, rows, recover_uniforms))
 
 
 def verify_blocks(
@@ -165,18 +149,12 @@ def verify_blocks(
     """`verify`, with each window decided as a block; the same arguments and results."""
     tests, carry = block_tests(target, proposal, token_ids, lengths)
     passed = [u < h for u, h in zip(accept_uniforms.tolist(), tests, strict=True)]
-    counts: list[int] = []
-    rows: list[int] = []
-    for start, end in pairwise(accumulate(lengths, initial=0)):
-        count = max((row - start + 1 for row in range(start, end) if passed[row]), default=0)
-        counts.append(count)
-        if count < end - start:
-            rows.append(start + count)
-    recovered = iter(_recover(target, proposal, rows, recover_uniforms, carry))
-    return [
-        Verdict(count, next(recovered) if count < length else None)
-        for count, length in zip(counts, lengths, strict=True)
+    counts = [
+        max((row - start + 1 for row in range(start, end) if passed[row]), default=0)
+        for start, end in pairwise(accumulate(lengths, initial=0))
     ]
+    rows = _rejected_rows(counts, lengths)
+    return _verdicts(counts, lengths, _recover(target, proposal, rows, recover_uniforms, carry))
 
 
 def block_tests(
@@ -215,15 +193,33 @@ def block_tests(
     return tests, carry
 
 
-def _first_failures(is_accepted: list[bool], lengths: Sequence[int]) -> list[int | None]:
-    """Row of the first rejection in each window."""
-    failures: list[int | None] = []
-    start = 0
-    for length in lengths:
-        rejected = (row for row in range(start, start + length) if not is_accepted[row])
-        failures.append(next(rejected, None))
-        start += length
-    return failures
+def _num_accepted(is_accepted: list[bool], lengths: Sequence[int]) -> list[int]:
+    """Rows of each window before its first rejection."""
+    return [
+        next((row - start for row in range(start, end) if not is_accepted[row]), end - start)
+        for start, end in pairwise(accumulate(lengths, initial=0))
+    ]
+
+
+def _rejected_rows(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
+    """The row that ends each window which isn't accepted whole."""
+    starts = accumulate(lengths, initial=0)
+    return [
+        start + count
+        for start, count, length in zip(starts, counts, lengths, strict=False)
+        if count < length
+    ]
+
+
+def _verdicts(
+    counts: Sequence[int], lengths: Sequence[int], recovered: Iterable[int]
+) -> list[Verdict]:
+    """One for each window; `recovered` holds the tokens of those not accepted whole, in order."""
+    tokens = iter(recovered)
+    return [
+        Verdict(count, next(tokens) if count < length else None)
+        for count, length in zip(counts, lengths, strict=True)
+    ]
 
 
 def _recover(

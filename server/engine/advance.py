@@ -31,7 +31,7 @@ from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
 from server.decoding.combine import combine, log_combined, rank
 from server.decoding.rng import Purpose, exponentials, round_seed, uniforms
-from server.decoding.strategies import Strategies
+from server.decoding.strategies import Strategies, is_scored, num_verifiable
 from server.decoding.verify import (
     INVALID,
     Verdict,
@@ -221,7 +221,11 @@ class Advancer:
 
     def _verify(self, sequences: Iterable[Sequence], outcome: Outcome) -> set[Sequence]:
         """Decide pending tokens; returns the sequences that had any to decide."""
-        windows = [(s, count) for s in sequences if (count := self._num_verifiable(s))]
+        windows = [
+            (sequence, count)
+            for sequence in sequences
+            if (count := num_verifiable(self._strategies.of(sequence), sequence))
+        ]
         if not windows:
             return set()
         outcome.stats.tails += [s.num_pending for s, _ in windows]
@@ -372,25 +376,12 @@ class Advancer:
                 tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
             yield from zip(group, tokens, strict=True)
 
-    def _num_verifiable(self, sequence: Sequence) -> int:
-        """Pending tokens, in order, whose scorers have all scored them."""
-        count = 0
-        while count < sequence.num_pending and self._is_scored(
-            sequence, sequence.num_verified + count
-        ):
-            count += 1
-        return count
-
-    def _is_scored(self, sequence: Sequence, position: int) -> bool:
-        target = self._strategies.of(sequence).target(sequence, position)
-        return all(sequence.num_seen[model] >= position for model in target.scorers)
-
     def _may_draw(self, sequence: Sequence) -> bool:
         return (
             sequence.num_pending == 0
             and not sequence.is_full
             and not sequence.scores_prompt
-            and self._is_scored(sequence, len(sequence))
+            and is_scored(self._strategies.of(sequence), sequence, len(sequence))
         )
 
     def _may_propose(self, sequence: Sequence, model: int) -> bool:
