@@ -177,12 +177,16 @@ def _attend_plainly(
 
 def _pack(group: Group, queries: Tensor, num_kv_heads: int) -> Tensor:
     """[B * tokens, heads, d] -> [B, kv_heads, repeats * tokens, d]."""
+    if group.num_tokens == 1:  # it lies so already
+        return queries.reshape(len(queries), num_kv_heads, -1, queries.shape[-1])
     size = (group.num_spans, group.num_tokens, num_kv_heads, -1, queries.shape[-1])
     return queries.reshape(size).permute(0, 2, 3, 1, 4).flatten(2, 3)
 
 
 def _unpack(group: Group, output: Tensor) -> Tensor:
     """[B, kv_heads, repeats * tokens, d] -> [B * tokens, heads, d]."""
+    if group.num_tokens == 1:
+        return output.reshape(len(output), -1, output.shape[-1])
     num_kv_heads, dim = output.shape[1], output.shape[-1]
     by_head = output.reshape(group.num_spans, num_kv_heads, -1, group.num_tokens, dim)
     return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3).flatten(0, 1)

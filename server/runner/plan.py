@@ -133,7 +133,17 @@ class SpanGroup(Group):
     def _select(self, window: int) -> KeySelection:
         oldest = [length - self.num_tokens - window + 1 if window else 0 for length in self.lengths]
         first = [max(0, position) for position in oldest]
+        near = self._neighbouring(first[0]) if self.num_spans == 1 else None
+        # One token of one span sees every key selected for it.
+        everything = self.num_tokens == 1 and self.num_spans == 1
+        if everything and near is not None:
+            return KeySelection(near, None)
         positions = self._positions(first)
+        slots = self._slots(positions) if near is None else near
+        return KeySelection(slots, None if everything else self._allowed(positions, window))
+
+    def _allowed(self, positions: Tensor, window: int) -> Tensor:
+        """May the queries see keys at `positions` [B, L]? Bool [B, num_tokens, L]."""
         lengths = torch.tensor(self.lengths, device=self.device)
         queries = (
             lengths[:, None] - self.num_tokens + torch.arange(self.num_tokens, device=self.device)
@@ -141,9 +151,7 @@ class SpanGroup(Group):
         allowed = positions[:, None, :] <= queries[:, :, None]
         if window:
             allowed &= positions[:, None, :] > queries[:, :, None] - window
-        # One token of one span sees every key selected for it.
-        everything = self.num_tokens == 1 and self.num_spans == 1
-        return KeySelection(self._slots(first, positions), None if everything else allowed)
+        return allowed
 
     def _positions(self, first: list[int]) -> Tensor:
         """[B, L]: the positions first[b], first[b] + 1, ... ; L is the longest span's need."""
@@ -151,21 +159,20 @@ class SpanGroup(Group):
         starts = torch.tensor(first, device=self.device)
         return starts[:, None] + torch.arange(count, device=self.device)
 
-    def _slots(self, first: list[int], positions: Tensor) -> slice | Tensor:
-        if self.num_spans == 1 and (start := self._contiguous_start(first[0])) is not None:
-            return slice(start, start + self.lengths[0] - first[0])
+    def _slots(self, positions: Tensor) -> Tensor:
         table = torch.tensor(self._table(), device=self.device)
         last = torch.tensor(self.lengths, device=self.device)[:, None]
         return page_slots(table, positions, last, self.page_size)
 
-    def _contiguous_start(self, first: int) -> int | None:
-        """Slot of position `first` of the only span if all later ones follow it in memory."""
+    def _neighbouring(self, first: int) -> slice | None:
+        """Slots from position `first` of the only span on, if they follow each other in memory."""
         start = first // self.page_size
         end = -(-self.lengths[0] // self.page_size)
         used = list(self.pages[0][start:end])
         if used != list(range(used[0], used[0] + len(used))):
             return None
-        return used[0] * self.page_size + first % self.page_size
+        slot = used[0] * self.page_size + first % self.page_size
+        return slice(slot, slot + self.lengths[0] - first)
 
 
 def page_slots(table: Tensor, positions: Tensor, lengths: Tensor, page_size: int) -> Tensor:
