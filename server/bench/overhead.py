@@ -1,0 +1,222 @@
+"""What a step of the engine costs besides its models: shares of CPU time by what was being done.
+
+    python -m server.bench.overhead --config configs/default.yaml --batch 1 4 16 \
+        --strategies standard,cos:gamma=1,auto
+
+The engine runs in this process with everything a server gives it (prefix cache, controller, cost
+table, metrics), on one thread, over texts of which none is reading its prompt any more. The parts
+of a step are wrapped by stopwatches of this thread's processor clock, so that other work on the
+machine hardly matters; what runs inside another part is charged to itself alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence as Row
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from server.api.completion_protocol import CompletionRequest
+from server.api.decoding import DecodingDefaults, make_combination
+from server.bench.machine import describe_machine, describe_versions
+from server.bench.prompts import load_prompts
+from server.bench.strategy_spec import StrategySpec, parse_strategies
+from server.config import ServerConfig, load_config
+from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
+from server.engine.calibration import calibrate
+from server.engine.engine import Engine, EngineLimits
+from server.metrics import Metrics
+from server.runner.loader import load_models
+
+FORWARD, DECIDE, REST = "forwards", "verifying, drawing, proposing", "the rest"
+STORE, PLAN, CACHE = "writing scores", "planning", "prefix cache"
+TEXT, CONTROL, METRICS = "text", "controller and costs", "metrics"
+OUTSIDE = (STORE, PLAN, CACHE, TEXT, CONTROL, METRICS, REST)
+
+
+class Stopwatch:
+    """Seconds by category; those of a part do not contain those of a part inside it."""
+
+    def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
+        self.seconds: Counter[str] = Counter()
+        self.num_steps = 0
+        self._clock = clock
+        self._running: list[str] = []
+        self._since = 0.0
+
+    def wrap(self, owner: Any, name: str, category: str) -> None:
+        """Charge calls of `owner.name` to `category` from now on."""
+        inner = getattr(owner, name)
+
+        @wraps(inner)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._charging(category):
+                return inner(*args, **kwargs)
+
+        setattr(owner, name, timed)
+
+    def reset(self) -> None:
+        """Forget all seconds."""
+        self.seconds.clear()
+        self.num_steps = 0
+
+    @contextmanager
+    def _charging(self, category: str) -> Iterator[None]:
+        self._lap()
+        self._running.append(category)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._running.pop()
+
+    def _lap(self) -> None:
+        now = self._clock()
+        if self._running:
+            self.seconds[self._running[-1]] += now - self._since
+        self._since = now
+
+    def share(self, *categories: str) -> float:
+        """Of all seconds."""
+        return sum(self.seconds[name] for name in categories) / self.seconds.total()
+
+
+class Workbench:
+    """One engine as a server has it, with stopwatches on its parts."""
+
+    def __init__(self, config: ServerConfig, prompts: Row[str]) -> None:
+        loaded = load_models(config)
+        tokenizer = loaded.tokenizer.backend_tokenizer
+        decoding = config.decoding
+        limits = EngineLimits(config.engine.max_sequences, max_gamma=decoding.max_gamma)
+        metrics = Metrics(config)
+        self.stopwatch = Stopwatch()
+        self._defaults = DecodingDefaults(config)
+        self._numbers = itertools.count()
+        self._prompts = itertools.cycle([tokenizer.encode(prompt).ids for prompt in prompts])
+        self._engine = Engine(
+            loaded.runners, tokenizer, frozenset(), limits, on_step=metrics.observe_step
+        )
+        costs = calibrate(self._engine, make_combination(config.combination, len(config.models)))
+        if costs is not None:
+            self._engine.control(costs)
+        self._wrap(self._engine)
+
+    def _wrap(self, engine: Engine) -> None:
+        wrap = self.stopwatch.wrap
+        for runner in engine.runners:
+            wrap(runner, "forward", FORWARD)
+            for part in ("states", "scores", "shortlist_scores") if runner.deferred else ():
+                wrap(runner.deferred, part, FORWARD)
+        store = engine.scheduler._scores
+        wrap(store, "write", STORE)
+        wrap(store, "write_states", STORE)
+        wrap(engine._advancer, "_decide", DECIDE)
+        wrap(engine.scheduler, "plan", PLAN)
+        wrap(engine.scheduler, "publish", CACHE)
+        wrap(engine, "_deliver", TEXT)
+        wrap(engine, "_observe", CONTROL)
+        wrap(engine, "on_step", METRICS)
+        wrap(engine, "step", REST)
+
+    def run(self, strategy: StrategySpec, batch: int, num_tokens: int, temperature: float) -> None:
+        """Decode `batch` texts; only steps with all of them past their prompts are charged."""
+        sequences = [self._sequence(strategy, num_tokens, temperature) for _ in range(batch)]
+        for sequence in sequences:
+            self._engine.add(sequence)
+        while not all(sequence.num_generated for sequence in sequences):
+            if len(self._engine.scheduler.running) + len(self._engine.scheduler.waiting) < batch:
+                raise SystemExit(f"a text of {num_tokens} tokens ended before all had begun")
+            self._engine.step()
+        self.stopwatch.reset()
+        # A text that ends leaves a smaller batch behind.
+        while len(self._engine.scheduler.running) == batch:
+            self._engine.step()
+            self.stopwatch.num_steps += 1
+        for sequence in sequences:
+            self._engine.abort(sequence.id)
+
+    def _sequence(self, strategy: StrategySpec, num_tokens: int, temperature: float) -> Sequence:
+        number = next(self._numbers)
+        request = CompletionRequest.model_validate(
+            {"model": "", "prompt": "", "temperature": temperature, "cos": strategy.override}
+        )
+        params = SamplingParams(
+            max_tokens=num_tokens, temperature=temperature, seed=number, ignore_eos=True
+        )
+        decoding = self._defaults.resolve(request)
+        return Sequence.start(f"overhead-{number}", next(self._prompts), params, decoding)
+
+
+def main(argv: Row[str] | None = None) -> None:
+    """Print one row for each batch and strategy, as soon as it is measured."""
+    options = _parse(argv)
+    overrides = [f"engine.max_sequences={max(options.batch)}", "engine.threads=1"]
+    config = load_config(options.config, overrides)
+    strategies = parse_strategies(options.strategies, None)
+    machine, versions = describe_machine(), describe_versions()
+    console = Console(width=max(Console().width, 100))
+    console.print(
+        f"{machine['cpu']}, torch {versions['torch']}, 1 thread, temperature "
+        f"{options.temperature}; calibrating ..."
+    )
+    workbench = Workbench(config, load_prompts(options.prompts).prompts)
+    for batch in options.batch:
+        shares: dict[str, Counter[str]] = {}
+        for strategy in strategies:
+            workbench.run(strategy, batch, options.tokens, options.temperature)
+            watch = workbench.stopwatch
+            shares[strategy.label] = Counter(watch.seconds)
+            ms = watch.seconds.total() / watch.num_steps * 1e3
+            console.print(
+                f"batch {batch} {strategy.label}: {watch.num_steps} steps of {ms:.1f} ms, "
+                f"outside {watch.share(*OUTSIDE):.1%}"
+            )
+        console.print(_table(batch, shares))
+
+
+def _table(batch: int, shares: dict[str, Counter[str]]) -> Table:
+    title = f"batch {batch}: shares of CPU time"
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    for label in shares:
+        table.add_column(label, justify="right")
+    for name in (FORWARD, DECIDE, *OUTSIDE):
+        table.add_row(name, *(_percent(seconds, name) for seconds in shares.values()))
+    table.add_section()
+    table.add_row("outside", *(_percent(seconds, *OUTSIDE) for seconds in shares.values()))
+    return table
+
+
+def _percent(seconds: Counter[str], *names: str) -> str:
+    return f"{sum(seconds[name] for name in names) / seconds.total():.1%}"
+
+
+def _parse(argv: Row[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server.bench.overhead")
+    add = parser.add_argument
+    add("--config", type=Path, required=True, help="a configs/*.yaml")
+    add("--batch", type=int, nargs="+", default=[1, 4, 16], help="texts at once (%(default)s)")
+    add(
+        "--strategies",
+        default="standard,cos:gamma=1,auto",
+        help="as those of cos-server bench (%(default)s)",
+    )
+    add("--tokens", type=int, default=40, help="of each text (%(default)s)")
+    add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    add("--prompts", default="humaneval", help="bundled name or file (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    main()
