@@ -16,11 +16,14 @@ def threads():
     torch.set_num_threads(before)
 
 
-def test_one_table_for_each_model(tmp_path, capsys, threads):
-    names = ("amateur", "expert")
+NAMES = ("amateur", "expert")
+
+
+@pytest.fixture
+def config(tmp_path):
     models = [
         {"name": name, "path": str(path)}
-        for name, path in zip(names, make_pair(tmp_path), strict=True)
+        for name, path in zip(NAMES, make_pair(tmp_path), strict=True)
     ]
     config = {
         "served_model_name": "tiny",
@@ -29,11 +32,30 @@ def test_one_table_for_each_model(tmp_path, capsys, threads):
     }
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(config))
-    forward.main(["--config", str(path), "--past", "9", "--rounds", "3", "--threads", str(threads)])
+    return str(path)
+
+
+def test_one_table_for_each_model(config, capsys, threads):
+    forward.main(["--config", config, "--past", "9", "--rounds", "3", "--threads", str(threads)])
     output = capsys.readouterr().out
     assert "past 9 tokens" in output
-    assert all(output.count(name) == 1 for name in names)
+    assert all(output.count(name) == 1 for name in NAMES)
     rows = [line.split() for line in output.splitlines() if line.strip()[:1].isdigit()]
     shapes = [(int(row[0]), int(row[1])) for row in rows]
     assert shapes == [*forward.SHAPES, *forward.SHAPES]
     assert all(float(cell) > 0 for row in rows for cell in row)
+
+
+def test_goals_stand_beside_the_times_of_the_last_model(config, capsys, threads):
+    common = ["--config", config, "--past", "9", "--rounds", "3", "--threads", str(threads)]
+    forward.main([*common, "--goals"])
+    tables = capsys.readouterr().out.split("expert")
+    assert "<=" not in tables[0]
+    num_goals = sum(goal is not None for goals in forward.GOALS.values() for goal in goals)
+    assert tables[1].count("<=") == num_goals
+    assert "<= 21" in tables[1]
+
+
+def test_a_goal_that_is_missed():
+    assert forward._beside(21.04, 21) == "21.0 > 21"
+    assert forward._beside(20.9, 21) == "20.9 <= 21"
