@@ -7,14 +7,14 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from server.bench.estimate import Estimate
 from server.bench.plan import Block, Job
+from server.bench.reading import Reading
 from server.bench.row import Row
 
 
 @dataclass(frozen=True, slots=True)
 class BlockResult:
-    """A block's rows, the wall time from its first request to its last answer, and the estimate."""
+    """A block's rows, wall time from first request to last answer, and what the server counted."""
 
     prompt_set: str
     concurrency: int
@@ -22,7 +22,7 @@ class BlockResult:
     round: int
     seconds: float
     rows: tuple[Row, ...]
-    estimate: Estimate | None = None
+    reading: Reading | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -1,7 +1,9 @@
-"""One run: find the model, send every block, show progress."""
+"""A connection to a server, and one run over it: send every block, show progress."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from server.api_key import authorization
 from server.bench.client import BenchClient
 from server.bench.closed_loop import BlockResult, run_block
-from server.bench.estimate import read_estimate
 from server.bench.plan import Block, plan
+from server.bench.reading import take_reading
 from server.bench.settings import Settings
 from server.errors import CosError
 
@@ -31,14 +33,34 @@ class Target:
     timeout_seconds: float
 
 
-async def measure(
-    target: Target, settings: Settings, console: Console
-) -> tuple[dict[str, Any], list[BlockResult]]:
-    """What the server says of itself, and the result of every block that counts.
+class Connection:
+    """Sends blocks to one model of a server."""
 
-    Raises:
-        BenchError: no server there, or even the warm-up failed.
-    """
+    def __init__(self, http: httpx.AsyncClient, model: str, settings: Settings) -> None:
+        self.model = model
+        self._http = http
+        self._client = BenchClient(http, model, settings)
+
+    async def run(self, block: Block, on_row: Callable[[], None] = lambda: None) -> BlockResult:
+        """One block, with what the server counted meanwhile.
+
+        Raises:
+            BenchError: a request of a warm-up failed.
+        """
+        before = await take_reading(self._http)
+        result = await run_block(block, self._client.send, on_row)
+        after = await take_reading(self._http)
+        if block.is_warmup and result.num_errors:
+            error = next(row.error for row in result.rows if row.error is not None)
+            raise BenchError(f"warm-up of {block.strategy.label} failed: {error}")
+        if before is None or after is None:
+            return result
+        return replace(result, reading=after.since(before))
+
+
+@asynccontextmanager
+async def connect(target: Target, settings: Settings) -> AsyncIterator[Connection]:
+    """Raises BenchError where no server answers."""
     limits = httpx.Limits(max_connections=max(settings.concurrency) + 1)
     # trust_env: a proxy between client and server would be measured with it.
     async with httpx.AsyncClient(
@@ -48,30 +70,33 @@ async def measure(
         limits=limits,
         trust_env=False,
     ) as http:
-        model = target.model or await _first_model(http)
-        client = BenchClient(http, model, settings)
+        yield Connection(http, target.model or await _first_model(http), settings)
+
+
+async def measure(
+    target: Target, settings: Settings, console: Console
+) -> tuple[dict[str, Any], list[BlockResult]]:
+    """What the server says of itself, and the result of every block that counts.
+
+    Raises:
+        BenchError: no server there, or even the warm-up failed.
+    """
+    async with connect(target, settings) as connection:
         with _progress(console) as progress:
-            results = await _run(plan(settings), http, client, progress)
-    return {"base_url": target.base_url, "model": model}, results
+            results = await _run(plan(settings), connection, progress)
+    return {"base_url": target.base_url, "model": connection.model}, results
 
 
 async def _run(
-    blocks: list[Block], http: httpx.AsyncClient, client: BenchClient, progress: Progress
+    blocks: list[Block], connection: Connection, progress: Progress
 ) -> list[BlockResult]:
     task = progress.add_task("", total=sum(len(block.jobs) for block in blocks))
     results = []
     for block in blocks:
         progress.update(task, description=_title(block))
-        before = await read_estimate(http)
-        result = await run_block(block, client.send, lambda: progress.advance(task))
-        after = await read_estimate(http)
-        if before is not None and after is not None:
-            result = replace(result, estimate=after.since(before))
+        result = await connection.run(block, lambda: progress.advance(task))
         if not block.is_warmup:
             results.append(result)
-        elif result.num_errors:
-            error = next(row.error for row in result.rows if row.error is not None)
-            raise BenchError(f"warm-up of {block.strategy.label} failed: {error}")
     return results
 
 

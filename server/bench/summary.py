@@ -16,6 +16,8 @@ from server.bench.closed_loop import BlockResult
 from server.bench.row import Row
 from server.bench.strategy_spec import BASELINE
 
+_PROPOSING = ("cos", "speculative")
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -34,6 +36,9 @@ class Summary:
         decode_ratio: the same of the time after each request's first chunk, prefill left out.
         estimated_ratio: what the server estimated meanwhile, from its metrics.
         used: share of tokens by the strategy that the server used; of interest under auto.
+        gamma: [num_models] mean proposal length over tokens, 0 where a model did not propose.
+        acceptance_by_position: of each proposer, by name, accepted / verified proposals at each
+            place of the window; None where none was verified. From the server's metrics.
     """
 
     prompt_set: str
@@ -56,6 +61,8 @@ class Summary:
     decode_ratio: float | None = None
     estimated_ratio: float | None = None
     used: dict[str, float] = field(default_factory=dict)
+    gamma: list[float | None] = field(default_factory=list)
+    acceptance_by_position: dict[str, list[float | None]] = field(default_factory=dict)
 
 
 Point = tuple[str, int, str]
@@ -102,6 +109,8 @@ def _summary(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> S
         decode_ratio=decode,
         estimated_ratio=_estimated(blocks),
         used=_used(answered),
+        gamma=_gamma(answered),
+        acceptance_by_position=_acceptance_by_position(blocks),
     )
 
 
@@ -114,9 +123,40 @@ def _used(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _estimated(blocks: Iterable[BlockResult]) -> float | None:
-    known = [block.estimate for block in blocks if block.estimate is not None]
+    known = [block.reading for block in blocks if block.reading is not None]
     seconds = sum(each.decode_seconds for each in known)
     return sum(each.baseline_seconds for each in known) / seconds if seconds > 0 else None
+
+
+def _gamma(rows: Iterable[Row]) -> list[float | None]:
+    """A request tells the lengths it last had and how many of its tokens were proposed for."""
+    known = [row for row in rows if "gamma" in row.cos and "strategies" in row.cos]
+    num_tokens = sum(sum(row.cos["strategies"].values()) for row in known)
+    sums = [
+        [length * _num_speculated(row.cos["strategies"]) for length in row.cos["gamma"]]
+        for row in known
+    ]
+    return [sum(column) / num_tokens if num_tokens else None for column in zip(*sums, strict=True)]
+
+
+def _num_speculated(tokens: dict[str, int]) -> int:
+    return sum(count for name, count in tokens.items() if name in _PROPOSING)
+
+
+def _acceptance_by_position(blocks: Iterable[BlockResult]) -> dict[str, list[float | None]]:
+    """Positions after the last one that was ever verified are left out."""
+    readings = [block.reading for block in blocks if block.reading is not None]
+    result = {}
+    for name in dict.fromkeys(name for reading in readings for name in reading.verified):
+        verified = _sum(reading.verified[name] for reading in readings)
+        accepted = _sum(reading.accepted[name] for reading in readings)
+        width = max((i + 1 for i, count in enumerate(verified) if count), default=0)
+        result[name] = _divide(accepted[:width], verified[:width])
+    return result
+
+
+def _sum(rows: Iterable[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*rows, strict=True)]
 
 
 def quantile(values: Sequence[tuple[float, int]], q: float) -> float | None:

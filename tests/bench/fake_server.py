@@ -51,6 +51,8 @@ class FakeServer:
         baseline, decode = self._baseline_seconds, self._decode_seconds
         return PlainTextResponse(
             f"cos_baseline_estimated_seconds_total {baseline}\ncos_decode_seconds_total {decode}\n"
+            + _positions("verified", [4 * decode, 2 * decode, 0])
+            + _positions("accepted", [2 * decode, decode, 0])
         )
 
     async def _models(self, request: Request) -> Response:
@@ -91,10 +93,19 @@ class FakeServer:
                 yield _event({"error": {"message": "broken"}})
             if how == "cut":
                 return
-        report = {"proposed": [max_tokens, 0], "accepted": [max_tokens // 2, 0]}
+        report: dict[str, Any] = {"proposed": [max_tokens, 0], "accepted": [max_tokens // 2, 0]}
         forwards = {"forwards": [max_tokens, max_tokens // width]}
-        yield _event({"usage": _usage(max_tokens), "choices": [], "cos": {**report, **forwards}})
+        used = {"strategies": {strategy: max_tokens}, "gamma": [3, 0]}
+        report = {**report, **forwards, **used}
+        yield _event({"usage": _usage(max_tokens), "choices": [], "cos": report})
         yield b"data: [DONE]\n\n"
+
+
+def _positions(what: str, counts: list[float]) -> str:
+    name = f"cos_spec_{what}_tokens_per_position_total"
+    return "".join(
+        f'{name}{{proposer="small",position="{i}"}} {count}\n' for i, count in enumerate(counts)
+    )
 
 
 def _usage(num_tokens: int) -> dict[str, int]:

@@ -39,6 +39,8 @@ def test_results_of_a_run(tmp_path, capsys):
     assert cos["tokens_per_forward"] == [1.0, 2.0]
     assert standard["estimated_ratio"] == pytest.approx(1)
     assert cos["estimated_ratio"] == pytest.approx(2)
+    assert (standard["gamma"], cos["gamma"]) == ([0, 0], [3, 0])
+    assert cos["acceptance_by_position"] == {"small": [0.5, 0.5]}
     shown = capsys.readouterr().out
     assert shown.count("in flight") == 2
     assert "× standard" in shown

@@ -1,0 +1,314 @@
+r"""Speedups over a whole grid: kinds of decoding x prompt files x concurrency, in one sitting.
+
+    python -m server serve --config configs/default.yaml
+    python -m server.bench.grid --out docs/results/grid.json --cell-seconds 40
+
+One server is measured. In each cell `standard` and another strategy take turns in the order ABBA
+with new prompts every time, so that a drift of the machine cancels, until the cell's seconds are
+spent; one turn ABBA is always finished. Each finished cell is written to the file at once, and
+cells that are in it already are left out: what was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from server.bench.closed_loop import BlockResult
+from server.bench.machine import describe_machine, describe_versions, git_hash
+from server.bench.plan import WARMUP_ROUND, WARMUP_TOKENS, Block, Job, rotated
+from server.bench.prompts import BUNDLED, PromptSet, load_prompts
+from server.bench.session import Target, connect
+from server.bench.settings import Settings
+from server.bench.strategy_spec import (
+    BASELINE,
+    StrategySpec,
+    parse_concurrency,
+    parse_strategies,
+)
+from server.bench.summary import Summary, summarise
+from server.errors import ConfigError, CosError
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is asked of every request of a cell."""
+
+    combination: dict[str, Any]
+    temperature: float
+
+
+_CONTRASTIVE = {"method": "contrastive", "mu": 0.1}
+_WEIGHTED = {"method": "weighted", "weights": [0.5, 0.5]}
+KINDS = {
+    "contrastive-t0": Kind(_CONTRASTIVE, 0.0),
+    "contrastive-t1": Kind(_CONTRASTIVE, 1.0),
+    "weighted-t1": Kind(_WEIGHTED, 1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One place of the grid; `kind` is a key of KINDS."""
+
+    kind: str
+    prompt_set: PromptSet
+    concurrency: int
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.kind, self.prompt_set.name, self.concurrency
+
+
+Key = tuple[str, str, int]
+
+
+class ResultFile:
+    """Cells that are done, on disk."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Raises ConfigError where the file was made with other settings, or is none of ours."""
+        self._path = path
+        self._document: dict[str, Any] = {
+            "format": FORMAT,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "git": git_hash(),
+            "versions": describe_versions(),
+            "machine": describe_machine(),
+            "settings": settings,
+            "cells": [],
+        }
+        if path.exists():
+            before = read_document(path)
+            if before["settings"] != settings:
+                raise ConfigError(f"{path} was measured with {before['settings']}: take another")
+            self._document = before
+
+    def done(self) -> dict[Key, list[Summary]]:
+        return dict(cells_of(self._document))
+
+    def add(self, cell: Cell, results: list[BlockResult]) -> list[Summary]:
+        """Written as a whole or not at all."""
+        summaries = summarise(results)
+        self._document["cells"].append(
+            {
+                "kind": cell.kind,
+                "summaries": [_rounded(dataclasses.asdict(summary)) for summary in summaries],
+                "blocks": [
+                    [block.strategy, block.round, block.num_tokens, round(block.seconds, 3)]
+                    for block in results
+                ],
+            }
+        )
+        beside = self._path.with_name(self._path.name + ".tmp")
+        beside.write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, self._path)
+        return summaries
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A result file. Raises ConfigError."""
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if document["format"] != FORMAT:
+            raise ConfigError(f"{path}: format {document['format']}, expected {FORMAT}")
+        list(cells_of(document))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: no result of server.bench.grid: {error}") from error
+    return document
+
+
+def cells_of(document: dict[str, Any]) -> Iterator[tuple[Key, list[Summary]]]:
+    """(kind, prompt set, concurrency) of each cell, and its summaries, standard first."""
+    for cell in document["cells"]:
+        summaries = [Summary(**summary) for summary in cell["summaries"]]
+        yield (cell["kind"], summaries[0].prompt_set, summaries[0].concurrency), summaries
+
+
+def _rounded(value: Any) -> Any:
+    """Six digits say all that was measured, and keep the file small."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
+
+
+def blocks_of(
+    cell: Cell, strategies: tuple[StrategySpec, ...], max_tokens: int
+) -> Iterator[tuple[Block, ...]]:
+    """Turns without end, each of two rounds of both strategies: ABBA."""
+    size = max(2, cell.concurrency)
+    for first in range(0, 1 << 30, 2):
+        yield tuple(
+            Block(
+                cell.prompt_set.name,
+                cell.concurrency,
+                number,
+                strategy,
+                _jobs(cell.prompt_set, number * size, size, max_tokens),
+            )
+            for number in (first, first + 1)
+            for strategy in rotated(strategies, number)
+        )
+
+
+def _jobs(prompt_set: PromptSet, start: int, count: int, max_tokens: int) -> tuple[Job, ...]:
+    prompts = prompt_set.prompts
+    return tuple(
+        Job(prompts[i % len(prompts)], i, i, max_tokens) for i in range(start, start + count)
+    )
+
+
+async def measure_cell(
+    target: Target, cell: Cell, options: argparse.Namespace, is_first: bool
+) -> list[BlockResult]:
+    """All blocks that count.
+
+    Args:
+        target: the server.
+        cell: of the grid.
+        options: of the command line.
+        is_first: of its kind; the server is warmed with a few short requests then.
+    """
+    kind = KINDS[cell.kind]
+    strategies = parse_strategies(f"{BASELINE},{options.strategy}", kind.combination)
+    settings = Settings(
+        prompt_sets=(cell.prompt_set,),
+        strategies=strategies,
+        concurrency=(cell.concurrency,),
+        num_prompts=0,
+        rounds=0,
+        max_tokens=options.max_tokens,
+        temperature=kind.temperature,
+        seed=0,
+        ignore_eos=True,
+        warmup=0,
+        send_seeds=False,
+    )
+    results: list[BlockResult] = []
+    async with connect(target, settings) as connection:
+        if is_first:
+            jobs = _jobs(cell.prompt_set, 0, options.warmup, WARMUP_TOKENS)
+            for strategy in strategies if jobs else ():
+                name = cell.prompt_set.name
+                await connection.run(Block(name, len(jobs), WARMUP_ROUND, strategy, jobs))
+        started = time.monotonic()
+        for number, turn in enumerate(blocks_of(cell, strategies, options.max_tokens), start=1):
+            results += [await connection.run(block) for block in turn]
+            spent = time.monotonic() - started
+            # Another turn takes as long as those before did.
+            if spent + spent / number > options.cell_seconds:
+                return results
+    raise AssertionError("turns never end")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 where the server could not be measured or a request failed, 2 for options."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    options, console = _parse(argv), Console(width=max(Console().width, 110))
+    try:
+        return _measure(options, console)
+    except CosError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        return 2 if isinstance(error, ConfigError) else 1
+
+
+def _measure(options: argparse.Namespace, console: Console) -> int:
+    cells = [
+        Cell(kind, prompt_set, concurrency)
+        for kind in options.kinds
+        for prompt_set in [load_prompts(source) for source in options.prompts]
+        for concurrency in parse_concurrency(options.concurrency)
+    ]
+    described = {"strategy": options.strategy, "max_tokens": options.max_tokens}
+    target = Target(options.base_url, options.model, 600.0)
+    file = ResultFile(options.out, described)
+    done = file.done()
+    warm: set[str] = set()
+    num_failed = 0
+    for number, cell in enumerate(cells, start=1):
+        if cell.key in done:
+            continue
+        started = time.monotonic()
+        results = asyncio.run(measure_cell(target, cell, options, cell.kind not in warm))
+        warm.add(cell.kind)
+        done[cell.key] = summaries = file.add(cell, results)
+        failed = sum(result.num_errors for result in results)
+        num_failed += failed
+        seconds = time.monotonic() - started
+        console.print(
+            f"[{number}/{len(cells)}] {' '.join(map(str, cell.key))}: {_ratio(summaries[1])} "
+            f"in {seconds:.0f} s{f', {failed} requests failed' if failed else ''}",
+            markup=False,
+        )
+    console.print(grid_table(done))
+    return 1 if num_failed else 0
+
+
+def grid_table(cells: dict[Key, list[Summary]]) -> Table:
+    """One row for each cell."""
+    table = Table(box=SIMPLE_HEAD)
+    columns = ("kind", "prompts", "in flight", "standard", "tokens/s", "x standard", "decode only")
+    for column in (*columns, "estimated", "mean gamma", "used"):
+        table.add_column(column, justify="right" if column not in ("kind", "prompts") else "left")
+    for (kind, name, concurrency), (standard, other) in cells.items():
+        used = " ".join(f"{strategy} {share:.0%}" for strategy, share in other.used.items())
+        table.add_row(
+            kind,
+            name,
+            str(concurrency),
+            f"{standard.tokens_per_second:.1f}",
+            f"{other.tokens_per_second:.1f}",
+            _ratio(other),
+            _number(other.decode_ratio),
+            _number(other.estimated_ratio),
+            " ".join(map(_number, other.gamma)),
+            used,
+        )
+    return table
+
+
+def _ratio(summary: Summary) -> str:
+    low, high = _number(summary.ratio_low), _number(summary.ratio_high)
+    return f"{_number(summary.ratio)} ({low}-{high})"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m server.bench.grid")
+    add = parser.add_argument
+    add("--base-url", default="http://127.0.0.1:8000", help="the server (%(default)s)")
+    add("--model", help="model name to ask for; the server's first one if not given")
+    add("--out", type=Path, required=True, help="result file, made or gone on with")
+    add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(all)")
+    add("--prompts", nargs="+", default=list(BUNDLED), help="bundled names or files (all bundled)")
+    add("--concurrency", default="1,4,16,32", help="requests in flight (%(default)s)")
+    add("--strategy", default="auto", help="beside standard (%(default)s)")
+    add("--max-tokens", type=int, default=64, help="of each request (%(default)s)")
+    add("--cell-seconds", type=float, default=40.0, help="about so long (%(default)s)")
+    add("--warmup", type=int, default=4, help="short requests before each kind (%(default)s)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,92 @@
+"""The grid against a server that streams made-up tokens, and pictures of its results."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections import Counter
+
+import pytest
+
+from server.bench import grid
+from server.bench.grid import Cell, blocks_of, main
+from server.bench.prompts import PromptSet
+from server.bench.strategy_spec import parse_strategies
+from tests.bench.fake_server import FakeServer, serve
+
+HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
+SMALL = ("--prompts", "gsm8k", "--max-tokens", "20", "--cell-seconds", "0", "--strategy", "cos")
+
+
+def test_strategies_alternate_and_prompts_are_new():
+    cell = Cell("weighted-t1", PromptSet("some", tuple("abcdefgh")), 2)
+    turns = blocks_of(cell, parse_strategies("standard,auto", None), 8)
+    blocks = [*next(turns), *next(turns)]
+    assert [block.strategy.label for block in blocks[:4]] == [
+        "standard",
+        "auto",
+        "auto",
+        "standard",
+    ]
+    assert [block.round for block in blocks] == [0, 0, 1, 1, 2, 2, 3, 3]
+    asked = ["".join(job.prompt for job in block.jobs) for block in blocks]
+    assert asked == ["ab", "ab", "cd", "cd", "ef", "ef", "gh", "gh"]
+
+
+def test_every_cell_is_measured_written_and_left_out_the_next_time(tmp_path, capsys):
+    fake, out = FakeServer(step_seconds=0.001), tmp_path / "grid.json"
+    with serve(fake) as url:
+        common = ("--base-url", url, "--out", str(out), *SMALL)
+        assert main([*common, "--concurrency", "1", "--kinds", "weighted-t1"]) == 0
+        num_first = len(fake.requests)
+        assert main([*common, "--concurrency", "1,3"]) == 0
+    document = json.loads(out.read_text(encoding="utf-8"))
+    keys = [key for key, _ in grid.cells_of(document)]
+    assert len(keys) == len(set(keys)) == 3 * 2
+    assert keys[0] == ("weighted-t1", "gsm8k", 1)
+    # 2 x 4 warm-up requests, then 4 blocks of 2 or 3 requests.
+    assert num_first == 8 + 8
+    assert len(fake.requests) == num_first + 3 * 8 + 2 * 8 + 3 * 12
+    for _, (standard, cos) in grid.cells_of(document):
+        assert (standard.strategy, standard.ratio, cos.strategy) == ("standard", 1.0, "cos")
+        assert cos.ratio is not None
+        assert cos.gamma == [3, 0]
+    asked = Counter(
+        (body["cos"]["combination"]["method"], body["temperature"]) for body in fake.requests
+    )
+    assert set(asked) == {("weighted", 1.0), ("contrastive", 0.0), ("contrastive", 1.0)}
+    assert not any("seed" in body for body in fake.requests)
+    shown = capsys.readouterr().out
+    assert "[6/6] weighted-t1 gsm8k 3" in shown
+
+
+def test_results_of_other_settings_are_not_gone_on_with(tmp_path, capsys):
+    out = tmp_path / "grid.json"
+    with serve(FakeServer()) as url:
+        arguments = ["--base-url", url, "--out", str(out), "--concurrency", "1", *SMALL]
+        assert main([*arguments, "--kinds", "contrastive-t0"]) == 0
+        assert main([*arguments, "--max-tokens", "24"]) == 2
+    assert "was measured with" in capsys.readouterr().err
+
+
+def test_failed_requests_end_in_exit_code_1(tmp_path):
+    with serve(FakeServer(fail=("cos", "cut"))) as url:
+        arguments = ["--base-url", url, "--out", str(tmp_path / "grid.json"), *SMALL]
+        assert main([*arguments, "--concurrency", "1", "--kinds", "contrastive-t0"]) == 1
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_pictures(tmp_path, capsys):
+    from server.bench import plot
+
+    out = tmp_path / "grid.json"
+    with serve(FakeServer()) as url:
+        arguments = ["--base-url", url, "--out", str(out), "--concurrency", "1,2", *SMALL]
+        assert main(arguments) == 0
+    assert plot.main([str(out), "--out", str(tmp_path / "docs")]) == 0
+    pictures = sorted((tmp_path / "docs").iterdir())
+    assert [path.name for path in pictures] == ["acceptance.png", "gamma.png", "speedup.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    (tmp_path / "other.json").write_text("{}")
+    assert plot.main([str(tmp_path / "other.json"), "--out", str(tmp_path)]) == 1
+    assert "no result of server.bench.grid" in capsys.readouterr().err
