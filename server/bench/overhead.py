@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import itertools
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence as Row
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence as Row
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
@@ -48,7 +48,7 @@ class Stopwatch:
     """Seconds by category; those of a part do not contain those of a part inside it."""
 
     def __init__(self, clock: Callable[[], float] = time.thread_time) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.num_steps = 0
         self._clock = clock
         self._running: list[str] = []
@@ -88,7 +88,11 @@ class Stopwatch:
 
     def share(self, *categories: str) -> float:
         """Of all seconds."""
-        return sum(self.seconds[name] for name in categories) / self.seconds.total()
+        return _share(self.seconds, categories)
+
+
+def _share(seconds: Mapping[str, float], categories: Row[str]) -> float:
+    return sum(seconds.get(name, 0.0) for name in categories) / sum(seconds.values())
 
 
 class Workbench:
@@ -172,34 +176,34 @@ def main(argv: Row[str] | None = None) -> None:
     )
     workbench = Workbench(config, load_prompts(options.prompts).prompts)
     for batch in options.batch:
-        shares: dict[str, Counter[str]] = {}
+        spent: dict[str, dict[str, float]] = {}
         for strategy in strategies:
             workbench.run(strategy, batch, options.tokens, options.temperature)
             watch = workbench.stopwatch
-            shares[strategy.label] = Counter(watch.seconds)
-            ms = watch.seconds.total() / watch.num_steps * 1e3
+            spent[strategy.label] = dict(watch.seconds)
+            ms = sum(watch.seconds.values()) / watch.num_steps * 1e3
             console.print(
                 f"batch {batch} {strategy.label}: {watch.num_steps} steps of {ms:.1f} ms, "
                 f"outside {watch.share(*OUTSIDE):.1%}"
             )
-        console.print(_table(batch, shares))
+        console.print(_table(batch, spent))
 
 
-def _table(batch: int, shares: dict[str, Counter[str]]) -> Table:
+def _table(batch: int, spent: Mapping[str, Mapping[str, float]]) -> Table:
     title = f"batch {batch}: shares of CPU time"
     table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
-    for label in shares:
+    for label in spent:
         table.add_column(label, justify="right")
     for name in (FORWARD, DECIDE, *OUTSIDE):
-        table.add_row(name, *(_percent(seconds, name) for seconds in shares.values()))
+        table.add_row(name, *(_percent(seconds, name) for seconds in spent.values()))
     table.add_section()
-    table.add_row("outside", *(_percent(seconds, *OUTSIDE) for seconds in shares.values()))
+    table.add_row("outside", *(_percent(seconds, *OUTSIDE) for seconds in spent.values()))
     return table
 
 
-def _percent(seconds: Counter[str], *names: str) -> str:
-    return f"{sum(seconds[name] for name in names) / seconds.total():.1%}"
+def _percent(seconds: Mapping[str, float], *names: str) -> str:
+    return f"{_share(seconds, names):.1%}"
 
 
 def _parse(argv: Row[str] | None) -> argparse.Namespace:
