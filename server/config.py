@@ -21,6 +21,9 @@ VerificationName = Literal["token", "block"]
 StrategyName = Literal["standard", "single", "speculative", "cos", "mixture", "auto"]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
+# Among proposers in metrics and replies; no model may be called so.
+LOOKUP_NAME = "prompt_lookup"
+
 
 class Section(BaseModel):
     """Frozen, strict about keys."""
@@ -85,6 +88,22 @@ CombinationConfig = Annotated[
 ]
 
 
+class PromptLookupConfig(Section):
+    """Proposals without a model: what followed the last tokens where they stood before."""
+
+    max_ngram: int = Field(4, ge=1, le=32, description="Last tokens that are looked for, at most.")
+    min_ngram: int = Field(2, ge=1, le=32, description="How many of them must be found.")
+    max_tokens: int | None = Field(
+        None, ge=1, description="Tokens proposed at once; decoding.max_gamma if null."
+    )
+
+    @model_validator(mode="after")
+    def _lengths_in_order(self) -> PromptLookupConfig:
+        if self.min_ngram > self.max_ngram:
+            raise ValueError(f"min_ngram {self.min_ngram} is above max_ngram {self.max_ngram}")
+        return self
+
+
 class DecodingConfig(Section):
     """Who advances next, and how far proposals run ahead."""
 
@@ -117,6 +136,21 @@ class DecodingConfig(Section):
         "accepted: block decides those verified together as a whole and keeps more of them, token "
         "one after another. The law of the text is the same. Mixtures always decide by token.",
     )
+    prompt_lookup: PromptLookupConfig | None = Field(
+        None,
+        description="Also propose what followed the last tokens where they stood before in prompt "
+        "or text: where that pays under auto, else where it was right of late. The law of the text "
+        "is the same. Off if null; {} for its defaults.",
+    )
+
+    @model_validator(mode="after")
+    def _lookup_within_limit(self) -> DecodingConfig:
+        lookup = self.prompt_lookup
+        if lookup is not None and (lookup.max_tokens or 0) > self.max_gamma:
+            raise ValueError(
+                f"prompt_lookup.max_tokens {lookup.max_tokens} is above max_gamma {self.max_gamma}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _gamma_within_limit(self) -> DecodingConfig:
@@ -306,6 +340,8 @@ class ServerConfig(Section):
         names = [model.name for model in self.models]
         if len(set(names)) != len(names):
             raise ValueError(f"models: names must differ, got {names}")
+        if LOOKUP_NAME in names:
+            raise ValueError(f"models: no model can be called {LOOKUP_NAME}")
         gamma = self.decoding.gamma
         if isinstance(gamma, tuple) and len(gamma) != len(names):
             raise ValueError(f"decoding.gamma has {len(gamma)} entries for {len(names)} models")

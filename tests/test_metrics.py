@@ -104,6 +104,28 @@ def test_a_step(metrics: Metrics) -> None:
     assert value(metrics, "cos_batch_size_sum") == 3
 
 
+def test_prompt_lookup_is_a_proposer(metrics: Metrics) -> None:
+    for outcome in ("proposed", "withheld", "missed"):
+        assert value(metrics, "cos_prompt_lookups_total", outcome=outcome) == 0
+    metrics.observe_step(
+        StepStats(
+            model=1,
+            num_looked_up=4,
+            lookups=["proposed", "missed", "missed"],
+            verified_by_offset=[(-1, 0, True), (-1, 1, False), (0, 0, True)],
+        )
+    )
+    assert value(metrics, "cos_prompt_lookups_total", outcome="missed") == 2
+    assert value(metrics, "cos_prompt_lookups_total", outcome="proposed") == 1
+    proposer = {"proposer": "prompt_lookup"}
+    assert value(metrics, "cos_spec_draft_tokens_total", **proposer) == 4
+    assert value(metrics, "cos_spec_accepted_tokens_total", **proposer) == 1
+    second = {**proposer, "position": "1"}
+    assert value(metrics, "cos_spec_verified_tokens_per_position_total", **second) == 1
+    assert value(metrics, "cos_spec_accepted_tokens_per_position_total", **second) == 0
+    assert value(metrics, "cos_spec_draft_tokens_total", proposer="m1") == 0
+
+
 def test_positions_are_bounded(metrics: Metrics) -> None:
     before = len(metrics.render().splitlines())
     metrics.observe_step(StepStats(0, verified_by_offset=[(0, 10_000, True)]))

@@ -15,7 +15,7 @@ from server.config import (
     WeightedConfig,
 )
 from server.core.combination import Combination
-from server.core.sampling_params import DecodingParams, proposal_lengths
+from server.core.sampling_params import DecodingParams, LookupParams, proposal_lengths
 from server.errors import ConfigError, RequestError
 
 GammaSetting = int | tuple[int, ...] | Literal["auto"]
@@ -82,6 +82,7 @@ class DecodingDefaults:
             shared_coins=may_mix and self._shares_coins(request, options, strategy),
             is_gamma_auto=gamma == "auto" and strategy in _PROPOSING,
             verification=self._decoding.verification,
+            lookup=self._resolve_lookup(options, strategy),
         )
 
     def _lengths(self, gamma: GammaSetting, strategy: StrategyName) -> tuple[int, ...]:
@@ -126,6 +127,22 @@ class DecodingDefaults:
             return self._decoding.kappa
         self._check_length("cos.kappa", options.kappa)
         return options.kappa
+
+    def _resolve_lookup(self, options: CosOptions, strategy: StrategyName) -> LookupParams | None:
+        """Who asks for standard decoding by name gets it, unless it asks for lookup too."""
+        config = self._decoding.prompt_lookup
+        if options.prompt_lookup and (config is None or strategy == "mixture"):
+            reason = "is not configured" if config is None else "does not go with strategy mixture"
+            raise RequestError(
+                f"cos.prompt_lookup: prompt lookup {reason}", param="cos.prompt_lookup"
+            )
+        wanted = options.prompt_lookup
+        if wanted is None:
+            wanted = options.strategy not in ("standard", "single")
+        if config is None or not wanted or strategy == "mixture":
+            return None
+        longest = config.max_tokens or self._decoding.max_gamma
+        return LookupParams(config.max_ngram, config.min_ngram, longest)
 
     def _check_length(self, param: str, value: int) -> None:
         limit = self._decoding.max_gamma

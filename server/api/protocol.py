@@ -77,6 +77,11 @@ class CosOptions(Body):
         description="mixture, auto: take the batch's coins; allowed by default for one choice "
         "without a seed.",
     )
+    prompt_lookup: bool | None = Field(
+        None,
+        description="Propose what followed the last tokens before, where the server has that; true "
+        "if null, but for a strategy standard or single of the request's own.",
+    )
     provenance: bool | None = Field(
         None, description="Report where each token of a choice came from; false if null."
     )
@@ -242,7 +247,7 @@ class TokenProvenance(BaseModel):
     """Where one generated token came from."""
 
     model: str | None = Field(
-        description="Who proposed there, by its configured name; null where nobody did."
+        description="Who proposed there, a configured name or prompt_lookup; null where nobody did."
     )
     outcome: TokenOutcome = Field(
         description="The proposal was accepted; was a bonus, and accepted; was rejected, and "
@@ -257,6 +262,13 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+
+
+class LookupReport(BaseModel):
+    """What prompt lookup proposed."""
+
+    proposed: int = Field(description="Tokens it proposed.")
+    accepted: int = Field(description="Of these, accepted.")
 
 
 class CosReport(BaseModel):
@@ -275,6 +287,7 @@ class CosReport(BaseModel):
     shared_coins: bool | None = Field(description="null unless the strategy is mixture.")
     proposed: list[int] = Field(description="Tokens proposed, by proposer.")
     accepted: list[int] = Field(description="Proposed tokens accepted, by proposer.")
+    prompt_lookup: LookupReport | None = Field(description="null where it is off.")
     forwards: list[int] = Field(description="Forwards that decoded, by model.")
     recovered: int = Field(description="Tokens resampled after a rejection.")
     drawn: int = Field(description="Tokens drawn with nothing proposed.")

@@ -12,7 +12,7 @@ from typing import Literal
 from server.api.clients import Client
 from server.api.decoding import describe_combination
 from server.api.generation import Generation
-from server.api.protocol import CosReport, PromptTokensDetails, Usage
+from server.api.protocol import CosReport, LookupReport, PromptTokensDetails, Usage
 from server.api.service import Service
 from server.core.output import TokenDelta, TokenLogprob
 from server.core.provenance import Provenance
@@ -130,6 +130,7 @@ class Reply:
             shared_coins=decoding.shared_coins if is_mixture else None,
             proposed=[sum(each.proposed[k] for each in stats) for k in by_model],
             accepted=[sum(each.accepted[k] for each in stats) for k in by_model],
+            prompt_lookup=None if decoding.lookup is None else _lookups(stats),
             forwards=[sum(each.forwards[k] for each in stats) for k in by_model],
             recovered=sum(each.num_recovered for each in stats),
             drawn=sum(each.num_drawn for each in stats),
@@ -146,8 +147,16 @@ class Reply:
         )
 
 
+def _lookups(stats: Row[SequenceStats]) -> LookupReport:
+    return LookupReport(
+        proposed=sum(each.num_looked_up for each in stats),
+        accepted=sum(each.num_lookup_accepted for each in stats),
+    )
+
+
 def _num_verified(stats: SequenceStats) -> int:
-    return sum(stats.accepted) + stats.num_recovered + stats.num_drawn
+    accepted = sum(stats.accepted) + stats.num_lookup_accepted
+    return accepted + stats.num_recovered + stats.num_drawn
 
 
 async def decode(

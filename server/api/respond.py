@@ -19,6 +19,7 @@ from server.api.protocol import GenerationRequest, ReplyBody, StreamOptions, Tok
 from server.api.reply import DeltaStream, Piece, Reply, decode, merge
 from server.api.service import Service
 from server.api.sse import DONE, EventStream, event
+from server.config import LOOKUP_NAME
 from server.core.output import TokenDelta
 from server.core.provenance import Provenance
 from server.errors import EngineError
@@ -37,7 +38,8 @@ class Writer(ABC):
         self.request = request
         self.generation = generation
         self.codec = service.codec
-        self._model_names = [model.name for model in service.config.models]
+        # LOOKUP, -1, is the last.
+        self._proposers = [*(model.name for model in service.config.models), LOOKUP_NAME]
         self.head: dict[str, Any] = {
             "id": generation.id,
             "created": generation.created,
@@ -69,7 +71,7 @@ class Writer(ABC):
     def _provenance(self, entries: Iterable[Provenance]) -> list[TokenProvenance]:
         return [
             TokenProvenance(
-                model=None if entry.model is None else self._model_names[entry.model],
+                model=None if entry.model is None else self._proposers[entry.model],
                 outcome=entry.outcome,
             )
             for entry in entries

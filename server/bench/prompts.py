@@ -8,7 +8,7 @@ from pathlib import Path
 
 from server.errors import ConfigError
 
-BUNDLED = ("humaneval", "gsm8k", "mmlu")
+BUNDLED = ("humaneval", "gsm8k", "mmlu", "copy")
 _BUNDLED_DIRECTORY = Path(__file__).with_name("prompts")
 
 

@@ -13,7 +13,7 @@ class Provenance:
     """Of one verified token.
 
     Attributes:
-        model: index of who proposed there; None where nobody did.
+        model: index of who proposed there, LOOKUP for prompt lookup; None where nobody did.
         outcome: the proposal was accepted; it was a bonus, and accepted; it was rejected, and
             this token drawn instead; or there was none, and the token was drawn.
     """

@@ -99,6 +99,20 @@ def proposal_lengths(
 
 
 @dataclass(frozen=True, slots=True)
+class LookupParams:
+    """How prompt lookup guesses; see `core.lookup`.
+
+    Attributes:
+        max_ngram, min_ngram: how many of the last tokens are looked for, and must be found.
+        max_tokens: that are proposed at once, at most the engine's max_gamma.
+    """
+
+    max_ngram: int
+    min_ngram: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class DecodingParams:
     """How one sequence is decoded; hashable, so that equal ones share tensors and strategies.
 
@@ -112,6 +126,7 @@ class DecodingParams:
             shared coins may be chosen.
         is_gamma_auto: `gamma` is only where choosing begins.
         verification: of proposals that are not coupled; a mixture's are decided by token.
+        lookup: None where nothing is proposed but by models; always of a mixture.
     """
 
     strategy: StrategyName
@@ -121,6 +136,7 @@ class DecodingParams:
     shared_coins: bool = False
     is_gamma_auto: bool = False
     verification: VerificationName = "token"
+    lookup: LookupParams | None = None
 
     @property
     def is_auto(self) -> bool:
@@ -130,7 +146,7 @@ class DecodingParams:
     @property
     def is_plain(self) -> bool:
         """Nothing is proposed: all scorers score each token, and it is drawn."""
-        return self.strategy in ("standard", "single")
+        return self.strategy in ("standard", "single") and self.lookup is None
 
     @property
     def verifies_blocks(self) -> bool:

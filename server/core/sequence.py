@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+from server.core.lookup import LOOKUP, PromptLookup
 from server.core.matcher import Matcher
 from server.core.provenance import Provenance
 from server.core.sampling_params import DecodingParams, SamplingParams
@@ -36,6 +37,8 @@ class SequenceStats:
     num_recovered: int = 0
     num_drawn: int = 0
     num_bonus: int = 0
+    num_looked_up: int = 0  # proposed by prompt lookup
+    num_lookup_accepted: int = 0
     num_discarded: int = 0  # verified, then cut off by the end of the text
     num_preemptions: int = 0
     num_cycles: int = 0  # steps that verified any of its tokens
@@ -55,7 +58,8 @@ class Sequence:
         token_ids: prompt, verified and pending tokens.
         num_prompt, num_verified: where the zones end.
         num_seen: [num_models]; what each model has consumed.
-        proposers: which model proposed each pending token.
+        proposers: which model proposed each pending token; LOOKUP for all of them where they
+            were looked up.
         shortlisted: whether it drew the token from its shortlist.
         bonuses: whether it proposed the token as a bonus.
         resume_at: [num_models]; model k feeds up to here before the sequence takes part in
@@ -72,6 +76,7 @@ class Sequence:
             token there is drawn. -1: nowhere.
         num_rejections: so far; draws after a rejection use randomness of their own.
         matcher: of the grammar that the text must follow.
+        lookup: guesses tokens, where `decoding` has it.
         provenance: of verified tokens that nobody has taken yet; None where it is not asked for.
         priority: waiting sequences are admitted in ascending order of it, then as they came.
     """
@@ -96,6 +101,7 @@ class Sequence:
     declined_at: int = -1
     num_rejections: int = 0
     matcher: Matcher | None = None
+    lookup: PromptLookup | None = None
     provenance: list[Provenance] | None = None
     priority: int = 0
     status: Status = Status.WAITING
@@ -125,6 +131,7 @@ class Sequence:
             num_seen=[0] * num_models,
             resume_at=[0] * num_models,
             matcher=matcher,
+            lookup=None if decoding.lookup is None else PromptLookup(decoding.lookup),
             provenance=[] if params.provenance else None,
             priority=priority,
             stats=SequenceStats(
@@ -163,8 +170,15 @@ class Sequence:
 
     @property
     def is_closed(self) -> bool:
-        """No token may be proposed next: the sequence is full, or a proposer has declined."""
-        return self.is_full or len(self.token_ids) == self.declined_at
+        """No model may propose next: it is full, a proposer has declined, or it was looked up.
+
+        What follows tokens that were looked up is drawn.
+        """
+        return (
+            self.is_full
+            or len(self.token_ids) == self.declined_at
+            or self.proposers[:1] == [LOOKUP]
+        )
 
     @property
     def is_finished(self) -> bool:
@@ -214,6 +228,15 @@ class Sequence:
         self.stats.proposed[model] += 1
         self.stats.num_bonus += is_bonus
 
+    def look_up(self, token_ids: list[int]) -> None:
+        """Append pending tokens that no model has proposed; nothing may be pending."""
+        assert self.num_pending == 0
+        self.token_ids += token_ids
+        self.proposers += [LOOKUP] * len(token_ids)
+        self.shortlisted += [False] * len(token_ids)
+        self.bonuses += [False] * len(token_ids)
+        self.stats.num_looked_up += len(token_ids)
+
     def decline(self) -> None:
         """Nobody proposes the next token."""
         self.declined_at = len(self.token_ids)
@@ -222,7 +245,10 @@ class Sequence:
         """Move the first `count` pending tokens to the verified zone."""
         assert 0 <= count <= self.num_pending
         for proposer in self.proposers[:count]:
-            self.stats.accepted[proposer] += 1
+            if proposer == LOOKUP:
+                self.stats.num_lookup_accepted += 1
+            else:
+                self.stats.accepted[proposer] += 1
         if self.provenance is not None:
             self.provenance += [
                 Provenance(self.proposers[i], "bonus" if self.bonuses[i] else "accepted")

@@ -9,6 +9,9 @@ from server.core.sampling_params import DecodingParams
 
 Phase = Literal["prefill", "propose", "score"]
 ShadowOutcome = Literal["measured", "abandoned"]
+# What came of asking prompt lookup: what it found was proposed; it was right too rarely of late;
+# the last tokens were not found.
+LookupOutcome = Literal["proposed", "withheld", "missed"]
 # What the engine survives:
 # invalid_scores    a sequence's scores are no distribution; it ends
 # internal          an error in the path of one sequence; it ends
@@ -63,6 +66,8 @@ class StepStats:
         step_seconds: the whole step, both included; the rest is planning and text.
         num_proposed: tokens the model proposed (one a sequence).
         num_bonus: those of them that follow a verification of other models' proposals.
+        num_looked_up: tokens that prompt lookup proposed.
+        lookups: what came of asking it, one entry for each sequence.
         verified_by_offset: [(proposer, offset, accepted)] for each verification; offset is the
             place of the token in its pending tail, 0-based.
         tails: tokens that were pending where a verification began, one entry for each.
@@ -89,6 +94,8 @@ class StepStats:
     step_seconds: float = 0.0
     num_proposed: int = 0
     num_bonus: int = 0
+    num_looked_up: int = 0
+    lookups: list[LookupOutcome] = field(default_factory=list)
     verified_by_offset: list[tuple[int, int, bool]] = field(default_factory=list)
     tails: list[int] = field(default_factory=list)
     chosen: list[DecodingParams] = field(default_factory=list)

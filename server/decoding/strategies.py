@@ -219,6 +219,10 @@ class Chooser(Protocol):
         """A proposal of `model` was verified, or would have been accepted so probably."""
         ...
 
+    def lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
+        """How many of `num_found` guessed tokens are worth scoring; `rate` as in PromptLookup."""
+        ...
+
 
 def may_shadow(decoding: DecodingParams) -> bool:
     """It is standard decoding, or may be for a while: all but a mixture share its law and text."""
@@ -299,4 +303,6 @@ class Strategies:
 
 def _plain(decoding: DecodingParams) -> DecodingParams:
     """Standard decoding of the same combination."""
-    return replace(decoding, strategy="standard", is_gamma_auto=False, shared_coins=False)
+    return replace(
+        decoding, strategy="standard", is_gamma_auto=False, shared_coins=False, lookup=None
+    )

@@ -3,6 +3,7 @@
     feed model k the tokens it has not seen
     verify, in order, each pending token whose scorers have now all scored it
     where nothing is pending and all scorers have scored the next position, draw from r
+    where nothing is pending, prompt lookup may propose some tokens
     where the tail survived and the strategy allows it, model k proposes the next token
 
 Prefill, drafting, scoring, bonus tokens, catching up after a rejection and recomputation after a
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
+from server.core.lookup import LOOKUP
 from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
@@ -58,6 +60,8 @@ Rule = Callable[[Tensor, Tensor, Row[int], Row[int], Tensor, Tensor], list[Verdi
 
 MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
 
+# Where no costs are known, what is looked up must have been right this often of late.
+_MIN_LOOKUP_RATE = 0.5
 _PROBE_PERIOD = 8  # steps that draw, for each that is probed
 _PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
 
@@ -156,6 +160,7 @@ class Advancer:
         verified = self._verify(deciding, outcome)
         self._settle(deciding, outcome)
         self._draw(sequences, outcome)
+        self._look_up(sequences, outcome)
         self._propose(model, deciding, verified, outcome)
 
     def _feed(self, plan: StepPlan, stats: StepStats) -> None:
@@ -311,6 +316,8 @@ class Advancer:
                 outcome.stats.chosen.append(sequence.schedule)
 
     def _learn(self, sequence: Sequence, proposer: int, accepted: bool) -> None:
+        if proposer == LOOKUP:
+            return  # it learns from the text
         sequence.stats.verified[proposer] += 1
         if self._strategies.chooser is not None:
             self._strategies.chooser.add(sequence, proposer, float(accepted))
@@ -342,6 +349,27 @@ class Advancer:
         warp = Warp([place], self._eos, self._device)
         proposal = warp.probs(self._scores.read(model, [place]))
         return float(torch.minimum(proposal, self._target([place])).sum())
+
+    def _look_up(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
+        """Propose what has followed before, once for each number of verified tokens."""
+        stats = outcome.stats
+        for sequence in sequences:
+            lookup = sequence.lookup
+            if lookup is None or sequence in outcome.failed or not _may_look_up(sequence):
+                continue
+            found = lookup.guess(sequence.token_ids)[: sequence.limit - len(sequence)]
+            count = self._lookup_length(sequence, lookup.rate, len(found))
+            proposed = _allowed(sequence, found[:count])
+            if proposed:
+                sequence.look_up(proposed)
+                stats.num_looked_up += len(proposed)
+            stats.lookups.append("proposed" if proposed else "withheld" if found else "missed")
+
+    def _lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
+        chooser = self._strategies.chooser
+        if num_found and chooser is not None and sequence.decoding.is_auto:
+            return chooser.lookup_length(sequence, rate, num_found)
+        return num_found if rate >= _MIN_LOOKUP_RATE else 0
 
     def _propose(
         self, model: int, sequences: Iterable[Sequence], verified: set[Sequence], outcome: Outcome
@@ -402,10 +430,18 @@ class Advancer:
         """What the pending token of each place was drawn from (g), float32 [len(places), V]."""
 
         def evaluate(origin: Origin, group: list[Place]) -> Tensor:
+            if origin[0] == LOOKUP:
+                return self._one_hot([sequence.token_ids[position] for sequence, position in group])
             warp = Warp(group, self._eos, self._device)
             return warp.probs(self._own_scores(origin, group))
 
         return self._by_key(places, _origin, evaluate)
+
+    def _one_hot(self, token_ids: list[int]) -> Tensor:
+        """float32 [len(token_ids), V]."""
+        tokens = torch.tensor(token_ids, device=self._device)[:, None]
+        rows = torch.zeros(len(token_ids), self._runners[0].vocab_size, device=self._device)
+        return rows.scatter_(1, tokens, 1.0)
 
     def _own_scores(self, origin: Origin, places: list[Place]) -> Tensor:
         """Raw scores that tokens of this origin are drawn from, float32 [len(places), V].
@@ -544,6 +580,34 @@ def _rule(sequence: Sequence) -> Literal["coupled", "block", "token"]:
     if sequence.params.is_coupled:
         return "coupled"
     return "block" if sequence.schedule.verifies_blocks else "token"
+
+
+def _may_look_up(sequence: Sequence) -> bool:
+    """Tokens were verified since it was last asked, and none is pending."""
+    return (
+        sequence.schedule.lookup is not None
+        and sequence.num_pending == 0
+        and sequence.num_generated > 0
+        and not sequence.is_resuming
+        and sequence.lookup is not None
+        and sequence.lookup.is_due(len(sequence))
+    )
+
+
+def _allowed(sequence: Sequence, token_ids: list[int]) -> list[int]:
+    """Those at the front that the sequence's grammar allows, if it has one.
+
+    No other may be pending, for the grammar goes on from what is.
+    """
+    matcher = sequence.matcher
+    if matcher is None:
+        return token_ids
+    generated = sequence.token_ids[sequence.num_prompt :]
+    for count, token_id in enumerate(token_ids):
+        mask = matcher.mask([*generated, *token_ids[:count]])
+        if not mask[token_id // 8] >> token_id % 8 & 1:
+            return token_ids[:count]
+    return token_ids
 
 
 def _places(windows: list[Window]) -> list[Place]:

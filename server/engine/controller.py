@@ -24,6 +24,7 @@ from server.core.stats import StepStats
 from server.decoding.profile import Chain, Profile, Shape
 from server.decoding.strategies import Strategies
 from server.engine.cost_table import CostTable, Ratio
+from server.engine.lookup_costs import LookupCosts
 
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # proposal lengths of the first model that are tried
 _BONUS_LENGTHS = (1, 2, 4)  # and of the others
@@ -81,12 +82,14 @@ class _Group:
     Attributes:
         choices: what may be chosen, the plain way first.
         chosen: what is, now.
+        lookup: what prompt lookup takes beside it; None where it is off.
     """
 
     choices: tuple[DecodingParams, ...]
     acceptance: Acceptance
     chosen: DecodingParams
     is_new: bool = True
+    lookup: LookupCosts | None = None
 
 
 @dataclass(slots=True)
@@ -96,6 +99,7 @@ class _Interval:
     num_steps: int = 0
     seconds: float = 0.0
     num_tokens: int = 0
+    num_looked_up: int = 0
     batches: set[int] = field(default_factory=set)
 
 
@@ -125,10 +129,16 @@ class Controller:
         """A proposal of `model` was verified, or would have been, with this probability."""
         self._of(sequence.decoding.combination, sequence).add(model, accepted)
 
+    def lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
+        """How many of `num_found` guessed tokens are worth scoring."""
+        costs = self._group(sequence).lookup
+        return 0 if costs is None else costs.best_length(rate, num_found)
+
     def observe(self, stats: StepStats, running: Iterable[Sequence], batch: int) -> None:
         """Learn from one step, `batch` sequences decoding; choose anew from time to time."""
         interval = self._interval
         interval.num_steps += 1
+        interval.num_looked_up += stats.num_looked_up
         if not stats.num_prefill_tokens:
             interval.seconds += stats.step_seconds
             interval.num_tokens += sum(delivery.num_decoded for delivery in stats.deliveries)
@@ -167,6 +177,7 @@ class Controller:
         """What the interval took, against what was predicted for it."""
         interval, chosen = self._interval, group.chosen
         is_pure = all(sequence.schedule == chosen for sequence in members)
+        is_pure &= not interval.num_looked_up  # predictions are of what models propose
         if not is_pure or len(interval.batches) != 1 or interval.num_tokens < 2 * len(members):
             return
         batch = max(1, next(iter(interval.batches)))
@@ -187,6 +198,12 @@ class Controller:
         if group.is_new or seconds[group.chosen] > seconds[best] * patience:
             group.chosen = best
         group.is_new = False
+        if (lookup := group.chosen.lookup) is not None:
+            scorers = group.chosen.combination.scorers
+            without = seconds[group.chosen] / _MARGIN
+            group.lookup = LookupCosts.at(
+                self._costs, scorers, self._batch, lookup.max_tokens, without
+            )
 
     def _expected(self, choice: DecodingParams, rates: tuple[float, ...]) -> float:
         low, high = _REALITY_RANGE
@@ -275,7 +292,9 @@ def make_choices(decoding: DecodingParams, max_gamma: int) -> tuple[DecodingPara
     if decoding.strategy == "auto":
         choices.append(plain)
         if decoding.shared_coins:
-            choices.append(replace(plain, strategy="mixture", kappa=0, shared_coins=True))
+            choices.append(
+                replace(plain, strategy="mixture", kappa=0, shared_coins=True, lookup=None)
+            )
     if num_models > 1 and decoding.strategy in ("auto", "cos"):
         choices += [replace(plain, strategy="cos", gamma=gamma) for gamma in lengths]
         if decoding.is_gamma_auto:

@@ -140,7 +140,9 @@ class Engine:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has validated it against this engine's limits."""
         assert sequence.limit <= self.max_length
-        assert max(sequence.decoding.gamma) <= self.limits.max_gamma
+        lookup = sequence.decoding.lookup
+        longest = max(*sequence.decoding.gamma, 0 if lookup is None else lookup.max_tokens)
+        assert longest <= self.limits.max_gamma
         assert sequence.id not in self._sequences
         text = TextStream(self._decoder, sequence.token_ids, sequence.params)
         self.scheduler.add(sequence)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter as Tally
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
-from server.config import StrategyName
-from server.core.stats import StepStats
+from server.config import LOOKUP_NAME, StrategyName
+from server.core.stats import LookupOutcome, StepStats
 
 STRATEGIES: tuple[StrategyName, ...] = ("standard", "speculative", "cos", "mixture")
+LOOKUPS: tuple[LookupOutcome, ...] = get_args(LookupOutcome)
 
 
 class SpeculationMetrics:
@@ -61,6 +63,11 @@ class SpeculationMetrics:
             buckets=range(1, max_gamma + 1),
             registry=registry,
         )
+        self.lookups = counter(
+            "cos_prompt_lookups",
+            "Times prompt lookup was asked what comes next, by what came of it.",
+            "outcome",
+        )
         self.chosen = counter(
             "cos_auto_choices",
             "Texts that auto moved to other lengths or to a strategy while they ran.",
@@ -74,14 +81,19 @@ class SpeculationMetrics:
             registry=registry,
         )
         self._names = names
+        self._proposers = (*names, LOOKUP_NAME)  # LOOKUP, -1, is the last
         # The longest tail: a whole proposal, and a bonus of every other model.
         self._positions = [str(i) for i in range(max_gamma + len(names))]
         for strategy in STRATEGIES:
             self.chosen.labels(strategy)
+        for outcome in LOOKUPS:
+            self.lookups.labels(outcome)
         for name in names:
             self.chosen_gamma.labels(name)
-            for family in (self.proposed, self.accepted, self.bonus):
-                family.labels(name)
+            self.bonus.labels(name)
+        for name in self._proposers:
+            self.proposed.labels(name)
+            self.accepted.labels(name)
             for index in self._positions:
                 self.verified_at.labels(name, index)
                 self.accepted_at.labels(name, index)
@@ -90,12 +102,15 @@ class SpeculationMetrics:
         name = self._names[stats.model]
         self.proposed.labels(name).inc(stats.num_proposed)
         self.bonus.labels(name).inc(stats.num_bonus)
+        self.proposed.labels(LOOKUP_NAME).inc(stats.num_looked_up)
+        for outcome in stats.lookups:
+            self.lookups.labels(outcome).inc()
         for (proposer, offset, accepted), count in Tally(stats.verified_by_offset).items():
             index = self._positions[min(offset, len(self._positions) - 1)]
-            self.verified_at.labels(self._names[proposer], index).inc(count)
+            self.verified_at.labels(self._proposers[proposer], index).inc(count)
             if accepted:
-                self.accepted_at.labels(self._names[proposer], index).inc(count)
-                self.accepted.labels(self._names[proposer]).inc(count)
+                self.accepted_at.labels(self._proposers[proposer], index).inc(count)
+                self.accepted.labels(self._proposers[proposer]).inc(count)
         for length in stats.tails:
             self.tails.observe(length)
         for delivery in stats.deliveries:

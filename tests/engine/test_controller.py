@@ -73,6 +73,9 @@ class Whimsical:
     def add(self, sequence: Sequence, model: int, accepted: float) -> None:
         """Learns nothing."""
 
+    def lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
+        return self._random.randrange(num_found + 1)
+
 
 def capricious(
     lms: list[TableLM], decoding: DecodingParams, by_history: bool
