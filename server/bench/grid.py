@@ -24,9 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from server.bench.closed_loop import BlockResult
 from server.bench.machine import describe_machine, describe_versions, git_hash
@@ -222,7 +220,7 @@ async def measure_cell(
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit status 1 where the server could not be measured or a request failed, 2 for options."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    options, console = _parse(argv), Console(width=max(Console().width, 110))
+    options, console = _parse(argv), Console(soft_wrap=True)
     try:
         return _measure(options, console)
     except CosError as error:
@@ -258,31 +256,44 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
             f"in {seconds:.0f} s{f', {failed} requests failed' if failed else ''}",
             markup=False,
         )
-    console.print(grid_table(done))
+    print(grid_table(done))
     return 1 if num_failed else 0
 
 
-def grid_table(cells: dict[Key, list[Summary]]) -> Table:
-    """One row for each cell."""
-    table = Table(box=SIMPLE_HEAD)
-    columns = ("kind", "prompts", "in flight", "standard", "tokens/s", "x standard", "decode only")
-    for column in (*columns, "estimated", "mean gamma", "used"):
-        table.add_column(column, justify="right" if column not in ("kind", "prompts") else "left")
+COLUMNS = (
+    "kind",
+    "prompts",
+    "in flight",
+    "standard, tokens/s",
+    "tokens/s",
+    "x standard (rounds)",
+    "decode only",
+    "estimated",
+    "mean gamma",
+    "used",
+)
+
+
+def grid_table(cells: dict[Key, list[Summary]]) -> str:
+    """Markdown, one row for each cell."""
+    rows = [COLUMNS, tuple("---" for _ in COLUMNS)]
     for (kind, name, concurrency), (standard, other) in cells.items():
         used = " ".join(f"{strategy} {share:.0%}" for strategy, share in other.used.items())
-        table.add_row(
-            kind,
-            name,
-            str(concurrency),
-            f"{standard.tokens_per_second:.1f}",
-            f"{other.tokens_per_second:.1f}",
-            _ratio(other),
-            _number(other.decode_ratio),
-            _number(other.estimated_ratio),
-            " ".join(map(_number, other.gamma)),
-            used,
+        rows.append(
+            (
+                kind,
+                name,
+                str(concurrency),
+                f"{standard.tokens_per_second:.1f}",
+                f"{other.tokens_per_second:.1f}",
+                _ratio(other),
+                _number(other.decode_ratio),
+                _number(other.estimated_ratio),
+                " / ".join(map(_number, other.gamma)),
+                used,
+            )
         )
-    return table
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _ratio(summary: Summary) -> str:

@@ -29,17 +29,21 @@ Cells = dict[Key, Summary]
 def plot_all(cells: Cells, directory: Path) -> list[Path]:
     """One PNG file for each table; returns their paths."""
     return [
-        _against_concurrency(
-            cells, "x standard", lambda s: s.ratio, directory / "speedup.png", line=1.0
-        ),
-        _against_concurrency(
-            cells,
-            "mean proposal length of the first model",
-            lambda s: s.gamma[0] if s.gamma else None,
-            directory / "gamma.png",
-        ),
+        _against_concurrency(cells, "x standard", _speedup, directory / "speedup.png", line=1.0),
+        _against_concurrency(cells, "mean proposal length", _gamma, directory / "gamma.png"),
         _by_position(cells, directory / "acceptance.png"),
     ]
+
+
+def _speedup(summary: Summary) -> dict[str, float]:
+    return {} if summary.ratio is None else {"": summary.ratio}
+
+
+def _gamma(summary: Summary) -> dict[str, float]:
+    """By model."""
+    names = summary.acceptance_by_position
+    lengths = zip(names, summary.gamma, strict=False)
+    return {name: length for name, length in lengths if length is not None}
 
 
 def _panels(cells: Cells, label: str) -> tuple[Any, dict[str, Any]]:
@@ -58,20 +62,20 @@ def _panels(cells: Cells, label: str) -> tuple[Any, dict[str, Any]]:
 def _against_concurrency(
     cells: Cells,
     label: str,
-    value: Callable[[Summary], float | None],
+    values: Callable[[Summary], dict[str, float]],
     path: Path,
     line: float | None = None,
 ) -> Path:
     figure, panels = _panels(cells, label)
     ticks = sorted({concurrency for _, _, concurrency in cells})
     for kind, axes in panels.items():
-        for name in dict.fromkeys(key[1] for key in cells if key[0] == kind):
-            points = sorted(
-                (key[2], known)
-                for key, summary in cells.items()
-                if key[:2] == (kind, name) and (known := value(summary)) is not None
-            )
-            axes.plot(*zip(*points, strict=True), marker="o", label=name) if points else None
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for (of_kind, name, concurrency), summary in sorted(cells.items(), key=lambda c: c[0][2]):
+            for part, value in values(summary).items() if of_kind == kind else ():
+                label = f"{name}, {part}" if part else name
+                curves.setdefault(label, []).append((concurrency, value))
+        for label_of, points in curves.items():
+            axes.plot(*zip(*points, strict=True), marker="o", label=label_of)
         if line is not None:
             axes.axhline(line, color="black", linewidth=0.8)
         axes.set_xscale("log", base=2)

@@ -58,6 +58,9 @@ def test_every_cell_is_measured_written_and_left_out_the_next_time(tmp_path, cap
     assert not any("seed" in body for body in fake.requests)
     shown = capsys.readouterr().out
     assert "[6/6] weighted-t1 gsm8k 3" in shown
+    table = [line for line in shown.splitlines() if line.startswith("| weighted-t1")]
+    assert table[-1].startswith("| weighted-t1 | gsm8k | 3 |")
+    assert "| 3.00 / 0.00 | cos 100% |" in table[-1]
 
 
 def test_results_of_other_settings_are_not_gone_on_with(tmp_path, capsys):
