@@ -112,7 +112,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", type=Path, default=Path("models/smollm2-135m-instruct"), help="(%(default)s)")
     add("--out", type=Path, default=Path("build/members"), help="directory (%(default)s)")
-    add("--noise", type=float, default=0.08, help="of each matrix's spread (%(default)s)")
+    add("--noise", type=float, default=0.1, help="of each matrix's spread (%(default)s)")
     add("--prompts", type=int, default=4, help="of each file, to compare on (%(default)s)")
     return parser.parse_args(argv)
 
