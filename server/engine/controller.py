@@ -2,12 +2,20 @@
 
 For each way of decoding that could be taken, `decoding.profile` says how often each model runs,
 over how many tokens, for each verified token, given how often each model's proposals are accepted.
-The cost table says what that takes on this machine with as many sequences as decode now. What a
-strategy then really takes beside its prediction (batches that split, say) is learnt too.
+The cost table says what that takes on this machine with as many sequences as decode now. The steps
+that a strategy then really takes beside its prediction (batches that split, say) are learnt too.
+
+Anything but standard decoding has to promise more than standard decoding by a margin and by what is
+uncertain of its seconds. What might pay and was not timed lately is tried for some steps; before
+that, and once a minute or so while something else is done, some rounds of standard decoding are
+timed, so that the two are compared with each other and not with a machine of another time.
 
 Choices change between steps only, and a sequence takes one up only where none of its tokens is
-pending (`Strategies.settle`). What they depend on - seconds, and proposals up to the first rejected
-one - says nothing of the randomness that later tokens will take, so the law stays exact.
+pending (`Strategies.settle`). They depend on seconds, on counts, and on tokens that were decided or
+dropped: a proposed end of text shortens a cycle, and with it the seconds, even behind a rejection.
+None of the randomness behind these is used again: after a rejection everything is drawn anew
+(`rng.round_seed`). So choices say nothing of tokens to come, and the law stays exact; seeded and
+greedy texts are the same whatever is chosen.
 """
 
 from __future__ import annotations
@@ -31,9 +39,16 @@ _BONUS_LENGTHS = (1, 2, 4)  # and of the others
 _PERIOD = 16  # steps between choices
 _BATCH_PERIOD = 4  # steps after which a changed batch is looked at
 # Another way must promise this much more than the present one; and anything that proposes, this
-# much more than standard decoding: below it a wrong guess costs more than there is to gain.
+# much more than standard decoding, what is uncertain of its seconds not counted: below it a wrong
+# guess costs more than there is to gain.
 _HYSTERESIS = 1.03
 _MARGIN = 1.03
+# Relative deviations of a way's seconds: above the first, standard decoding is timed again before
+# anything is compared with it, until they are below the second; there a way has been tried.
+_STALE = 0.07
+_TRIED = 0.045
+_TRIAL_STEPS = 48  # that a trial may last; what reads prompts all the time cannot be timed
+_NO_TRIAL_SECONDS = 120.0  # of decoding, after one that could not
 _BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
 _MAX_KEPT = 4096  # profiles, and everything else that clients' own combinations add to
 _PRIOR_ACCEPTANCE = 0.6
@@ -83,6 +98,9 @@ class _Group:
         choices: what may be chosen, the plain way first.
         chosen: what is, now.
         lookup: what prompt lookup takes beside it; None where it is off.
+        trial_steps: for which something was done to learn what it takes.
+        no_trial_until: seconds of decoding, after a trial that learnt nothing.
+        is_stale: standard decoding is to be timed again.
     """
 
     choices: tuple[DecodingParams, ...]
@@ -90,17 +108,26 @@ class _Group:
     chosen: DecodingParams
     is_new: bool = True
     lookup: LookupCosts | None = None
+    trial_steps: int = 0
+    no_trial_until: float = 0.0
+    is_stale: bool = False
 
 
 @dataclass(slots=True)
 class _Interval:
-    """Steps since the last choice: what they gave, and what they took."""
+    """Steps since the last choice: what they gave, and what they took.
 
+    Attributes:
+        is_pure: all have taken up the choice; nothing is counted before but steps.
+        seconds: expected of these very steps by the cost table, on a machine as fast as at first.
+        num_tokens: by how many sequences were decoding.
+    """
+
+    is_pure: bool = False
     num_steps: int = 0
     seconds: float = 0.0
-    num_tokens: int = 0
+    num_tokens: dict[int, int] = field(default_factory=dict)
     num_looked_up: int = 0
-    batches: set[int] = field(default_factory=set)
 
 
 class Controller:
@@ -117,6 +144,7 @@ class Controller:
         self._reality: dict[tuple[str, int], Ratio] = {}
         self._interval = _Interval()
         self._batch = 1
+        self._seconds = 0.0
 
     def choose(self, sequence: Sequence) -> DecodingParams:
         """How `sequence`, none of whose tokens is pending, is decoded from here on."""
@@ -139,12 +167,14 @@ class Controller:
         interval = self._interval
         interval.num_steps += 1
         interval.num_looked_up += stats.num_looked_up
-        if not stats.num_prefill_tokens:
-            interval.seconds += stats.step_seconds
-            interval.num_tokens += sum(delivery.num_decoded for delivery in stats.deliveries)
-            interval.batches.add(batch)
+        self._seconds += stats.decode_seconds
+        if interval.is_pure:
+            interval.seconds += self._costs.price(stats) / self._costs.slowness
+            count = sum(delivery.num_decoded for delivery in stats.deliveries)
+            interval.num_tokens[batch] = interval.num_tokens.get(batch, 0) + count
         changed = batch != self._batch and interval.num_steps >= _BATCH_PERIOD
-        if interval.num_steps < _PERIOD and not changed:
+        is_due = interval.num_steps >= _PERIOD or changed
+        if interval.is_pure and not is_due:
             return
         members: dict[int, list[Sequence]] = {}
         groups: dict[int, _Group] = {}
@@ -153,12 +183,16 @@ class Controller:
                 group = self._group(sequence)
                 groups[id(group)] = group
                 members.setdefault(id(group), []).append(sequence)
-        if len(groups) == 1:
-            self._compare(next(iter(groups.values())), next(iter(members.values())))
-        self._interval = _Interval()
-        self._batch = max(1, batch)
-        for key, group in groups.items():
-            self._decide(group, members[key])
+        if is_due:
+            if len(groups) == 1:
+                self._compare(next(iter(groups.values())), next(iter(members.values())))
+            self._batch = max(1, batch)
+            for key, group in groups.items():
+                self._decide(group, members[key], interval.num_steps)
+            self._interval = _Interval()
+        self._interval.is_pure = len(groups) == 1 and all(
+            _follow(group, members[key]) for key, group in groups.items()
+        )
 
     def token_seconds(
         self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
@@ -174,29 +208,41 @@ class Controller:
         return seconds / batch
 
     def _compare(self, group: _Group, members: list[Sequence]) -> None:
-        """What the interval took, against what was predicted for it."""
+        """The steps that an interval took, against those that were predicted for its tokens.
+
+        Both are priced by the table: what the machine did meanwhile has no part in it.
+        """
         interval, chosen = self._interval, group.chosen
-        is_pure = all(sequence.schedule == chosen for sequence in members)
-        is_pure &= not interval.num_looked_up  # predictions are of what models propose
-        if not is_pure or len(interval.batches) != 1 or interval.num_tokens < 2 * len(members):
+        num_tokens = sum(interval.num_tokens.values())
+        # Predictions are of what models propose.
+        is_pure = interval.is_pure and _follow(group, members) and not interval.num_looked_up
+        if not is_pure or num_tokens < 2 * len(members):
             return
-        batch = max(1, next(iter(interval.batches)))
         for ratio in self._reality.values():
             # What was left because it was slow is tried again some minutes later.
             ratio.forget(-math.expm1(-interval.seconds / _GRUDGE))
-        predicted = self.token_seconds(chosen, self._rates(group, members), batch)
-        self._real(chosen, batch).add(interval.seconds, predicted * interval.num_tokens)
+        rates = self._rates(group, members)
+        predicted = sum(
+            count * self.token_seconds(chosen, rates, max(1, batch))
+            for batch, count in interval.num_tokens.items()
+        )
+        batch = max(interval.num_tokens, key=lambda size: interval.num_tokens[size])
+        self._real(chosen, max(1, batch)).add(interval.seconds, predicted / self._costs.slowness)
 
-    def _decide(self, group: _Group, members: Row[Sequence]) -> None:
+    def _decide(self, group: _Group, members: Row[Sequence], num_steps: int = 0) -> None:
+        """Choose for a group; `num_steps` have passed since it was last done."""
         rates = self._rates(group, members)
         seconds = {choice: self._expected(choice, rates) for choice in group.choices}
         best = min(group.choices, key=lambda choice: seconds[choice])
+        if not group.is_new and seconds[group.chosen] <= seconds[best] * _HYSTERESIS:
+            best = group.chosen
         plain = group.choices[0]
-        if plain.strategy == "standard" and seconds[plain] < seconds[best] * _MARGIN:
-            best = plain
-        patience = 1.0 if best.strategy == "standard" else _HYSTERESIS
-        if group.is_new or seconds[group.chosen] > seconds[best] * patience:
-            group.chosen = best
+        if plain.strategy == "standard" and best != plain:
+            group.trial_steps += num_steps
+            gain = seconds[plain] / seconds[best]
+            if not self._pays(group, gain, self._doubt(plain, rates), self._doubt(best, rates)):
+                best = plain
+        group.chosen = best
         group.is_new = False
         if (lookup := group.chosen.lookup) is not None:
             scorers = group.chosen.combination.scorers
@@ -204,6 +250,40 @@ class Controller:
             group.lookup = LookupCosts.at(
                 self._costs, scorers, self._batch, lookup.max_tokens, without
             )
+
+    def _pays(self, group: _Group, gain: float, plain_doubt: float, doubt: float) -> bool:
+        """Is something to be done that promises `gain`? Where nobody knows, it is tried.
+
+        Doubts are the relative deviations of seconds.
+        """
+        if gain * (1 + doubt) < _MARGIN:
+            return False
+        if group.trial_steps > _TRIAL_STEPS:
+            group.no_trial_until = self._seconds + _NO_TRIAL_SECONDS
+        is_sure = gain * (1 - doubt) >= _MARGIN
+        if self._seconds < group.no_trial_until:
+            group.trial_steps = 0
+            return is_sure
+        group.is_stale = plain_doubt > (_TRIED if group.is_stale else _STALE)
+        if group.is_stale:
+            return False
+        if is_sure or doubt <= _TRIED:
+            group.trial_steps = 0
+            return is_sure or gain >= _MARGIN
+        return True
+
+    def _doubt(self, choice: DecodingParams, rates: tuple[float, ...]) -> float:
+        """Relative deviation of its forwards' seconds, those of standard decoding being known."""
+        if choice.strategy == "mixture":
+            return 0.0
+        parts = [
+            (
+                rate * self._costs.forward_seconds(shape.model, self._batch, shape.num_tokens),
+                self._costs.doubt(shape.model, self._batch, shape.num_tokens),
+            )
+            for shape, rate in self._profile(choice, rates).rates.items()
+        ]
+        return sum(seconds * doubt for seconds, doubt in parts) / sum(part[0] for part in parts)
 
     def _expected(self, choice: DecodingParams, rates: tuple[float, ...]) -> float:
         low, high = _REALITY_RANGE
@@ -305,6 +385,11 @@ def make_choices(decoding: DecodingParams, max_gamma: int) -> tuple[DecodingPara
         unique = dict.fromkeys((gamma[0], *[1] * (num_models - 1)) for gamma in lengths)
         choices += [replace(plain, strategy="speculative", gamma=gamma) for gamma in unique]
     return tuple(choices) or (plain,)
+
+
+def _follow(group: _Group, members: Row[Sequence]) -> bool:
+    """All have taken up what was chosen."""
+    return all(sequence.schedule == group.chosen for sequence in members)
 
 
 def _bound(kept: dict[Key, Value]) -> None:

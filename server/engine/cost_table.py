@@ -1,9 +1,17 @@
 """What decoding costs on this machine, now: seconds of a forward, and of the rest of a step.
 
-`calibration` times forwards at start; every step of real decoding then corrects the table. A
-machine's load slows all batch sizes alike, so each model has one factor that follows the last
-seconds, and each kind of forward a slow one of its own for what the first timing missed. Both are
-ratios of sums of seconds, so estimates add up to what was measured, outliers included.
+`calibration` times forwards at start; every step of real decoding then corrects the table. What a
+forward takes is its first timing times factors: the machine's speed, which changes within seconds
+and slows every shape alike; the model's; what the first timing missed for so many sequences; and,
+for several tokens of each, what it missed for these. A step that took longer than expected says
+nothing of which of them is to blame, so the least certain is blamed most: the machine by default,
+but a shape that nobody has seen lately before the machine that was watched a moment ago. So one
+way of decoding is compared with another by what both took when they took turns, not by how fast
+the machine was at the time.
+
+Estimates of standard decoding are multiplied by measured over expected seconds of the last steps,
+whatever these were: they add up to what was measured, outliers included, and do not depend on when
+the machine was timed.
 """
 
 from __future__ import annotations
@@ -16,14 +24,25 @@ from itertools import accumulate
 
 from server.core.stats import Delivery, StepStats
 
-# Seconds of forwards after which a ratio has forgotten 63 % of what came before.
-_SCALE_MEMORY = 3.0
-_CELL_MEMORY = 20.0
-_SCALE_PRIOR = 0.05  # seconds of forwards that the other models' load counts for
-_CELL_PRIOR = 1.0  # seconds of forwards that the first timing counts for
-_CELL_RANGE = (0.7, 1.5)
+# Seconds of steps after which measured over expected ones has forgotten 63 % of what came before.
+_CHARGE_MEMORY = 1.0
+_CHARGE_PRIOR = 0.05
+_REST_MEMORY = 2.0
+_REST_PRIOR = 0.1
 _MAX_KNOWN = 4096
 _OUTLIER = 4.0  # one step counts for at most so many times what was expected
+
+# Factors are known to these relative deviations; variances are the squares.
+_NOISE = 0.1  # of one step
+_SURPRISE = 3.0  # deviations that one step counts for at most
+_MACHINE = 0.3  # since it was timed
+_MACHINE_PACE = 0.04  # in a second
+_MODEL = 0.03
+_TIMED = 0.05  # forwards of one token of each sequence, as first timed
+_ROUND = 0.1  # those not seen for long
+_SHAPE = 0.1  # those of more, beside them
+_DOUBT_SECONDS = 60.0  # until what was not seen is as uncertain as at first
+_GRUDGE = 120.0  # until what was learnt of several tokens is forgotten, if not seen again
 
 # How the rest of a step that verifies, or proposes, compares with that of one that draws, until
 # there are steps to tell.
@@ -91,32 +110,82 @@ class Ratio:
         self._expected = self._expected * kept + expected
 
 
+@dataclass(slots=True)
+class _Factor:
+    """A factor of seconds, in logarithms.
+
+    Attributes:
+        prior: variance of what nobody has seen.
+        mean, variance: as of `seen_at`, seconds of steps.
+        is_forgotten: whether it goes back to 1 if it is not seen for long.
+    """
+
+    prior: float
+    mean: float = 0.0
+    variance: float = -1.0
+    seen_at: float = 0.0
+    is_forgotten: bool = False
+
+    def __post_init__(self) -> None:
+        if self.variance < 0:
+            self.variance = self.prior
+
+    def at(self, now: float) -> tuple[float, float]:
+        """(mean, variance) now."""
+        unseen = now - self.seen_at
+        if self.is_forgotten and unseen > _GRUDGE:
+            return 0.0, self.prior
+        return self.mean, min(self.prior, self.variance + self.prior * unseen / _DOUBT_SECONDS)
+
+    def correct(self, now: float, surprise: float, total: float) -> None:
+        """Take the share of a surprise that is due to it, `total` being the variance of all."""
+        mean, variance = self.at(now)
+        blame = variance / total
+        self.mean = mean + blame * surprise
+        self.variance = variance * (1 - blame)
+        self.seen_at = now
+
+
 class CostTable:
     """Seconds of forwards and of steps; read and corrected on the engine thread."""
 
     def __init__(self, timings: Timings) -> None:
         self.timings = timings
         num_models = len(timings.forward_seconds)
-        self._common = Ratio(_SCALE_MEMORY, _SCALE_PRIOR)
-        self._scales = [Ratio(_SCALE_MEMORY, _SCALE_PRIOR) for _ in range(num_models)]
-        self._cells: dict[tuple[int, int, int], Ratio] = {}
-        self._rest_scale = Ratio(_SCALE_MEMORY / 10, _SCALE_PRIOR / 10)
+        self._now = 0.0  # seconds of steps so far
+        self._machine = _Factor(_MACHINE_PACE**2 * _DOUBT_SECONDS, variance=_MACHINE**2)
+        self._models = [_Factor(_MODEL**2) for _ in range(num_models)]
+        self._rounds: dict[tuple[int, int], _Factor] = {}
+        self._shapes: dict[tuple[int, int, int], _Factor] = {}
+        self._charge = Ratio(_CHARGE_MEMORY, _CHARGE_PRIOR)
         self._rest_factors = {
-            "draw": Ratio(_CELL_MEMORY / 10, _CELL_PRIOR / 10),
-            "verify": Ratio(_CELL_MEMORY / 10, _CELL_PRIOR / 10),
-            "propose": Ratio(_CELL_MEMORY / 10, _CELL_PRIOR / 10),
+            kind: Ratio(_REST_MEMORY, _REST_PRIOR) for kind in ("draw", "verify", "propose")
         }
         self._extras = [self._measure_extras(model) for model in range(num_models)]
         self._known: dict[tuple[int, float, float], float] = {}
 
+    @property
+    def slowness(self) -> float:
+        """How much slower the machine is now than when its models were timed."""
+        return math.exp(self._machine.mean)
+
     def load(self, model: int) -> float:
         """How much slower the model's forwards are now than when they were timed."""
-        return self._scales[model].value(self._common.value())
+        return self.slowness * math.exp(self._models[model].mean)
 
     def forward_seconds(self, model: int, batch: float, tokens: float) -> float:
         """One forward of `tokens` tokens of each of `batch` sequences, all of them scored."""
-        seconds = self._timed(model, batch, tokens) * self.load(model)
-        return seconds * self._cell(model, batch, tokens)
+        factors = self._factors(model, batch, tokens)
+        mean = sum(factor.at(self._now)[0] for factor in factors)
+        return self._timed(model, batch, tokens) * math.exp(mean)
+
+    def doubt(self, model: int, batch: float, tokens: float) -> float:
+        """Relative deviation of `forward_seconds`, the machine's and the model's speed aside.
+
+        Of several tokens, beside forwards of one.
+        """
+        _, variance = self._factors(model, batch, tokens)[-1].at(self._now)
+        return math.sqrt(variance)
 
     def rest_seconds(
         self,
@@ -126,7 +195,7 @@ class CostTable:
         num_proposed: float = 0,
     ) -> float:
         """The rest of a step of `batch` sequences: positions drawn, verified and proposed."""
-        return self._rest_scale.value() * sum(
+        return self.slowness * sum(
             self._rest_part(kind, rows)
             for kind, rows in (
                 ("feed", batch),
@@ -140,8 +209,9 @@ class CostTable:
     def token_seconds(self, scorers: Row[int], batch: int) -> float:
         """One token of one sequence by standard decoding, when `batch` of them decode at once."""
         forwards = sum(self.forward_seconds(model, batch, 1) for model in scorers)
-        feed = self._rest_scale.value() * self._rest_part("feed", batch) * (len(scorers) - 1)
-        return (forwards + feed + self.rest_seconds(batch, num_drawn=batch)) / batch
+        rest = self.rest_seconds(batch) * (len(scorers) - 1)
+        rest += self.rest_seconds(batch, num_drawn=batch)
+        return self._charge.value() * (forwards + rest) / batch
 
     def estimate(self, deliveries: Row[Delivery], batch: int) -> float:
         """Standard decoding of what was delivered, `batch` sequences decoding at once."""
@@ -170,18 +240,44 @@ class CostTable:
         rest = (stats.step_seconds - stats.forward_seconds) * (1 - batch / stats.num_sequences)
         return max(0.0, stats.forward_seconds - alone) + rest
 
+    def price(self, stats: StepStats) -> float:
+        """Expected seconds of a step, without its prompts."""
+        if not stats.num_decoding:
+            return 0.0
+        batch = stats.num_decoding
+        tokens = (stats.num_tokens - stats.num_prefill_tokens) / batch
+        return self.forward_seconds(stats.model, batch, tokens) + self.rest_seconds(
+            batch, stats.num_drawn, sum(stats.tails), stats.num_proposed
+        )
+
     def observe(self, stats: StepStats) -> None:
         """Learn from one step; those that read prompts say nothing about decoding."""
+        self._now += stats.step_seconds
         if stats.num_prefill_tokens or not stats.num_sequences:
             return
+        self._charge.add(stats.step_seconds, self.price(stats))
         model, batch = stats.model, stats.num_sequences
         tokens = stats.num_tokens / batch
         timed = self._timed(model, batch, tokens)
-        cell = self._cell(model, batch, tokens)
-        self._common.add(stats.forward_seconds, timed * cell)
-        self._scales[model].add(stats.forward_seconds, timed * cell)
-        self._cell_ratio(model, batch, tokens).add(stats.forward_seconds, timed * self.load(model))
+        if timed > 0 and stats.forward_seconds > 0:
+            factors = self._factors(model, batch, tokens)
+            self._correct(math.log(stats.forward_seconds / timed), factors)
         self._observe_rest(stats)
+
+    def _correct(self, measured: float, factors: Row[_Factor]) -> None:
+        """`measured` is the logarithm of the product of `factors`, and noise.
+
+        Forwards of several tokens leave the factor of one token alone: they cannot tell it from
+        their own, and it would seem to be known.
+        """
+        known = [factor.at(self._now) for factor in factors]
+        blamed = [0, 1, len(factors) - 1]
+        total = sum(known[index][1] for index in blamed) + _NOISE**2
+        limit = _SURPRISE * math.sqrt(total)
+        surprise = measured - sum(mean for mean, _ in known)
+        surprise = min(limit, max(-limit, surprise))
+        for index in blamed:
+            factors[index].correct(self._now, surprise, total)
 
     def _observe_rest(self, stats: StepStats) -> None:
         parts = {
@@ -189,17 +285,14 @@ class CostTable:
             "verify": self._rest_part("verify", sum(stats.tails)),
             "propose": self._rest_part("propose", stats.num_proposed),
         }
-        feed = self._rest_part("feed", stats.num_sequences)
-        expected = feed + sum(parts.values())
-        rest = stats.step_seconds - stats.forward_seconds
-        scale = self._rest_scale.value()
-        self._rest_scale.add(rest, expected)
+        expected = self._rest_part("feed", stats.num_sequences) + sum(parts.values())
         if expected <= 0:
             return
+        rest = (stats.step_seconds - stats.forward_seconds) / self.slowness
         # What each kind of work took is not known apart; its share is blamed.
         for kind, part in parts.items():
             factor = self._rest_factors[kind]
-            factor.add(rest * part / expected, part * scale / max(1e-9, factor.value()))
+            factor.add(rest * part / expected, part / max(1e-9, factor.value()))
 
     def _rest_part(self, kind: str, rows: float) -> float:
         """Seconds at the load of the first timing."""
@@ -245,19 +338,18 @@ class CostTable:
     def _timed_one(self, model: int, batch: float) -> float:
         return _interpolate(self.timings.batches, self.timings.forward_seconds[model], batch)
 
-    def _cell(self, model: int, batch: float, tokens: float) -> float:
-        ratio = self._cells.get(_cell_key(model, batch, tokens))
-        low, high = _CELL_RANGE
-        return 1.0 if ratio is None else min(high, max(low, ratio.value()))
+    def _factors(self, model: int, batch: float, tokens: float) -> list[_Factor]:
+        """The machine's, the model's, and one or two of the shape, the last its very own.
 
-    def _cell_ratio(self, model: int, batch: float, tokens: float) -> Ratio:
-        key = _cell_key(model, batch, tokens)
-        return self._cells.setdefault(key, Ratio(_CELL_MEMORY, _CELL_PRIOR))
-
-
-def _cell_key(model: int, batch: float, tokens: float) -> tuple[int, int, int]:
-    """Forwards of about the same shape: powers of two of sequences and of tokens."""
-    return model, round(math.log2(max(1.0, batch))), round(math.log2(max(1.0, tokens)))
+        Shapes are about the same by powers of two of sequences and of tokens.
+        """
+        place = (model, round(math.log2(max(1.0, batch))))
+        factors = [self._machine, self._models[model]]
+        factors.append(self._rounds.setdefault(place, _Factor(_ROUND**2, variance=_TIMED**2)))
+        if length := round(math.log2(max(1.0, tokens))):
+            shape = _Factor(_SHAPE**2, is_forgotten=True)
+            factors.append(self._shapes.setdefault((*place, length), shape))
+        return factors
 
 
 def _extrapolate(curve: dict[int, float], batch: float) -> float:

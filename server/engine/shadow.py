@@ -5,8 +5,9 @@ is pending (`Strategies.settle`). Steps count once all have, so what is counted 
 under `strategy: standard` does. Outside windows, tokens are charged what one took when as many
 sequences last decoded by standard: a measured baseline, where `CostTable` has an estimated one.
 
-Windows open and close by seconds, steps and tokens drawn, as everything the controller goes by:
-that says nothing of the randomness that later tokens will take.
+Windows open and close by seconds, steps and the number of tokens drawn. As with the controller's
+choices, seconds depend a little on tokens that were proposed and dropped, and on no randomness that
+is used again.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
+from server.engine import advance
 from server.engine.controller import Controller, make_choices
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
@@ -112,6 +113,50 @@ def test_law_under_arbitrary_switching(
     engine.scheduler.check_integrity()
 
 
+class Nosy:
+    """Chooses by the tokens that were dropped behind the last rejection."""
+
+    def __init__(self, choices: tuple[DecodingParams, ...]) -> None:
+        self._choices = choices
+        self.dropped: dict[str, tuple[int, ...]] = {}
+
+    def choose(self, sequence: Sequence) -> DecodingParams:
+        dropped = self.dropped.get(sequence.id, ())
+        return self._choices[sum(dropped) % len(self._choices)]
+
+    def add(self, sequence: Sequence, model: int, accepted: float) -> None:
+        """Learns nothing."""
+
+    def lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
+        return 0
+
+
+@pytest.mark.parametrize("is_fresh", [True, False])
+def test_law_where_choices_depend_on_dropped_proposals(
+    is_fresh: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fresh randomness after a rejection is what keeps it: with the same again, it is biased."""
+    lms = [TableLM(seed=11 + k) for k in range(2)]
+    choices = tuple(make_decoding("speculative", WEIGHTED, gamma) for gamma in (2, 3, 4))
+    plain = make_decoding("standard", WEIGHTED)
+    chooser = Nosy((choices[2], plain, choices[0]))
+    recover = Sequence.recover
+
+    def note(sequence: Sequence, token_id: int) -> None:
+        chooser.dropped[sequence.id] = tuple(sequence.token_ids[sequence.num_verified + 1 :])
+        recover(sequence, token_id)
+
+    monkeypatch.setattr(Sequence, "recover", note)
+    if not is_fresh:
+        monkeypatch.setattr(advance, "round_seed", lambda seed, num_rejections: seed)
+    engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, max_gamma=4)
+    engine._strategies.chooser = chooser
+    params = [SamplingParams(max_tokens=4, seed=s) for s in range(2000)]
+    samples = decode(engine, PROMPT, params, auto(WEIGHTED))
+    z = chi_square_z(samples, exact_law(lms, WEIGHTED, params[0], PROMPT))
+    assert (z < Z_LIMIT) == is_fresh
+
+
 @pytest.mark.parametrize("by_history", [False, True])
 def test_law_of_each_sequence_that_enters_and_leaves_shared_coins(by_history: bool) -> None:
     """One of each batch is sampled; the others keep the stream of coins busy."""
@@ -159,6 +204,21 @@ def controller(costs: CostTable) -> Controller:
     return Controller(costs, Strategies(SharedCoins(0)), max_gamma=8)
 
 
+def show(costs: CostTable, subject: Controller, model: int, sequences: list[Sequence]) -> None:
+    """A step of the way that is chosen, which takes what was timed."""
+    batch = len(sequences)
+    chosen = subject.choose(sequences[0])
+    for sequence in sequences:
+        sequence.schedule = chosen
+    most = 1 if chosen.strategy == "standard" else 1 + max(chosen.gamma)
+    for tokens in range(1, 1 + most):
+        seconds = costs._timed(model, batch, tokens)
+        stats = StepStats(model, batch, batch, batch * tokens, forward_seconds=seconds)
+        stats.step_seconds = seconds
+        costs.observe(stats)
+        subject.observe(stats, sequences, batch)
+
+
 def best(costs: CostTable, decoding: DecodingParams, acceptance: float, batch: int) -> str:
     """What is chosen once the acceptance of both models is known."""
     subject = controller(costs)
@@ -169,8 +229,8 @@ def best(costs: CostTable, decoding: DecodingParams, acceptance: float, batch: i
     for _ in range(300):
         for model in (0, 1):
             subject.add(sequences[0], model, float(rng.random() < acceptance))
-    for _ in range(40):
-        subject.observe(StepStats(0, batch, batch, batch), sequences, batch)
+    for step in range(200):
+        show(costs, subject, step % 2, sequences)
     chosen = subject.choose(sequences[0])
     return f"{chosen.strategy}-{chosen.gamma[0]}"
 
@@ -202,20 +262,24 @@ def test_a_fixed_part_stays_fixed() -> None:
 
 
 def test_what_turns_out_slower_than_predicted_is_left() -> None:
+    """More steps than the profile has, say, because the batch splits."""
     costs = make_costs((0.03, 0, 0), (0.3, 0, 0))
     subject = controller(costs)
     sequence = Sequence.start("s", [1], SamplingParams(), auto(CONTRASTIVE))
-    assert subject.choose(sequence).strategy != "standard"
     taken = []
     for _ in range(2400):
         chosen = subject.choose(sequence)
         sequence.schedule = chosen
-        seconds = 0.33 if chosen.strategy == "standard" else 0.48
-        stats = StepStats(1, 1, 1, 1, step_seconds=seconds)
-        stats.deliveries = [Delivery(chosen, 1, has_first=False)]
-        subject.observe(stats, [sequence], 1)
+        # As many forwards as standard decoding for a token, and some more of the first model.
+        has_more = chosen.strategy != "standard"
+        for model, seconds in ((0, 0.03), (1, 0.3), *[(0, 0.03)] * 5 * has_more):
+            stats = StepStats(model, 1, 1, 1, forward_seconds=seconds, step_seconds=seconds)
+            if model:
+                stats.deliveries = [Delivery(chosen, 1, has_first=False)]
+            costs.observe(stats)
+            subject.observe(stats, [sequence], 1)
         taken.append(chosen.strategy)
-    assert taken[500] == "standard"
+    assert set(taken[:200]) > {"standard"}
     late = taken[600:]
     assert 0 < sum(strategy != "standard" for strategy in late) < 0.15 * len(late), "it looks again"
 

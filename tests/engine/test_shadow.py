@@ -215,14 +215,15 @@ def test_a_window_that_cannot_measure_is_given_up() -> None:
 def test_windows_show_the_cost_table_forwards_of_one_token() -> None:
     """Under cos the expert scores several tokens at once, and what one takes would be a guess."""
     wrong = Timings(
-        (1,), ((PROPOSER,), (EXPERT * 1.25,)), (0.0,), (0.0,), 2, ({}, {(1, 1): 1.25, (1, 3): 1.25})
+        (1,), ((PROPOSER,), (EXPERT * 1.5,)), (0.0,), (0.0,), 2, ({}, {(1, 1): 1.5, (1, 3): 1.6})
     )
     errors = []
-    for every_seconds in (None, 8.0):
+    for every_seconds in (None, 2.0):
         engine = timed_engine([], every_seconds=every_seconds)
         engine.costs = costs = CostTable(wrong)
-        run(engine, texts(make_decoding("speculative", CONTRASTIVE, 2), 1, max_tokens=60))
-        errors.append(abs(costs.token_seconds((0, 1), 1) / (PROPOSER + EXPERT) - 1))
+        run(engine, texts(make_decoding("speculative", CONTRASTIVE, 2), 1, max_tokens=200))
+        more = costs.forward_seconds(1, 1, 3) / costs.forward_seconds(1, 1, 1)
+        errors.append(abs(more / (1 + 2 * MORE / EXPERT) - 1))
     assert errors[1] < 0.5 * errors[0]
 
 
