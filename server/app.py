@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import secrets
 import threading
 import time
@@ -175,6 +176,8 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     Raises:
         ConfigError: they cannot be loaded, or do not fit together.
     """
+    # The library's pool would let one long text, alone in its batch, keep short ones waiting.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # Here, because it imports transformers: seconds that a client of the port need not wait.
     from server.runner.loader import load_models
 
@@ -257,7 +260,9 @@ def _grammars(tokenizer: Serialisable, vocab_size: int, eos: frozenset[int]) -> 
         size = max(vocab_size, tokenizer.get_vocab_size())
         return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=eos_token_ids)
 
-    return Grammars(make_tokenizer, eos, vocab_size)
+    grammars = Grammars(make_tokenizer, eos, vocab_size)
+    grammars.prepare()
+    return grammars
 
 
 def _chat_template(tokenizer: TemplatedTokenizer) -> ChatTemplate | None:

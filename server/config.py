@@ -57,7 +57,8 @@ class WeightedConfig(Section):
 
     method: Literal["weighted"]
     weights: tuple[Finite, ...] = Field(
-        description="One weight for each model, none negative, summing to 1."
+        fail_fast=True,
+        description="One weight for each model, none negative, summing to 1.",
     )
 
 
@@ -79,7 +80,8 @@ class LinearConfig(Section):
 
     method: Literal["linear"]
     weights: tuple[Finite, ...] = Field(
-        description="One weight for each model; negative ones contrast."
+        fail_fast=True,
+        description="One weight for each model; negative ones contrast.",
     )
 
 

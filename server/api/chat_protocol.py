@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, St
 
 from server.api.protocol import (
     Body,
+    Entries,
     Finite,
     GenerationRequest,
+    Items,
     PromptLogprobs,
     ReplyBody,
     TokenProvenance,
@@ -38,7 +40,7 @@ def _content_kind(content: object) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("string")] | Annotated[list[TextPart], Tag("parts")],
+    Annotated[str, Tag("string")] | Annotated[Items[TextPart], Tag("parts")],
     Discriminator(
         _content_kind,
         custom_error_type="content_type",
@@ -89,7 +91,7 @@ class Message(Body):
         None, description="Text; parts are joined by line breaks. null only beside tool_calls."
     )
     name: str | None = Field(None, description="Of the speaker, for templates that read it.")
-    tool_calls: list[ToolCall] | None = Field(
+    tool_calls: Items[ToolCall] | None = Field(
         None, max_length=128, description="For templates that read them."
     )
     tool_call_id: str | None = Field(None, description="Of the call that this message answers.")
@@ -108,17 +110,17 @@ class Conversation(Body):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
-    messages: list[Message] = Field(min_length=1, description="The conversation so far.")
+    messages: Items[Message] = Field(min_length=1, description="The conversation so far.")
     add_generation_prompt: bool | None = Field(
         None, description="Open the reply's turn; true if null, unless the last one is continued."
     )
     continue_final_message: bool | None = Field(
         None, description="Leave the last message's turn open; not with add_generation_prompt."
     )
-    chat_template_kwargs: dict[str, Scalar] | None = Field(
+    chat_template_kwargs: Entries[Scalar] | None = Field(
         None, description="Variables that the chat template reads; plain values only."
     )
-    tools: list[Tool] | None = Field(
+    tools: Items[Tool] | None = Field(
         None, description="For templates that read them; calls come back as text."
     )
     tool_choice: ToolChoice | None = Field(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Row
 from functools import lru_cache
 from typing import Protocol
 
@@ -24,11 +24,17 @@ class Encoding(Protocol):
 class Tokenizer(Protocol):
     """The part of `tokenizers.Tokenizer` that is needed here; safe to use from many threads."""
 
-    def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding: ...
+    def encode_batch_fast(
+        self, input: list[str], *, add_special_tokens: bool = True
+    ) -> Row[Encoding]: ...
 
     def get_vocab_size(self) -> int: ...
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str: ...
+
+    def decode_batch(
+        self, sequences: list[list[int]], skip_special_tokens: bool = True
+    ) -> list[str]: ...
 
     def id_to_token(self, id: int) -> str | None: ...
 
@@ -50,19 +56,25 @@ class Codec:
         self._tokenizer = tokenizer
         # Decoded after some other token, a token keeps the leading space that decoders of the
         # sentencepiece family drop at the start of a text.
-        self._anchor = tokenizer.encode("a", add_special_tokens=False).ids[-1:]
+        self._anchor = self.encode("a", False)[-1:]
         self._anchor_text = self.decode(self._anchor)
         self.token_text = lru_cache(maxsize=65536)(self._token_text)
 
     def encode(self, text: str, add_special_tokens: bool, param: str = "prompt") -> list[int]:
         """Slow for long texts: not for the event loop."""
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # As a batch of one: only so does the library let other threads run meanwhile.
+            [encoding] = self._tokenizer.encode_batch_fast(
+                [text], add_special_tokens=add_special_tokens
+            )
+            return encoding.ids
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"{param} is not valid Unicode text", param=param) from error
 
     def check_ids(self, ids: list[int], param: str) -> None:
         """Raises RequestError for the first id that is not in the shared vocabulary."""
+        if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):
+            return
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
                 raise RequestError(
@@ -92,7 +104,9 @@ class Codec:
         return self.decode([*self._anchor, token_id])[len(self._anchor_text) :]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Slow for long texts; as `encode`, it lets other threads run."""
+        [text] = self._tokenizer.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return text
 
 
 @lru_cache(maxsize=1)

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from server.api.protocol import (
     GenerationRequest,
+    Items,
     PromptLogprobs,
     ReplyBody,
     TokenProvenance,
@@ -17,7 +18,7 @@ from server.api.protocol import (
 DEFAULT_MAX_TOKENS = 16
 
 Prompt = Annotated[
-    str | list[str] | list[int] | list[list[int]],
+    str | Items[str] | Items[int] | Items[Items[int]],
     any_of(
         "a string, a list of strings, a list of token ids or a list of such lists; "
         "token ids are integers"

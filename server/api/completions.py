@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence as Row
 
 from fastapi import APIRouter, Request, Response
-from starlette.concurrency import run_in_threadpool
 
 from server.api.completion_protocol import Completion, CompletionChoice, CompletionRequest, Logprobs
 from server.api.errors import ERROR_RESPONSES
@@ -124,7 +123,7 @@ async def _token_ids(request: CompletionRequest, service: Service) -> list[list[
         return [codec.encode(text, adds_special) if text else [] for text in texts]
 
     if texts:
-        return await run_in_threadpool(encode)
+        return await service.encode(encode, sum(map(len, texts)))
     given = [each for each in prompts if isinstance(each, list)]
     ids = [[token_id for token_id in each if isinstance(token_id, int)] for each in given]
     for each in ids:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from anyio import fail_after, to_thread
 from jinja2 import TemplateError
-from starlette.concurrency import run_in_threadpool
 
 from server.api.chat_protocol import Conversation, Scalar
 from server.api.chat_template import ChatTemplate, Turns
@@ -79,7 +78,7 @@ async def conversation_ids(conversation: Conversation, service: Service) -> list
     text = await _render_in_time(turns, template, service)
     check_chars(len(text), http, "messages")
     adds_special = conversation.add_special_tokens is True  # templates write them themselves
-    return await run_in_threadpool(codec.encode, text, adds_special, "messages")
+    return await service.encode(partial(codec.encode, text, adds_special, "messages"), len(text))
 
 
 async def _render_in_time(turns: Turns, template: ChatTemplate, service: Service) -> str:

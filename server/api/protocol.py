@@ -9,12 +9,26 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, WrapValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WrapValidator,
+)
 
 from server.config import CombinationConfig, StrategyName
 from server.core.provenance import TokenOutcome
+
+T = TypeVar("T")
+
+# Both keep a large and wrong body from costing everyone seconds: pydantic would describe each
+# wrong item of it, on the event loop. The first one is enough, and so many entries are.
+Items = Annotated[list[T], Field(fail_fast=True)]
+_MOST_ENTRIES = 1 << 14
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _LOWEST_TEMPERATURE = 1e-5
@@ -33,11 +47,18 @@ def any_of(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
+def _check_size(value: object) -> object:
+    if isinstance(value, dict) and len(value) > _MOST_ENTRIES:
+        raise ValueError(f"Input should have at most {_MOST_ENTRIES} entries")
+    return value
+
+
+Entries = Annotated[dict[str, T], BeforeValidator(_check_size)]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")]
-Stop = Annotated[str | list[str] | None, any_of("a string or a list of strings")]
+Stop = Annotated[str | Items[str] | None, any_of("a string or a list of strings")]
 Gamma = Annotated[
-    Literal["auto"] | Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=1)]] | None,
+    Literal["auto"] | Annotated[int, Field(ge=1)] | Items[Annotated[int, Field(ge=1)]] | None,
     any_of('a positive integer, a list of one for each model, or "auto"'),
 ]
 
@@ -115,7 +136,7 @@ class StructuredOutputs(Body):
     json_: Schema | None = Field(None, alias="json", description="A JSON schema.")
     json_object: bool | None = Field(None, description="Any JSON object.")
     regex: str | None = Field(None, description="A regular expression for the whole text.")
-    choice: list[str] | None = Field(None, min_length=1, description="One of these texts.")
+    choice: Items[str] | None = Field(None, min_length=1, description="One of these texts.")
     grammar: str | None = Field(None, description="A grammar in llguidance's dialect of Lark.")
 
 
@@ -140,21 +161,21 @@ class GenerationRequest(Body):
     repetition_penalty: Finite | None = Field(
         None, ge=0.01, le=100, description="Over prompt and generated tokens; 1 is none."
     )
-    logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = Field(
+    logit_bias: Entries[Annotated[Finite, Field(ge=-100, le=100)]] | None = Field(
         None, description="Token id to bias."
     )
-    allowed_token_ids: list[int] | None = Field(None, description="Only these are generated.")
+    allowed_token_ids: Items[int] | None = Field(None, description="Only these are generated.")
     response_format: ResponseFormat | None = Field(None, description="The form of the text.")
     structured_outputs: StructuredOutputs | None = Field(None, description="The same, more forms.")
     guided_json: Schema | None = Field(None, description="structured_outputs.json.")
     guided_regex: str | None = Field(None, description="structured_outputs.regex.")
-    guided_choice: list[str] | None = Field(
+    guided_choice: Items[str] | None = Field(
         None, min_length=1, description="structured_outputs.choice."
     )
     guided_grammar: str | None = Field(None, description="structured_outputs.grammar.")
-    bad_words: list[str] | None = Field(None, description="Texts that are never completed.")
+    bad_words: Items[str] | None = Field(None, description="Texts that are never completed.")
     stop: Stop = Field(None, description="Strings that end the text.")
-    stop_token_ids: list[int] | None = Field(None, description="Tokens that end the text.")
+    stop_token_ids: Items[int] | None = Field(None, description="Tokens that end the text.")
     include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string.")
     ignore_eos: bool | None = Field(None, description="End-of-text tokens do not end the text.")
     skip_special_tokens: bool | None = Field(None, description="Leave them out; true if null.")

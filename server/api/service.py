@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
-from anyio import CapacityLimiter
+from anyio import CapacityLimiter, to_thread
 from fastapi import Request
 
 from server.api.clients import ANONYMOUS, Clients
@@ -20,7 +21,13 @@ from server.metrics import Metrics
 from server.tracing import RequestTracer
 
 _RENDER_THREADS = 4
+# Texts of more characters than this are tokenised so many at a time, and shorter ones beside them:
+# the engine needs its share of the processor meanwhile.
+_LONG_TEXT = 1 << 14
+_ENCODE_THREADS = 2
 _GRAMMAR_THREADS = 2
+
+T = TypeVar("T")
 
 Phase = Literal["loading", "ready", "draining", "failed"]
 
@@ -40,6 +47,7 @@ class Service:
         self.metrics = metrics
         self.tracer = tracer
         self.started_at = int(time.time())
+        self._encode_threads = CapacityLimiter(_ENCODE_THREADS)
         self.render_threads = CapacityLimiter(_RENDER_THREADS)
         self.grammar_threads = CapacityLimiter(_GRAMMAR_THREADS)
         self.grammars: Grammars | None = None
@@ -90,6 +98,11 @@ class Service:
         """Only after `check_ready` has passed."""
         assert self._codec is not None
         return self._codec
+
+    async def encode(self, work: Callable[[], T], num_chars: int) -> T:
+        """`work()`, which tokenises so many characters, off the event loop."""
+        limiter = self._encode_threads if num_chars > _LONG_TEXT else None
+        return await to_thread.run_sync(work, limiter=limiter)
 
     def check_ready(self) -> None:
         """Whether a new request may be served.

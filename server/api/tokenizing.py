@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Request
@@ -13,7 +14,7 @@ from server.api.codec import Codec
 from server.api.conversation import conversation_ids
 from server.api.errors import ERROR_RESPONSES
 from server.api.limits import check_chars
-from server.api.protocol import Body
+from server.api.protocol import Body, Items
 from server.api.route import StrictJsonRoute
 from server.api.service import Service, service_of
 from server.api.unsupported import check_supported
@@ -60,7 +61,7 @@ class DetokenizeRequest(Body):
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
     model: str | None = Field(None, description="The served model's name, or null.")
-    tokens: list[int] = Field(description="Token ids.")
+    tokens: Items[int] = Field(description="Token ids.")
 
 
 class Detokenized(BaseModel):
@@ -103,7 +104,8 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Tokens:
     else:
         check_chars(len(body.prompt), service.config.http, "prompt")
         adds_special = body.add_special_tokens is not False
-        ids = await run_in_threadpool(codec.encode, body.prompt, adds_special)
+        encode = partial(codec.encode, body.prompt, adds_special)
+        ids = await service.encode(encode, len(body.prompt))
     names = await run_in_threadpool(_names, ids, codec) if body.return_token_strs else None
     return Tokens(
         count=len(ids), max_model_len=service.engine.max_length, tokens=ids, token_strs=names

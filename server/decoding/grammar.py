@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence as Row
+from contextlib import suppress
 from functools import lru_cache
 from itertools import takewhile
 from threading import Lock
@@ -124,13 +125,21 @@ class Grammars:
         eos_token_ids: frozenset[int],
         vocab_size: int,
     ) -> None:
-        """`make_tokenizer` is called once, with the sorted end-of-text tokens; it takes seconds."""
+        """`make_tokenizer` is called once, with the sorted end-of-text tokens.
+
+        It takes a second or so, through which no other thread runs.
+        """
         self._make_tokenizer = make_tokenizer
         self._eos = eos_token_ids
         self._vocab_size = vocab_size
         self._lock = Lock()
         self._tokenizer: LLTokenizer | None = None
         self._template = lru_cache(maxsize=32)(self._compile)
+
+    def prepare(self) -> None:
+        """Make the tokenizer now, so that the first request with a grammar stalls no others."""
+        with suppress(GrammarError):  # each request will be told
+            self._get_tokenizer()
 
     def matchers(self, kind: Kind, source: str, count: int) -> list[GrammarMatcher]:
         """`count` matchers of one grammar; slow, and to be called off the event loop.

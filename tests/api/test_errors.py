@@ -17,10 +17,11 @@ from server.core.sequence import Sequence
 from server.engine.scheduler import Scheduler
 from server.errors import EngineDead, EngineDraining, EngineOverloaded, GenerationFailed
 from tests.api.conftest import Live
-from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE, DigitTokenizer
+from tests.support.api import EOS, MAX_LENGTH, MODEL, VOCAB_SIZE, DigitTokenizer
 from tests.support.live_server import wait_until
 
 URL = "/v1/completions"
+MESSAGES = [{"role": "user", "content": "1"}]
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -207,6 +208,44 @@ def test_input_is_not_echoed_at_length(live: Live) -> None:
     message = error_of(live.post(**many))["message"]
     assert message.count(";") <= 2 * MAX_PROBLEMS
     assert len(message) < MAX_PROBLEMS * (2 * MAX_INPUT_CHARS + 200)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "named"),
+    [
+        ("/v1/chat/completions", {"messages": [1] * 5000}, "messages.0"),
+        ("/v1/chat/completions", {"messages": [{}] * 5000}, "messages.0.role"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": [1] * 5000}]},
+            "messages.0.content.0",
+        ),
+        ("/v1/chat/completions", {"messages": MESSAGES, "tools": [1] * 5000}, "tools.0"),
+        (
+            "/v1/chat/completions",
+            {"messages": MESSAGES, "chat_template_kwargs": {str(i): [] for i in range(20_000)}},
+            "chat_template_kwargs",
+        ),
+        ("/v1/completions", {"prompt": [["a"]] * 5000}, "prompt"),
+        ("/v1/completions", {"stop_token_ids": ["a"] * 5000}, "stop_token_ids.0"),
+        ("/v1/completions", {"bad_words": [1] * 5000}, "bad_words.0"),
+        ("/v1/completions", {"logit_bias": dict.fromkeys(map(str, range(20_000)))}, "logit_bias"),
+        (
+            "/v1/completions",
+            {"cos": {"combination": {"method": "weighted", "weights": ["a"] * 5000}}},
+            "cos.combination.weights.0",
+        ),
+        ("/detokenize", {"tokens": ["a"] * 5000}, "tokens.0"),
+    ],
+)
+def test_thousands_of_problems_are_told_by_the_first(
+    live: Live, path: str, body: dict[str, Any], named: str
+) -> None:
+    """Describing each of them would hold everybody up for seconds."""
+    response = live.http.post(path, json={"model": MODEL, "prompt": "1", **body})
+    error = error_of(response)
+    assert (response.status_code, error["param"]) == (400, named)
+    assert ".1" not in error["message"]
 
 
 def test_context_length(live: Live) -> None:

@@ -6,6 +6,9 @@ import json
 import math
 import random
 import re
+import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from tests.engine.test_exactness import COMBINATIONS, MIXTURES, SCHEDULES, Z_LIM
 from tests.support.engines import generated, make_decoding, make_engine, run
 from tests.support.exact import Law, chi_square_z, softmax
 from tests.support.table_lm import TableLM
+from tests.support.tiny_models import make_tokenizer
 
 TOKENS = ["a", "b", "ab", "c", ""]  # the last one ends the text
 EOS = 4
@@ -221,6 +225,86 @@ def test_the_end_of_text_is_needed() -> None:
 def test_what_is_no_grammar_is_refused(kind: Kind, source: str, words: str) -> None:
     with pytest.raises(GrammarError, match=re.escape(words)):
         GRAMMARS.matchers(kind, source, 1)
+
+
+_LETTERS = "abcdefghijklmnop"
+_HOSTILE: list[tuple[Kind, str]] = [
+    ("regex", "(a|b)*a(a|b){18}"),
+    ("regex", "(.|\\n)*a(.|\\n){40}"),
+    ("regex", "((a{1,30}){1,30}){1,30}"),
+    ("regex", "[^a]{1,5000}[^b]{1,5000}[^c]{1,5000}"),
+    ("regex", "(a?){3000}a{3000}"),
+    ("regex", "|".join(f".*{a}.{{{n}}}.*" for n, a in enumerate(_LETTERS * 8))),
+    ("lark", "start: A\nA: /(.*a.{12})/ & /(.*b.{13})/ & /(.*c.{14})/ & /(.*d.{15})/"),
+    ("lark", "start: A\nA: ~/(.*a.{15}b.*)/ & /(.*c.{17})/"),
+    ("lark", 'start: x\nx: x x x | /[a-z]+/ | /[a-z]*b/ | ""'),
+    (
+        "lark",
+        "start: a0\n"
+        + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(200))
+        + 'a200: "x" | ""',
+    ),
+    (
+        "json",
+        json.dumps(
+            {"allOf": [{"type": "string", "pattern": f".*{c}.{{10}}.*"} for c in _LETTERS[:12]]}
+        ),
+    ),
+    (
+        "json",
+        json.dumps(
+            {
+                "type": "object",
+                "properties": {
+                    f"p{i}": {"type": "string", "pattern": ".*a.{20}b"} for i in range(900)
+                },
+            }
+        ),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def byte_grammars() -> Grammars:
+    tokenizer = make_tokenizer()
+    serialised, size = tokenizer.backend_tokenizer.to_str(), len(tokenizer)
+    eos = frozenset({int(tokenizer.eos_token_id)})
+    return Grammars(lambda ends: LLTokenizer(serialised, n_vocab=size, eos_token=ends), eos, size)
+
+
+@pytest.mark.parametrize(("kind", "source"), _HOSTILE)
+def test_hostile_grammars_cost_little(byte_grammars: Grammars, kind: Kind, source: str) -> None:
+    """Refused or followed, by the processor's clock, and no step of others waits long for one."""
+    rng, made = random.Random(0), list[int]()
+    started = time.thread_time()
+    with suppress(GrammarError):
+        [matcher] = byte_grammars.matchers(kind, source, 1)
+        assert time.thread_time() - started < 10
+        while matcher.error is None and matcher.end(made) is None and len(made) < 30:
+            started = time.thread_time()
+            mask = np.frombuffer(matcher.mask(made), np.uint8)
+            assert time.thread_time() - started < 1
+            if matcher.error is None:
+                ids = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+                made.append(int(rng.choice(ids)))
+    assert time.thread_time() - started < 10
+
+
+def test_others_run_while_a_grammar_is_read(byte_grammars: Grammars) -> None:
+    parts = [{"type": "string", "pattern": f".*{c}.{{9}}.*"} for c in _LETTERS[:13]]
+    ticks = 0
+
+    def read() -> None:
+        with suppress(GrammarError):
+            byte_grammars.matchers("json", json.dumps({"allOf": parts}), 1)
+
+    byte_grammars.prepare()
+    thread = threading.Thread(target=read)
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        ticks += 1
+    assert ticks >= 5
 
 
 def test_choices_are_taken_literally() -> None:

@@ -47,6 +47,16 @@ class DigitTokenizer(DigitDecoder):
     def encode(self, sequence: str, *, add_special_tokens: bool = True) -> Encoding:
         return Encoding([int(character, 36) for character in sequence if character != " "])
 
+    def encode_batch_fast(
+        self, input: list[str], *, add_special_tokens: bool = True
+    ) -> list[Encoding]:
+        return [self.encode(each, add_special_tokens=add_special_tokens) for each in input]
+
+    def decode_batch(
+        self, sequences: list[list[int]], skip_special_tokens: bool = True
+    ) -> list[str]:
+        return [self.decode(each, skip_special_tokens) for each in sequences]
+
     def get_vocab_size(self) -> int:
         return VOCAB_SIZE
 
