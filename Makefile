@@ -47,7 +47,7 @@ audit: $(VENV)/.dev ## Ask the package index for known vulnerabilities of the pi
 	$(BIN)/python -m scripts.audit
 
 test: $(VENV)/.dev ## Run the tests (ARGS are pytest's)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 serve: $(VENV)/.runtime $(MODELS) ## Build the default models and serve CONFIG on 127.0.0.1:8000
 	$(BIN)/cos-server serve --config $(CONFIG)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from server import __version__
 from server.__main__ import main
+from tests.support.tiny_models import make_pair
 
 CONFIG = {
     "served_model_name": "test",
@@ -75,6 +79,59 @@ def test_models_that_cannot_be_loaded_are_code_2(
 ) -> None:
     assert main([*command, "--config", str(config)]) == 2
     assert "no/such/a" in error_line(capsys)
+
+
+def _truncate(path: Path) -> None:
+    weights = path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:20_000])
+
+
+def _narrow(path: Path) -> None:
+    weights = load_file(path / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    weights[name] = weights[name][:-1].clone()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def _pickle(path: Path) -> None:
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
+    (path / "model.safetensors").unlink()
+
+
+def _forget_tokenizer(path: Path) -> None:
+    (path / "tokenizer.json").unlink()
+
+
+def _rename_token(path: Path) -> None:
+    vocabulary = path / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace("<|im_start|>", "<|begin|>"))
+
+
+@pytest.mark.parametrize("command", [["check", "--load"], ["serve"]])
+@pytest.mark.parametrize(
+    ("spoil", "named"),
+    [
+        (_truncate, "b: cannot read weights"),
+        (_narrow, "model.layers.0.mlp.up_proj.weight"),
+        (_pickle, "has only pickled weights"),
+        (_forget_tokenizer, "has no tokenizer"),
+        (_rename_token, "a and b do not share a vocabulary"),
+    ],
+)
+def test_models_that_are_spoilt_are_code_2(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: list[str],
+    spoil: Callable[[Path], None],
+    named: str,
+) -> None:
+    paths = make_pair(tmp_path / "models")
+    spoil(paths[1])
+    models = [{"name": n, "path": str(path)} for n, path in zip("ab", paths, strict=True)]
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump({**CONFIG, "models": models}))
+    assert main([*command, "--config", str(config)]) == 2
+    assert named in error_line(capsys)
 
 
 def test_a_missing_file_is_code_2(capsys: pytest.CaptureFixture[str]) -> None:

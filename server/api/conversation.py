@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 
 from server.api.chat_protocol import Conversation, Scalar
 from server.api.chat_template import ChatTemplate, Turns
+from server.api.interruptible import Interruptible
 from server.api.limits import check_chars
 from server.api.service import Service
 from server.api.tools import check_tools, offered_tools, template_message
@@ -82,21 +83,24 @@ async def conversation_ids(conversation: Conversation, service: Service) -> list
 
 
 async def _render_in_time(turns: Turns, template: ChatTemplate, service: Service) -> str:
-    """Rendered in a thread, of which there are a few; one that is given up holds its place.
-
-    A thread cannot be ended from outside: what bounds a template's work in the end is the size of
-    what it renders. The limit keeps the client, and all who share the threads, from waiting on it.
-    """
+    """Rendered in a thread, of which there are a few; the limit of time ends it."""
     seconds = service.config.http.template_seconds
+    work = Interruptible()
     try:
         with fail_after(seconds):
             return await to_thread.run_sync(
-                _render, turns, template, abandon_on_cancel=True, limiter=service.render_threads
+                work.run,
+                partial(_render, turns, template),
+                abandon_on_cancel=True,
+                limiter=service.render_threads,
             )
     except TimeoutError as error:
         raise RequestError(
             f"messages: the chat template took longer than {seconds:g} s", param="messages"
         ) from error
+    finally:
+        # Also where the client has gone; nothing to do where it has come to its end.
+        work.interrupt()
 
 
 def _check(conversation: Conversation, template: ChatTemplate | None) -> ChatTemplate:

@@ -26,6 +26,40 @@ def faults(figures: dict[str, Any], max_growth: float = MAX_GROWTH) -> list[str]
     return wrong
 
 
+def table(figures: dict[str, Any]) -> str:
+    """What docs/reliability.md says of a soak, as Markdown."""
+    memory, machine = figures["memory"], figures["machine"]
+    load = ", ".join(f"{each:.1f}" for each in machine["load_average"])
+    rows: list[tuple[str, object]] = [
+        ("machine", f"{machine['cores']} cores of {machine['cpu']}; load average {load}"),
+        ("seconds, clients", f"{figures['seconds']:g}, {figures['clients']}"),
+        *figures["requests"].items(),
+        (
+            "tokens generated, preemptions",
+            f"{figures['generated_tokens']:g}, {figures['preemptions']:g}",
+        ),
+        (
+            "resident memory after the warm-up, at the end",
+            f"{memory['resident_mib_after_warm_up']} MiB, {memory['resident_mib_at_the_end']} MiB "
+            f"({memory['growth']:+.1%})",
+        ),
+        ("answers 5xx under load", figures["http_5xx"]),
+        (
+            "pages in use, engine faults, tracebacks at the end",
+            f"{figures['pages_used_at_the_end']:g}, {figures['engine_faults']:g}, "
+            f"{figures['tracebacks_in_the_log']}",
+        ),
+        *(
+            (
+                f"{name}: p50, p99, longest of {times['count']}",
+                f"{times['p50_ms']} ms, {times['p99_ms']} ms, {times['max_ms']} ms",
+            )
+            for name, times in figures["probes"].items()
+        ),
+    ]
+    return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.soak", description=__doc__)
     parser.add_argument("--seconds", type=float, default=1200, help="of load (%(default)s)")
@@ -45,7 +79,7 @@ def main() -> int:
     text = json.dumps(figures, indent=2, ensure_ascii=False)
     if options.out is not None:
         options.out.write_text(text + "\n", encoding="utf-8")
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(text + "\n\n" + table(figures) + "\n")
     for line in (wrong := faults(figures)):
         sys.stderr.write(f"soak: {line}\n")
     return 1 if wrong else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from server.bench.machine import describe_machine, describe_versions, git_hash
 from tests.soak.client import Corrupt, Texts, finish, leave, refuse
 from tests.soak.server import Server
 from tests.soak.workload import Job, make_pool
@@ -51,6 +53,7 @@ def soak(
     """Run the load; returns its figures, in which `problems` must be empty."""
     pool = make_pool(pool_size, random.Random(seed))
     findings = Findings()
+    starting = _answers(server)
     started = time.monotonic()
     alone = asyncio.run(_all_alone(server.url, pool))
     reference_seconds = time.monotonic() - started
@@ -58,6 +61,9 @@ def soak(
         asyncio.run(_load(server, pool, alone, findings, seconds, num_clients, seed))
     wait_until(lambda: _num_held(server) == 0, 60)
     return {
+        "machine": {**describe_machine(), "load_average": os.getloadavg()},
+        "versions": describe_versions(),
+        "commit": git_hash(),
         "seconds": seconds,
         "clients": num_clients,
         "distinct_requests": pool_size,
@@ -66,7 +72,7 @@ def soak(
         "problems": findings.problems,
         "memory": _memory(findings.memory, seconds),
         "probes": {path: _quantiles(times) for path, times in findings.probes.items()},
-        **_server_figures(server),
+        **_server_figures(server, starting),
     }
 
 
@@ -95,7 +101,10 @@ async def _load(
 
     async def client(index: int) -> None:
         rng = random.Random(f"{seed} {index}")
-        async with httpx.AsyncClient(base_url=server.url, timeout=300, limits=limits) as http:
+        # Plain HTTP: reading certificates for each of them would take the load its first seconds.
+        async with httpx.AsyncClient(
+            base_url=server.url, timeout=300, limits=limits, verify=False
+        ) as http:
             while time.monotonic() - started < seconds:
                 await _one(http, pool, alone, findings, rng)
 
@@ -160,7 +169,7 @@ def _num_held(server: Server) -> float:
 
 def _memory(samples: Sequence[tuple[float, int]], seconds: float) -> dict[str, Any]:
     """Growth from the first tenth after the warm-up to the last tenth."""
-    warm = [size for now, size in samples if now >= _WARM_UP * seconds]
+    warm = [size for now, size in samples if now >= _WARM_UP * seconds] or [samples[-1][1]]
     tenth = max(1, len(warm) // 10)
     first, last = mean(warm[:tenth]), mean(warm[-tenth:])
     return {
@@ -179,21 +188,31 @@ def _quantiles(times: Sequence[float]) -> dict[str, float]:
     return {"count": len(ordered), "p50_ms": at(0.5), "p99_ms": at(0.99), "max_ms": at(1)}
 
 
-def _server_figures(server: Server) -> dict[str, Any]:
+def _answers(server: Server) -> Counter[tuple[str, str]]:
+    """HTTP requests by route and status since the server's start."""
+    answers: Counter[tuple[str, str]] = Counter()
+    for labels, count in server.scrape().samples.get("cos_http_requests_total", {}).items():
+        by_name = dict(labels)
+        answers[by_name["route"], by_name["status"]] += int(count)
+    return answers
+
+
+def _server_figures(server: Server, starting: Counter[tuple[str, str]]) -> dict[str, Any]:
+    """The server's own, those of requests without what it answered before it was ready."""
     scrape = server.scrape()
     log = server.log.read_text(encoding="utf-8", errors="replace")
-    answers = scrape.samples["cos_http_requests_total"]
-    # The soak itself asks /ready until the models are loaded.
-    errors = [
-        count
-        for labels, count in answers.items()
-        if dict(labels)["status"].startswith("5") and dict(labels)["route"] != "/ready"
-    ]
+    answers = _answers(server) - starting
     return {
-        "http_5xx": sum(errors),
+        "answers_before_the_load": _named(starting),
+        "answers": _named(answers),
+        "http_5xx": sum(count for (_, status), count in answers.items() if status[0] == "5"),
         "engine_faults": scrape.total("cos_engine_faults_total"),
         "preemptions": scrape.total("cos_preemptions_total"),
         "generated_tokens": scrape.total("cos_generated_tokens_total"),
         "pages_used_at_the_end": scrape.total("cos_kv_pages_used"),
         "tracebacks_in_the_log": log.count("Traceback"),
     }
+
+
+def _named(answers: Counter[tuple[str, str]]) -> dict[str, int]:
+    return {f"{route} {status}": count for (route, status), count in sorted(answers.items())}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.soak.__main__ import faults
+from tests.soak.__main__ import faults, table
 from tests.soak.server import serve
 from tests.soak.soak import soak
 
-_SECONDS = 45.0  # twice that, with the texts to compare with and the start of the server
+_SECONDS = 120.0  # of load; besides, the texts to compare with and the start of the server
 
 
 def test_nothing_is_lost_or_mixed_up_under_overload(tmp_path: Path) -> None:
@@ -20,3 +20,8 @@ def test_nothing_is_lost_or_mixed_up_under_overload(tmp_path: Path) -> None:
     assert figures["requests"]["finished, as alone"] >= 5
     for kind in ("left by the client", "invalid, refused", "429"):
         assert figures["requests"][kind] > 0, kind
+    # The probes' own process, and one that answers at once, tell the machine's share of a delay.
+    assert set(figures["probes"]) == {"/health", "/metrics", "control"}
+    assert all(times["count"] > 0 for times in figures["probes"].values())
+    assert set(figures["answers_before_the_load"]) <= {"/ready 200", "/ready 503"}
+    assert "finished, as alone" in table(figures)
