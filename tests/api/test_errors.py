@@ -75,6 +75,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"repetition_penalty": 1e-300}, "repetition_penalty"),
         ({"logprobs": 21}, "logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 21}, "prompt_logprobs"),
         ({"logprobs": "all"}, "logprobs"),
         ({"seed": 2**63}, "seed"),
         ({"seed": -(2**63) - 1}, "seed"),
