@@ -221,6 +221,18 @@ class EngineConfig(Section):
         description="Capture decoding steps as CUDA graphs: auto does on a GPU with Triton; static "
         "pads steps as for capturing and runs them as they are, to find faults.",
     )
+    compile: Literal["off", "layers"] = Field(
+        "off",
+        description="layers: let torch.compile join the small operations of Llama-shaped models' "
+        "layers, before graphs are captured. Takes some seconds to a minute at start and pays on "
+        "a GPU, if anywhere; 16-bit weights on a CPU are not compiled.",
+    )
+
+    @field_validator("cuda_graphs", "compile", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        """YAML reads a bare `off` as false."""
+        return "off" if value is False else value
 
     @field_validator("kv_memory")
     @classmethod

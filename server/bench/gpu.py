@@ -5,9 +5,9 @@
 In this order, so that what matters most is done if time runs out: the Triton kernels are compared
 with the portable attention, and nothing else happens if they differ; the time of attention;
 forwards of Llama-3.1-8B and Llama-3.2-1B in their published shapes with random weights, by
-transformers, by the forward written out, and as CUDA graphs, against what reading the weights
-takes; their cycles without and with the engine; then the default pair's real texts, where its
-weights are there.
+transformers, by the forward written out, as CUDA graphs, and as those of compiled layers, against
+what reading the weights takes; their cycles without and with the engine; then the default pair's
+real texts, where its weights are there.
 
 Random weights say how long a step takes, nothing about how often a proposal is accepted. Figures
 are written after every part. `--tiny` runs the same on small shapes, on any machine.

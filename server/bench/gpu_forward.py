@@ -11,8 +11,8 @@ from server.bench.gpu_models import Load, Member
 from server.bench.gpu_timing import median_seconds
 from server.runner.base import Batch, ModelRunner
 
-# Tried in this order; the last is what the server runs.
-WAYS = ("transformers", "written out", "graphs")
+# Tried in this order; the server runs graphs, and of compiled layers where that is configured.
+WAYS = ("transformers", "written out", "graphs", "compiled")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def time_forwards(
     capture: bool,
     report: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], ModelRunner]:
-    """Seconds of a forward in each way, and the runner of the last one.
+    """Seconds of a forward in each way, and the runner of the graphs that are not compiled.
 
     Args:
         member: whose weights are taken over.
@@ -63,6 +63,11 @@ def time_forwards(
     graphs = member.graphs(fast, capture)
     graphs.warm_up(report)
     _time(rows, WAYS[2], graphs, load, report)
+    with member.compiled(report) as is_compiled:
+        if is_compiled:
+            compiled = member.graphs(fast, capture)
+            compiled.warm_up(report)
+            _time(rows, WAYS[3], compiled, load, report)
     return rows, graphs
 
 

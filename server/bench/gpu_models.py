@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,6 +130,7 @@ class Member:
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self._model = model.eval().requires_grad_(False)
+        self._body: LlamaBody | None = None
         self.vocab_size: int = config.vocab_size
         self.num_parameters: int = sum(p.numel() for p in self._model.parameters())
         embedding = self._model.get_input_embeddings().weight
@@ -143,7 +147,26 @@ class Member:
     def fast(self) -> TorchRunner:
         """The forward written out, with the kernels; takes the weights over."""
         assert is_llama_shaped(self._model)
-        return self._runner(LlamaBody(self._model, packed=False), self._kernels)
+        self._body = LlamaBody(self._model, packed=False)
+        return self._runner(self._body, self._kernels)
+
+    @contextmanager
+    def compiled(self, report: Callable[[str], None]) -> Iterator[bool]:
+        """Within it the layers of `fast` are compiled; False where they cannot be."""
+        assert self._body is not None
+        started = time.perf_counter()
+        try:
+            self._body.compile_layers()
+        except Exception as error:  # compilers fail in many ways
+            reason = str(error).split("\n")[0]
+            report(f"{self.name}: layers are not compiled: {reason}")
+            yield False
+            return
+        report(f"{self.name}: compiled its layers, {time.perf_counter() - started:.1f} s")
+        try:
+            yield True
+        finally:
+            self._body.drop_compiled()
 
     def graphs(self, runner: TorchRunner, capture: bool) -> GraphRunner:
         """`runner` in padded shapes."""

@@ -29,6 +29,10 @@ _LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj"}
 
+# Rows that compiling is tried with beside a single one: like no size of a model, or the compiler
+# would take the two for one.
+_TRIED_ROWS = 7
+
 Linear = Callable[[Tensor], Tensor]
 Norm = Callable[[Tensor], Tensor]
 
@@ -128,6 +132,31 @@ class LlamaBody:
             x = layer(x, rope, attention, plan.keep if index == last else None)
         return self._norm(x)
 
+    @torch.inference_mode()
+    def compile_layers(self) -> None:
+        """Compile what layers do before and after attention, for any number of rows.
+
+        Raises:
+            Exception: of many kinds, where that cannot be done; nothing is compiled then.
+        """
+        from server.runner.compiled import Compiled  # loads a compiler that few want
+
+        before = Compiled(_Layer.attention_inputs)
+        after = Compiled(_Layer.add_outputs)
+        for layer in self._layers:
+            for num_rows in (_TRIED_ROWS, 1):
+                rope = self._rope(torch.arange(num_rows, device=self._frequencies.device))
+                x = rope[0].new_zeros(num_rows, self.hidden_size)
+                queries, _, _ = before.run(layer, x, *rope)
+                after.run(layer, x, queries.flatten(1).contiguous())
+        for layer in self._layers:
+            layer.before, layer.after = before, after
+
+    def drop_compiled(self) -> None:
+        """Run layers operation by operation again."""
+        for layer in self._layers:
+            layer.before, layer.after = _Layer.attention_inputs, _Layer.add_outputs
+
     def _packed(self, linear: nn.Linear) -> Linear:
         module: nn.Module = pack_linear(linear, self.packing)
         return module.forward
@@ -188,10 +217,17 @@ class _FusedNorm:
 
 
 class _Layer:
-    """One decoder layer; x is [T, hidden]."""
+    """One decoder layer; x is [T, hidden].
+
+    Attributes:
+        before, after: `attention_inputs` and `add_outputs`, or compiled forms of them.
+    """
 
     def __init__(self, index: int, layer: Any, keep: Callable[[nn.Linear], Linear]) -> None:
         attention, mlp = layer.self_attn, layer.mlp
+        self.before: Callable[[_Layer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+        self.after: Callable[[_Layer, Tensor, Tensor], None]
+        self.before, self.after = _Layer.attention_inputs, _Layer.add_outputs
         self._index = index
         self._head_dim: int = attention.head_dim
         num_heads = attention.q_proj.out_features // self._head_dim
@@ -227,18 +263,30 @@ class _Layer:
         keep: Tensor | None,
     ) -> Tensor:
         """Rows `keep` (None: all) of the layer's output; changes `x` in place."""
+        queries, keys, values = self.before(self, x, *rope)
+        attended = attention.attend(self._index, queries, keys, values, self._style)
+        if keep is not None:
+            x, attended = x.index_select(0, keep), attended.index_select(0, keep)
+        if len(x):
+            self.after(self, x, attended.flatten(1).contiguous())
+        return x
+
+    def attention_inputs(
+        self, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, heads, head_dim], keys and values [T, kv_heads, head_dim]."""
         heads = self._qkv(self._attention_norm(x)).view(len(x), -1, self._head_dim)
         rotated, values = heads.split(self._rotated_and_values, 1)
         if self._head_norm is not None:
             rotated = self._head_norm(rotated)
-        queries, keys = _rotate(rotated, *rope).split(self._queries_and_keys, 1)
-        attended = attention.attend(self._index, queries, keys, values, self._style)
-        if keep is not None:
-            x, attended = x.index_select(0, keep), attended.index_select(0, keep)
-        x += self._out(attended.flatten(1))
+        queries, keys = _rotate(rotated, cos, sin).split(self._queries_and_keys, 1)
+        return queries, keys, values
+
+    def add_outputs(self, x: Tensor, attended: Tensor) -> None:
+        """To `x`: what attention found, [T, heads * head_dim], then what the MLP makes of both."""
+        x += self._out(attended)
         gate, up = self._gate_up(self._mlp_norm(x)).split(self._mlp_size, -1)
         x += self._down(F.silu(gate).mul_(up))
-        return x
 
 
 def _window(attention: Any) -> int:

@@ -70,9 +70,8 @@ def load_models(
         check_architecture(source.name, model_config)
     max_length = _max_length(sources, configs, config.engine.max_length)
     tokenizer, vocab_size = _shared_vocabulary(sources, report)
-    attention = config.engine.attention
     loaded = tuple(
-        MemberLoader(source, member, max_length, vocab_size, report, attention).load(fast)
+        MemberLoader(source, member, max_length, vocab_size, report, config.engine).load(fast)
         for source, member in zip(sources, config.models, strict=True)
     )
     _allocate(loaded, config, max_length, report)

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from server.cache.kv_store import KVStore
-from server.config import ModelConfig
+from server.config import EngineConfig, ModelConfig
 from server.errors import ConfigError
 from server.runner import self_check
 from server.runner.architecture import pin_rope
-from server.runner.attention_choice import AttentionName, choose_attention
+from server.runner.attention_choice import choose_attention
 from server.runner.llama_body import LlamaBody, is_llama_shaped
 from server.runner.packed_linear import PackingReport, pack_weights
 from server.runner.shortlist import AUTO, Shortlist, find_shortlist
@@ -32,9 +32,9 @@ class MemberLoader:
         max_length: int,
         vocab_size: int,
         report: Callable[[str], None],
-        attention: AttentionName = "auto",
+        engine: EngineConfig,
     ) -> None:
-        """`report` takes one line for each phase; `attention` is of EngineConfig."""
+        """`report` takes one line for each phase; of `engine`, attention and compile are read."""
         self._source = source
         self._name = member.name
         self._max_length = max_length
@@ -46,9 +46,10 @@ class MemberLoader:
         self._must_shorten = member.shortlist not in (None, AUTO)
         self._packs = member.dtype == "auto" and self._device.type == "cpu"
         self._short = choose_attention(
-            attention, self._device, lambda line: report(f"{member.name}: {line}")
+            engine.attention, self._device, lambda line: report(f"{member.name}: {line}")
         )
-        self._insists = attention == "triton"
+        self._insists = engine.attention == "triton"
+        self._compiles = engine.compile == "layers"
 
     def load(self, fast: bool) -> TorchRunner:
         """A runner that passed the self-check.
@@ -72,6 +73,8 @@ class MemberLoader:
                 model = self._read()  # the first one gave its weights away
         if runner is None:
             runner = self._load_generic(model, reference)
+            if self._compiles:
+                self._report(f"{self._name}: only layers of Llama-shaped models are compiled")
         self._report(f"{self._name}: self-check passed, {time.perf_counter() - started:.1f} s")
         return runner
 
@@ -86,11 +89,27 @@ class MemberLoader:
             self._report(f"{self._name}: falling back to the forward of transformers: {error}")
             return None
         self._report_packing(body.packing)
+        if self._compiles:
+            self._compile(runner, body, reference)
         if self._shortlist is not None:
             runner.deferred = Shortlist(runner, body, self._shortlist)
             count, size = len(self._shortlist), self._vocab_size
             self._report(f"{self._name}: proposes from a shortlist of {count} of {size} tokens")
         return runner
+
+    def _compile(self, runner: TorchRunner, body: LlamaBody, reference: list[Tensor]) -> None:
+        """The layers, unless that fails or gives other logits."""
+        started = time.perf_counter()
+        try:
+            body.compile_layers()
+            _check_anew(runner, reference)
+        except Exception as error:  # compilers fail in many ways
+            body.drop_compiled()
+            reason = str(error).strip().split("\n")[0]
+            self._report(f"{self._name}: layers are not compiled: {reason}")
+            return
+        seconds = time.perf_counter() - started
+        self._report(f"{self._name}: compiled its layers, {seconds:.1f} s")
 
     def _do_without_shortlist(self) -> None:
         if self._shortlist is None:
@@ -124,8 +143,7 @@ class MemberLoader:
                 raise ConfigError(message) from error
             self._report(f"{self._name}: falling back to torch's attention: {reason}")
             runner.drop_kernels()
-            runner.store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
-            self_check.self_check(runner, reference)
+            _check_anew(runner, reference)
 
     def _runner(self, model: PreTrainedModel, body: Body | None, weight_bytes: int) -> TorchRunner:
         store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
@@ -163,6 +181,11 @@ class MemberLoader:
         if self._packs:
             share = packing.packed / max(1, packing.considered)
             self._report(f"{self._name}: {share:.0%} of linear weights kept in 16 bits")
+
+
+def _check_anew(runner: TorchRunner, reference: list[Tensor]) -> None:
+    runner.store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
+    self_check.self_check(runner, reference)
 
 
 def _device(member: ModelConfig) -> torch.device:
