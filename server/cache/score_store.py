@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from server.cache.on_device import tensor_on
+
 
 class ScoreStore:
     """One ring of `capacity` positions per (model, slot), and one wider ring.
@@ -87,13 +89,13 @@ class ScoreStore:
     def write(self, model: int, rows: Sequence[int], logits: Tensor) -> None:
         """Store logits [len(rows), vocab_size] at `rows` (see `index`)."""
         store = self._rows[model]
-        store.index_copy_(0, torch.tensor(rows, device=store.device), logits.to(store.dtype))
+        store.index_copy_(0, tensor_on(store.device, rows), logits.to(store.dtype))
         self._deferred[model].difference_update(rows)
 
     def write_states(self, model: int, rows: Sequence[int], states: Tensor) -> None:
         """Store states [len(rows), state_size]; the scores of these rows are deferred."""
         store = self._states[model]
-        store.index_copy_(0, torch.tensor(rows, device=store.device), states.to(store.dtype))
+        store.index_copy_(0, tensor_on(store.device, rows), states.to(store.dtype))
         self._deferred[model].update(rows)
 
     def deferred(self, model: int, rows: Sequence[int]) -> list[int]:
@@ -103,10 +105,10 @@ class ScoreStore:
     def states(self, model: int, rows: Sequence[int]) -> Tensor:
         """The states last written at `rows`, [len(rows), state_size] in the model's dtype."""
         store = self._states[model]
-        return store.index_select(0, torch.tensor(rows, device=store.device))
+        return store.index_select(0, tensor_on(store.device, rows))
 
     def read(self, model: int, rows: Sequence[int], device: torch.device) -> Tensor:
         """Scores [len(rows), vocab_size] as float32 on `device`."""
         store = self._rows[model]
-        picked = store.index_select(0, torch.tensor(rows, device=store.device))
+        picked = store.index_select(0, tensor_on(store.device, rows))
         return picked.to(device=device, dtype=torch.float32)

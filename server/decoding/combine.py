@@ -87,5 +87,5 @@ def mix_logits(scores: Scores, combination: Combination) -> Tensor:
 def _implausible(scores: Scores, combination: Combination) -> Tensor:
     """Tokens with p(x) < alpha * max p under the reference model, bool [R, V]."""
     logits = scores(combination.reference)
-    alpha = torch.tensor(combination.plausibility, device=logits.device)
+    alpha = torch.tensor(combination.plausibility)  # a number for every device
     return logits < logits.amax(-1, keepdim=True) + alpha.log()

@@ -12,6 +12,8 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from server.cache.on_device import tensor_on
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTOR_1 = 0xBF58476D1CE4E5B9
 _FACTOR_2 = 0x94D049BB133111EB
@@ -55,8 +57,8 @@ def uniforms(
     seeds: Sequence[int], positions: Sequence[int], purpose: Purpose, device: torch.device
 ) -> Tensor:
     """float32 [len(seeds)] in [0, 1 - 2**-24] on `device`."""
-    state = _mix(torch.tensor([_signed(seed) for seed in seeds], device=device))
-    state = _mix(state + torch.tensor(positions, device=device) * _signed(_GOLDEN))
+    state = _mix(tensor_on(device, [_signed(seed) for seed in seeds]))
+    state = _mix(state + tensor_on(device, positions) * _signed(_GOLDEN))
     state = _mix(state + _signed(int(purpose) * _GOLDEN))
     return _shift_right(state, 64 - _BITS).to(torch.float32) * 2.0**-_BITS
 
@@ -72,7 +74,7 @@ def exponentials(
     """
     keys = [_hash(s, p, Purpose.NOISE) for s, p in zip(seeds, positions, strict=True)]
     halves = [[_signed32(key), _signed32(key >> 32)] for key in keys]
-    first, second = torch.tensor(halves, dtype=torch.int32, device=device)[:, :, None].unbind(1)
+    first, second = tensor_on(device, halves, torch.int32)[:, :, None].unbind(1)
     x = torch.arange(vocab_size, dtype=torch.int32, device=device) * _signed32(_GOLDEN) + first
     x ^= (x >> 16) & 0xFFFF
     x *= _signed32(_FACTOR_32_1)

@@ -38,6 +38,8 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from server.cache.on_device import tensor_on
+
 INVALID = -1  # sampled from a row that is no distribution: NaN or without mass
 
 
@@ -129,7 +131,7 @@ def verify(
     Returns:
         One verdict for each window.
     """
-    tokens = torch.tensor(token_ids, device=target.device)[:, None]
+    tokens = tensor_on(target.device, token_ids)[:, None]
     r, g = target.gather(1, tokens)[:, 0], proposal.gather(1, tokens)[:, 0]
     # Comparisons with NaN are false: a broken row is rejected, and sampling it yields INVALID.
     is_accepted: list[bool] = (accept_uniforms * g < r).tolist()
@@ -169,7 +171,7 @@ def block_tests(
         For each row, the probability of the test that keeps its window up to and including it; and
         [R], in the target's dtype, p of the tokens of the window before it.
     """
-    tokens = torch.tensor(token_ids, device=target.device)[:, None]
+    tokens = tensor_on(target.device, token_ids)[:, None]
     ratios = (target.gather(1, tokens) / proposal.gather(1, tokens))[:, 0].tolist()
     mass = target.sum(-1)
     is_valid = ((mass > 0) & (mass + proposal.sum(-1)).isfinite()).tolist()
@@ -181,7 +183,7 @@ def block_tests(
             before.append(p if is_valid[row] else 1.0)
             p = min(1.0, p * ratios[row]) if is_valid[row] else 0.0
             after.append(p)
-    carry = torch.tensor(before, dtype=target.dtype, device=target.device)
+    carry = tensor_on(target.device, before, target.dtype)
     excess: list[float] = (carry[:, None] * target - proposal).clamp_min_(0).sum(-1).tolist()
     tests = list(after)
     for start, end in pairwise(accumulate(lengths, initial=0)):
@@ -232,7 +234,7 @@ def _recover(
     """Draw from norm(max(0, carry * r - g)) for each of `rows`; `carry` [R] is 1 if not given."""
     if not rows:
         return []
-    index = torch.tensor(rows, device=target.device)
+    index = tensor_on(target.device, rows)
     r = target.index_select(0, index)
     carried = r if carry is None else carry.index_select(0, index)[:, None] * r
     residual = (carried - proposal.index_select(0, index)).clamp_min_(0)

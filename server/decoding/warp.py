@@ -18,6 +18,7 @@ from collections.abc import Sequence as Row
 import torch
 from torch import Tensor
 
+from server.cache.on_device import sent, tensor_on
 from server.core.sequence import Sequence
 
 Place = tuple[Sequence, int]  # a sequence and a position of it
@@ -44,12 +45,12 @@ class Warp:
         self._masks = _masks(places, device)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)
-        self._temperature = torch.tensor(temperature, device=device)[:, None]
+        self._temperature = tensor_on(device, temperature)[:, None]
         self._min_p = _column([0.0 if p.is_greedy else p.min_p for p in params], 0.0, device)
         self._top_k = _column([0 if p.is_greedy else p.top_k for p in params], 0, device)
         self._top_p = _column([1.0 if p.is_greedy else p.top_p for p in params], 1.0, device)
         truncated = [not p.is_greedy and (p.top_k > 0 or p.top_p < 1) for p in params]
-        self._is_truncated = torch.tensor(truncated, device=device)[:, None]
+        self._is_truncated = tensor_on(device, truncated)[:, None]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """float32 [R, V] -> warped logits [R, V]; the argument is left alone."""
@@ -122,7 +123,7 @@ def _column(values: Row[float], neutral: float, device: torch.device) -> Tensor 
     """[R, 1], or None where no row uses the warp."""
     if all(value == neutral for value in values):
         return None
-    return torch.tensor(values, device=device)[:, None]
+    return tensor_on(device, values)[:, None]
 
 
 def _adjust(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int]) -> None:
@@ -132,7 +133,7 @@ def _adjust(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[in
         _penalise(logits, sequence, position)
     if params.logit_bias:
         ids, biases = zip(*params.logit_bias, strict=True)
-        logits.index_add_(0, _ids(ids, logits), torch.tensor(biases, device=logits.device))
+        logits.index_add_(0, _ids(ids, logits), tensor_on(logits.device, biases))
     if params.allowed_token_ids is not None:
         allowed = _ids(params.allowed_token_ids, logits)
         kept = logits[allowed]
@@ -160,7 +161,7 @@ def _masks(places: Row[Place], device: torch.device) -> tuple[Tensor, Tensor] | 
     if not rows:
         return None
     packed = torch.frombuffer(masks, dtype=torch.uint8).view(len(rows), -1)
-    return torch.tensor(rows, device=device), packed.to(device)
+    return tensor_on(device, rows), sent(packed, device)
 
 
 def _unpack(packed: Tensor, vocab_size: int) -> Tensor:
@@ -184,9 +185,9 @@ def _penalise(logits: Tensor, sequence: Sequence, position: int) -> None:
         logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
     counts = Counter(sequence.token_ids[sequence.num_prompt : position])
     if counts and (params.frequency_penalty or params.presence_penalty):
-        times = torch.tensor(list(counts.values()), dtype=logits.dtype, device=logits.device)
+        times = tensor_on(logits.device, list(counts.values()), logits.dtype)
         logits[_ids(counts, logits)] -= params.frequency_penalty * times + params.presence_penalty
 
 
 def _ids(token_ids: Row[int] | Counter[int], logits: Tensor) -> Tensor:
-    return torch.tensor(list(token_ids), dtype=torch.long, device=logits.device)
+    return tensor_on(logits.device, list(token_ids), torch.long)

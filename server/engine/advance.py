@@ -25,6 +25,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+from server.cache.on_device import sent, tensor_on
 from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
 from server.core.lookup import LOOKUP
@@ -48,6 +49,7 @@ from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
 from server.runner.base import Batch, ModelRunner, Span
+from server.runner.clock import make_stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +107,7 @@ class Advancer:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._clock = clock
+        self._watches = [make_stopwatch(runner.device, clock) for runner in runners]
         self._runners = runners
         self._store = scores
         self._scores = Scores(runners, scores, clock)
@@ -123,18 +126,19 @@ class Advancer:
         # Recomputation restores a state; it must not decide anything anew.
         deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
-        self._feed(plan, outcome.stats)
-        self._score_prompts(plan.sequences, outcome)
-        fed = self._clock()
         self._scores.head_seconds = 0.0
+        started = self._feed(plan, outcome.stats)
+        self._score_prompts(plan.sequences, outcome)
         self._decide(plan.model, plan.sequences, deciding, outcome)
         for sequence, start in before.items():
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
         self._report(before, outcome)
-        # Deferred scores belong to no other forward.
-        outcome.stats.forward_seconds += self._scores.head_seconds
-        outcome.stats.combine_seconds = self._clock() - fed - self._scores.head_seconds
+        # Only now, so that the device had the rest to do as well while it was still at the forward.
+        # Deferred scores belong to no other one.
+        forward = self._watches[plan.model].seconds() + self._scores.head_seconds
+        outcome.stats.forward_seconds = forward
+        outcome.stats.combine_seconds = self._clock() - started - forward
         return outcome
 
     def _decide(
@@ -163,8 +167,12 @@ class Advancer:
         self._look_up(sequences, outcome)
         self._propose(model, deciding, verified, outcome)
 
-    def _feed(self, plan: StepPlan, stats: StepStats) -> None:
-        """One packed forward; scores of undecided positions go to the store."""
+    def _feed(self, plan: StepPlan, stats: StepStats) -> float:
+        """One packed forward; scores of undecided positions go to the store.
+
+        Returns:
+            When it began.
+        """
         spans: list[Span] = []
         places: list[Place] = []
         for sequence, count, pages in zip(plan.sequences, plan.num_tokens, plan.pages, strict=True):
@@ -182,11 +190,13 @@ class Advancer:
                 stats.num_decoding += 1
                 sequence.stats.forwards[plan.model] += 1
         batch = Batch(tuple(spans))
-        started = self._clock()
         defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
-        self._scores.forward(plan.model, batch, places, defer)
         stats.num_tokens = batch.num_tokens
-        stats.forward_seconds = self._clock() - started
+        started = self._clock()
+        self._watches[plan.model].start()
+        self._scores.forward(plan.model, batch, places, defer)
+        self._watches[plan.model].stop()
+        return started
 
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
@@ -220,7 +230,7 @@ class Advancer:
         logprobs = log_combined(partial(self._read_of, places), sequence.decoding.combination)
         tokens = sequence.token_ids[positions.start : positions.stop]
         entries = _token_logprobs(logprobs, tokens, num_top)
-        chosen = torch.tensor([entry.logprob for entry in entries], device=logprobs.device)
+        chosen = tensor_on(logprobs.device, [entry.logprob for entry in entries])
         ranks: list[int] = (logprobs > chosen[:, None]).sum(-1).tolist()
         return [replace(entry, rank=rank + 1) for entry, rank in zip(entries, ranks, strict=True)]
 
@@ -523,7 +533,7 @@ class Advancer:
             return evaluate(groups[0][0], places)
         parts = [evaluate(k, [places[row] for row in rows]) for k, rows in groups]
         order = torch.tensor([row for _, rows in groups for row in rows])
-        return torch.cat(parts).index_select(0, order.argsort().to(self._device))
+        return torch.cat(parts).index_select(0, sent(order.argsort(), self._device))
 
     def _combination(self, place: Place) -> Combination:
         sequence, position = place
@@ -626,7 +636,7 @@ def _num_prefill(sequence: Sequence, model: int, start: int, end: int) -> int:
 
 
 def _token_logprobs(logprobs: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
-    tokens = torch.tensor(token_ids, device=logprobs.device)[:, None]
+    tokens = tensor_on(logprobs.device, token_ids)[:, None]
     chosen: list[float] = logprobs.gather(1, tokens)[:, 0].tolist()
     values, ids = logprobs.topk(num_top, dim=-1)
     tops = [

@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from server.cache.on_device import tensor_on
 from server.runner.base import Batch, Span
 
 # Spans of more tokens are attended one by one: they fill the machine alone.
@@ -117,7 +118,7 @@ class SpanGroup(Group):
         if self._paging is None:
             rows = zip(self.lengths, self._table(), strict=True)
             numbers = [[length - self.num_tokens, length, *table] for length, table in rows]
-            packed = torch.tensor(numbers).to(self.device)
+            packed = tensor_on(self.device, numbers)
             self._paging = Paging(packed[:, 2:], packed[:, 0].clone(), packed[:, 1].clone())
         return self._paging
 
@@ -144,7 +145,7 @@ class SpanGroup(Group):
 
     def _allowed(self, positions: Tensor, window: int) -> Tensor:
         """May the queries see keys at `positions` [B, L]? Bool [B, num_tokens, L]."""
-        lengths = torch.tensor(self.lengths, device=self.device)
+        lengths = tensor_on(self.device, self.lengths)
         queries = (
             lengths[:, None] - self.num_tokens + torch.arange(self.num_tokens, device=self.device)
         )
@@ -156,12 +157,12 @@ class SpanGroup(Group):
     def _positions(self, first: list[int]) -> Tensor:
         """[B, L]: the positions first[b], first[b] + 1, ... ; L is the longest span's need."""
         count = max(length - start for length, start in zip(self.lengths, first, strict=True))
-        starts = torch.tensor(first, device=self.device)
+        starts = tensor_on(self.device, first)
         return starts[:, None] + torch.arange(count, device=self.device)
 
     def _slots(self, positions: Tensor) -> Tensor:
-        table = torch.tensor(self._table(), device=self.device)
-        last = torch.tensor(self.lengths, device=self.device)[:, None]
+        table = tensor_on(self.device, self._table())
+        last = tensor_on(self.device, self.lengths)[:, None]
         return page_slots(table, positions, last, self.page_size)
 
     def _neighbouring(self, first: int) -> slice | None:
@@ -214,12 +215,12 @@ def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan
         kept[index] = range(len(token_ids) - span.num_kept, len(token_ids))
     keep = [row for index in range(len(spans)) for row in kept[index]]
     # One copy to the device instead of four.
-    packed = torch.tensor([token_ids, positions, slots]).to(device)
+    packed = tensor_on(device, [token_ids, positions, slots])
     return ForwardPlan(
         token_ids=packed[0:1],
         position_ids=packed[1:2],
         slots=packed[2],
-        keep=torch.tensor(keep, dtype=torch.int64).to(device),
+        keep=tensor_on(device, keep, torch.int64),
         groups=tuple(_make_groups(spans, page_size, device)),
     )
 
