@@ -126,7 +126,9 @@ class GraphRunner:
         shapes = self._shapes.all()
         report(f"{self.name}: capturing {len(shapes)} CUDA graphs")
         try:
-            self._capture_all(shapes)
+            # A capture that fails leaves its own stream behind as the current one.
+            with torch.cuda.stream(torch.cuda.current_stream(self.device)):
+                self._capture_all(shapes)
             difference = self._difference()
         except Exception as error:  # not capturable, out of memory, a kernel too large
             self._give_up(report, str(error).split("\n")[0])
@@ -140,6 +142,7 @@ class GraphRunner:
     def _give_up(self, report: Callable[[str], None], reason: str) -> None:
         self._enabled = False
         self._slots.clear()
+        self._output = self._output.new_empty(0)
         report(f"{self.name}: running without CUDA graphs: {reason}")
 
     def _capture_all(self, shapes: list[Shape]) -> None:

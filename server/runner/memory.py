@@ -91,6 +91,8 @@ def _mib(count: int) -> str:
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be taken on `device`."""
     if device.type == "cuda":
+        # Loading leaves much behind that torch would keep for itself: weights that were joined.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     return min(_free_of_machine(), _free_of_container())
 

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from server.cache.kv_store import KVStore
+from server.cache.score_store import ScoreStore
 from server.config import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
+from server.decoding.rng import Purpose, uniforms
+from server.decoding.verify import sample
+from server.decoding.warp import Warp
 from server.engine.engine import Engine, EngineLimits
 from server.runner.attention_choice import choose_attention
 from server.runner.base import Batch, Span
@@ -168,3 +172,37 @@ def test_graphs_are_what_a_gpu_gets(directories):
     assert all(runner.num_graphs > 0 for runner in loaded.runners)
     portable = load(directories, "cuda", attention="portable")
     assert not any(isinstance(runner, GraphRunner) for runner in portable.runners)
+
+
+def test_only_reading_tokens_waits(directories):
+    """What a step enqueues between a forward and its tokens, torch's own check of waiting on."""
+    (runner, _) = load(directories, "cuda").runners
+    scores = ScoreStore(8, 6, VOCAB_SIZE, [runner.dtype], [runner.device])
+    sequences = [
+        Sequence.start(
+            str(i),
+            [5 + i, 9],
+            SamplingParams(max_tokens=4, temperature=0.7, min_p=0.1, seed=i),
+            make_decoding("cos", Combination.contrastive(2, 0.1), 4),
+        )
+        for i in range(3)
+    ]
+    places = [(sequence, 2) for sequence in sequences]
+    batch = Batch(tuple(Span([1 + i], 0, [5 + i, 9], 1) for i in range(3)))
+    for mode in ("default", "error"):  # kernels are compiled the first time
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            scores.write(0, [0, 6, 12], runner.forward(batch))
+            logits = scores.read(0, [0, 6, 12], runner.device)
+            probs = Warp(places, frozenset(), runner.device).probs(logits)
+            draws = uniforms([0, 1, 2], [2, 2, 2], Purpose.DRAW, runner.device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len(sample(probs, draws)) == 3
+
+
+def test_compiled_layers_write_the_same(directories):
+    expected = texts(load(directories, "cpu"), "cos", 1.0)
+    loaded = load(directories, "cuda", compile="layers")
+    assert all(runner.num_graphs > 0 for runner in loaded.runners)
+    assert texts(loaded, "cos", 1.0) == expected

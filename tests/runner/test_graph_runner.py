@@ -171,3 +171,15 @@ def test_without_cuda_nothing_is_captured():
     assert padded.num_graphs == 0
     assert not lines
     assert (padded.name, padded.vocab_size, padded.num_pages) == ("tiny", VOCAB_SIZE, 257)
+
+
+def test_where_capturing_fails_forwards_run_unpadded():
+    """As on a machine without CUDA."""
+    eager, padded = make_runners("llama", 4)
+    graphs = GraphRunner(padded._runner, SHAPES, capture=True)
+    lines: list[str] = []
+    graphs.warm_up(lines.append)
+    assert "tiny: running without CUDA graphs: " in lines[-1]
+    assert graphs.num_graphs == 0
+    batch = Batch((Span([2], 0, [1, 2, 3], 2),))
+    assert_close(graphs.forward(batch), eager.forward(batch))
