@@ -449,7 +449,7 @@ class Advancer:
 
     def _one_hot(self, token_ids: list[int]) -> Tensor:
         """float32 [len(token_ids), V]."""
-        tokens = torch.tensor(token_ids, device=self._device)[:, None]
+        tokens = tensor_on(self._device, token_ids)[:, None]
         rows = torch.zeros(len(token_ids), self._runners[0].vocab_size, device=self._device)
         return rows.scatter_(1, tokens, 1.0)
 
