@@ -145,6 +145,7 @@ class Controller:
         self._interval = _Interval()
         self._batch = 1
         self._seconds = 0.0
+        self._known: dict[tuple[Shape, int], float] = {}  # seconds of steps, as of the last one
 
     def choose(self, sequence: Sequence) -> DecodingParams:
         """How `sequence`, none of whose tokens is pending, is decoded from here on."""
@@ -164,6 +165,7 @@ class Controller:
 
     def observe(self, stats: StepStats, running: Iterable[Sequence], batch: int) -> None:
         """Learn from one step, `batch` sequences decoding; choose anew from time to time."""
+        self._known.clear()
         interval = self._interval
         interval.num_steps += 1
         interval.num_looked_up += stats.num_looked_up
@@ -303,13 +305,17 @@ class Controller:
         )
 
     def _step_seconds(self, shape: Shape, batch: int) -> float:
-        rest = self._costs.rest_seconds(
-            batch,
-            num_drawn=shape.num_drawn * batch,
-            num_verified=shape.num_verified * batch,
-            num_proposed=shape.num_proposed * batch,
-        )
-        return self._costs.forward_seconds(shape.model, batch, shape.num_tokens) + rest
+        key = (shape, batch)
+        if key not in self._known:
+            rest = self._costs.rest_seconds(
+                batch,
+                num_drawn=shape.num_drawn * batch,
+                num_verified=shape.num_verified * batch,
+                num_proposed=shape.num_proposed * batch,
+            )
+            forward = self._costs.forward_seconds(shape.model, batch, shape.num_tokens)
+            self._known[key] = forward + rest
+        return self._known[key]
 
     def _mixture_seconds(self, decoding: DecodingParams, batch: int) -> float:
         """With shared coins and no drafts: the coin's model catches up, and draws for all."""
