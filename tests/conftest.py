@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
+# Folders whose files take longest. The soak comes first of all: it mostly waits while others run.
+LONGEST = ("tests/soak/", "tests/engine/", "tests/conformance/")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The soak first: it is the longest test, and mostly waits while others run beside it."""
-    items.sort(key=lambda item: "tests/soak/" not in item.nodeid)
+    """Long files first, so that no process is left with one at the end."""
+    items.sort(key=lambda item: next((i for i, f in enumerate(LONGEST) if f in item.nodeid), 9))

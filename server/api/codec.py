@@ -101,7 +101,9 @@ class Codec:
         return text.encode()
 
     def _token_text(self, token_id: int) -> str:
-        return self.decode([*self._anchor, token_id])[len(self._anchor_text) :]
+        # Not as a batch: to give other threads the lock for so little is to wait for it again.
+        text = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)
+        return text[len(self._anchor_text) :]
 
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """Slow for long texts; as `encode`, it lets other threads run."""

@@ -39,20 +39,41 @@ class Interruptible:
         try:
             return work()
         finally:
-            with self._lock:
-                self._thread, self._is_over = None, True
-            # What was raised but has not arrived must not hit whatever this thread does next.
-            _raise_in(get_ident(), None)
+            if self._end():
+                _swallow()
+
+    def _end(self) -> bool:
+        """From here on nothing is raised in this thread; whether something has been."""
+        with self._lock:
+            was_interrupted, self._is_over, self._thread = self._is_over, True, None
+        return was_interrupted
 
     def interrupt(self) -> None:
         """End the work; from any other thread, at any time, as often as wanted."""
         with self._lock:
             self._is_over = True
-            if self._thread is not None:
-                _raise_in(self._thread, Interrupted)
+            # Once at most: the thread may go on to something else as soon as it is hit.
+            thread, self._thread = self._thread, None
+            if thread is not None:
+                _interrupt(thread)
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Have the interpreter raise `error` in a thread; None takes back one that has not arrived."""
-    kind = ctypes.py_object() if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
+def _interrupt(thread: int) -> None:
+    """Have the interpreter raise Interrupted in a thread, once even if it was to already."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(thread), ctypes.py_object(Interrupted)
+    )
+
+
+def _swallow() -> None:
+    """Let what was raised in this thread arrive here, not in what it does next.
+
+    Taking it back by the interpreter's own means would, before Python 3.13, leave every thread on
+    the slow path that looks for such exceptions.
+    """
+    try:
+        _interrupt(get_ident())
+        while True:
+            pass
+    except Interrupted:
+        pass

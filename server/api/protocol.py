@@ -29,6 +29,8 @@ T = TypeVar("T")
 # wrong item of it, on the event loop. The first one is enough, and so many entries are.
 Items = Annotated[list[T], Field(fail_fast=True)]
 _MOST_ENTRIES = 1 << 14
+# Of an object whose unknown keys are errors: far more than any such object knows.
+_MOST_KEYS = 64
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 _LOWEST_TEMPERATURE = 1e-5
@@ -47,13 +49,18 @@ def any_of(expected: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-def _check_size(value: object) -> object:
-    if isinstance(value, dict) and len(value) > _MOST_ENTRIES:
-        raise ValueError(f"Input should have at most {_MOST_ENTRIES} entries")
-    return value
+def at_most(limit: int) -> BeforeValidator:
+    """Objects of more entries are refused before any of them is looked at."""
+
+    def check(value: object) -> object:
+        if isinstance(value, dict) and len(value) > limit:
+            raise ValueError(f"Input should have at most {limit} entries")
+        return value
+
+    return BeforeValidator(check)
 
 
-Entries = Annotated[dict[str, T], BeforeValidator(_check_size)]
+Entries = Annotated[dict[str, T], at_most(_MOST_ENTRIES)]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")]
 Stop = Annotated[str | Items[str] | None, any_of("a string or a list of strings")]
@@ -83,7 +90,7 @@ class CosOptions(Body):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    combination: CombinationConfig | None = Field(
+    combination: Annotated[CombinationConfig | None, at_most(_MOST_KEYS)] = Field(
         None, description="How the members' scores become one distribution."
     )
     strategy: StrategyName | None = Field(None, description="Which model advances next.")
@@ -166,7 +173,9 @@ class GenerationRequest(Body):
     )
     allowed_token_ids: Items[int] | None = Field(None, description="Only these are generated.")
     response_format: ResponseFormat | None = Field(None, description="The form of the text.")
-    structured_outputs: StructuredOutputs | None = Field(None, description="The same, more forms.")
+    structured_outputs: Annotated[StructuredOutputs | None, at_most(_MOST_KEYS)] = Field(
+        None, description="The same, more forms."
+    )
     guided_json: Schema | None = Field(None, description="structured_outputs.json.")
     guided_regex: str | None = Field(None, description="structured_outputs.regex.")
     guided_choice: Items[str] | None = Field(
@@ -198,7 +207,9 @@ class GenerationRequest(Body):
     )
     request_id: RequestId | None = Field(None, description="Ends the reply's id.")
     user: str | None = Field(None, description="Accepted and ignored.")
-    cos: CosOptions | None = Field(None, description="Collaborative decoding of this request.")
+    cos: Annotated[CosOptions | None, at_most(_MOST_KEYS)] = Field(
+        None, description="Collaborative decoding of this request."
+    )
 
     @property
     def effective_temperature(self) -> float:

@@ -29,7 +29,7 @@ from rich.console import Console
 from server.bench.closed_loop import BlockResult
 from server.bench.machine import describe_machine, describe_versions, git_hash
 from server.bench.plan import WARMUP_ROUND, WARMUP_TOKENS, Block, Job, rotated
-from server.bench.prompts import BUNDLED, PromptSet, load_prompts
+from server.bench.prompts import PromptSet, load_prompts
 from server.bench.session import Target, connect
 from server.bench.settings import Settings
 from server.bench.strategy_spec import (
@@ -75,6 +75,8 @@ class Cell:
 
 
 Key = tuple[str, str, int]
+# Bundled files with more prompts than a turn takes, so that all are new to the prefix cache.
+PROMPTS = ("humaneval", "gsm8k", "mmlu")
 
 
 class ResultFile:
@@ -101,9 +103,8 @@ class ResultFile:
     def done(self) -> dict[Key, list[Summary]]:
         return dict(cells_of(self._document))
 
-    def add(self, cell: Cell, results: list[BlockResult]) -> list[Summary]:
+    def add(self, cell: Cell, summaries: list[Summary], results: list[BlockResult]) -> None:
         """Written as a whole or not at all."""
-        summaries = summarise(results)
         self._document["cells"].append(
             {
                 "kind": cell.kind,
@@ -117,7 +118,6 @@ class ResultFile:
         beside = self._path.with_name(self._path.name + ".tmp")
         beside.write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
         os.replace(beside, self._path)
-        return summaries
 
 
 def read_document(path: Path) -> dict[str, Any]:
@@ -247,8 +247,10 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
         started = time.monotonic()
         results = asyncio.run(measure_cell(target, cell, options, cell.kind not in warm))
         warm.add(cell.kind)
-        done[cell.key] = summaries = file.add(cell, results)
         failed = sum(result.num_errors for result in results)
+        done[cell.key] = summaries = summarise(results)
+        if not failed:  # else the cell is left for another run
+            file.add(cell, summaries, results)
         num_failed += failed
         seconds = time.monotonic() - started
         console.print(
@@ -312,7 +314,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--model", help="model name to ask for; the server's first one if not given")
     add("--out", type=Path, required=True, help="result file, made or gone on with")
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="(all)")
-    add("--prompts", nargs="+", default=list(BUNDLED), help="bundled names or files (all bundled)")
+    add("--prompts", nargs="+", default=list(PROMPTS), help="bundled names or files (%(default)s)")
     add("--concurrency", default="1,4,16,32", help="requests in flight (%(default)s)")
     add("--strategy", default="auto", help="beside standard (%(default)s)")
     add("--max-tokens", type=int, default=64, help="of each request (%(default)s)")

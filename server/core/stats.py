@@ -9,8 +9,8 @@ from server.core.sampling_params import DecodingParams
 
 Phase = Literal["prefill", "propose", "score"]
 ShadowOutcome = Literal["measured", "abandoned"]
-# What came of asking prompt lookup: what it found was proposed; it was right too rarely of late;
-# the last tokens were not found.
+# What came of asking prompt lookup: what it found was proposed; it was withheld, as too
+# rarely right of late, not worth its seconds or not allowed; the last tokens were not found.
 LookupOutcome = Literal["proposed", "withheld", "missed"]
 # What the engine survives:
 # invalid_scores    a sequence's scores are no distribution; it ends
@@ -62,7 +62,7 @@ class StepStats:
         num_tokens: tokens fed; num_prefill_tokens of them were prompts or recomputation.
         forward_seconds: the model's forward alone.
         combine_seconds: from the forward's end until the advance has decided everything: warping,
-            combining, verifying, drawing, proposing.
+            combining, verifying, drawing, proposing, log-probabilities of prompts.
         step_seconds: the whole step, both included; the rest is planning and text.
         num_proposed: tokens the model proposed (one a sequence).
         num_bonus: those of them that follow a verification of other models' proposals.

@@ -599,6 +599,7 @@ def _may_look_up(sequence: Sequence) -> bool:
         and sequence.num_pending == 0
         and sequence.num_generated > 0
         and not sequence.is_resuming
+        and not sequence.is_full
         and sequence.lookup is not None
         and sequence.lookup.is_due(len(sequence))
     )

@@ -7,12 +7,14 @@ that a strategy then really takes beside its prediction (batches that split, say
 
 Anything but standard decoding has to promise more than standard decoding by a margin and by what is
 uncertain of its seconds. What might pay and was not timed lately is tried for some steps; before
-that, and once a minute or so while something else is done, some rounds of standard decoding are
-timed, so that the two are compared with each other and not with a machine of another time.
+that, and every twenty or thirty seconds while something else is done, some rounds of standard
+decoding are timed, so that the two are compared with each other and not with a machine of another
+time.
 
 Choices change between steps only, and a sequence takes one up only where none of its tokens is
 pending (`Strategies.settle`). They depend on seconds, on counts, and on tokens that were decided or
-dropped: a proposed end of text shortens a cycle, and with it the seconds, even behind a rejection.
+dropped: where a proposal leaves a model nothing to propose that the request allows, the cycle is
+shorter, and with it the seconds, even if the proposal is dropped behind a rejection.
 None of the randomness behind these is used again: after a rejection everything is drawn anew
 (`rng.round_seed`). So choices say nothing of tokens to come, and the law stays exact; seeded and
 greedy texts are the same whatever is chosen.
@@ -26,6 +28,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 from server.core.combination import Combination
+from server.core.lookup import LOOKUP
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
@@ -168,7 +171,9 @@ class Controller:
         self._known.clear()
         interval = self._interval
         interval.num_steps += 1
-        interval.num_looked_up += stats.num_looked_up
+        # Proposed, or decided, which for the last ones of an interval is left to the next.
+        decided = sum(proposer == LOOKUP for proposer, _, _ in stats.verified_by_offset)
+        interval.num_looked_up += stats.num_looked_up + decided
         self._seconds += stats.decode_seconds
         if interval.is_pure:
             interval.seconds += self._costs.price(stats) / self._costs.slowness
@@ -180,8 +185,13 @@ class Controller:
             return
         members: dict[int, list[Sequence]] = {}
         groups: dict[int, _Group] = {}
+        is_alone = True  # else others' steps and tokens would count as the group's
         for sequence in running:
-            if sequence.decoding.is_auto and not sequence.is_resuming:
+            if sequence.is_resuming:
+                continue
+            if not sequence.decoding.is_auto:
+                is_alone = False
+            else:
                 group = self._group(sequence)
                 groups[id(group)] = group
                 members.setdefault(id(group), []).append(sequence)
@@ -192,8 +202,10 @@ class Controller:
             for key, group in groups.items():
                 self._decide(group, members[key], interval.num_steps)
             self._interval = _Interval()
-        self._interval.is_pure = len(groups) == 1 and all(
-            _follow(group, members[key]) for key, group in groups.items()
+        self._interval.is_pure = (
+            is_alone
+            and len(groups) == 1
+            and all(_follow(group, members[key]) for key, group in groups.items())
         )
 
     def token_seconds(
@@ -244,6 +256,8 @@ class Controller:
             gain = seconds[plain] / seconds[best]
             if not self._pays(group, gain, self._doubt(plain, rates), self._doubt(best, rates)):
                 best = plain
+        else:
+            group.trial_steps = 0
         group.chosen = best
         group.is_new = False
         if (lookup := group.chosen.lookup) is not None:
@@ -259,6 +273,7 @@ class Controller:
         Doubts are the relative deviations of seconds.
         """
         if gain * (1 + doubt) < _MARGIN:
+            group.trial_steps = 0  # it was learnt that it does not pay
             return False
         if group.trial_steps > _TRIAL_STEPS:
             group.no_trial_until = self._seconds + _NO_TRIAL_SECONDS

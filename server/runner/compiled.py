@@ -8,13 +8,14 @@ from typing import Generic, ParamSpec, TypeVar
 
 import torch
 from torch._dynamo import config
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
 logger = logging.getLogger(__name__)
 
 # What torch.compile generates code with; needs a C++ compiler on a CPU, Triton on a GPU.
 BACKEND: str | Callable[..., object] = "inductor"
 
+_FAILURES = (TorchDynamoException, FailOnRecompileLimitHit)
 # Each kind of layer is compiled twice, for one row and for several; all members share a limit.
 _RECOMPILE_LIMIT = 64
 
@@ -51,7 +52,7 @@ class Compiled(Generic[Arguments, Result]):
             return self._function(*args, **kwargs)
         try:
             return self.run(*args, **kwargs)
-        except TorchDynamoException as error:  # raised before anything has run
+        except _FAILURES as error:  # raised before anything has run
             self.has_failed = True
             logger.warning("a function is no longer compiled: %s", str(error).split("\n")[0])
             return self._function(*args, **kwargs)

@@ -11,7 +11,8 @@ from server.api.tools import MAX_TOOLS
 from server.api.unsupported import REFUSED_IN_CHAT
 from tests.api.conftest import Live
 from tests.api.test_errors import error_of
-from tests.support.api import MAX_LENGTH, VOCAB_SIZE, usage
+from tests.support.api import MAX_LENGTH, VOCAB_SIZE, LetterTemplate, usage
+from tests.support.live_server import wait_until
 
 HI = {"role": "user", "content": "1 2"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {}, "strict": True}}
@@ -231,10 +232,13 @@ def test_the_reason_of_the_template_is_told(live: Live) -> None:
 def test_a_slow_template_is_given_up(start) -> None:
     live = start(http={"template_seconds": 0.05})
     for _ in range(6):  # more than there are threads for templates
-        response = live.post_chat(chat_template_kwargs={"seconds": 0.6})
+        response = live.post_chat(chat_template_kwargs={"seconds": 60})
         assert response.status_code == 400
         assert "longer than 0.05 s" in error_of(response)["message"]
     assert live.complete(max_tokens=1)
+    template = live.table.service.codec.chat_template
+    assert isinstance(template, LetterTemplate)
+    wait_until(lambda: template.num_ended == 6)
 
 
 def test_context_length(live: Live) -> None:

@@ -237,6 +237,17 @@ def test_input_is_not_echoed_at_length(live: Live) -> None:
             {"cos": {"combination": {"method": "weighted", "weights": ["a"] * 5000}}},
             "cos.combination.weights.0",
         ),
+        ("/v1/completions", {"cos": dict.fromkeys(map(str, range(20_000)))}, "cos"),
+        (
+            "/v1/completions",
+            {"cos": {"combination": dict.fromkeys(map(str, range(20_000)), 0)}},
+            "cos.combination",
+        ),
+        (
+            "/v1/completions",
+            {"structured_outputs": dict.fromkeys(map(str, range(20_000)))},
+            "structured_outputs",
+        ),
         ("/detokenize", {"tokens": ["a"] * 5000}, "tokens.0"),
     ],
 )

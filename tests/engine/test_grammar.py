@@ -269,7 +269,13 @@ def byte_grammars() -> Grammars:
     tokenizer = make_tokenizer()
     serialised, size = tokenizer.backend_tokenizer.to_str(), len(tokenizer)
     eos = frozenset({int(tokenizer.eos_token_id)})
-    return Grammars(lambda ends: LLTokenizer(serialised, n_vocab=size, eos_token=ends), eos, size)
+    grammars = Grammars(
+        lambda ends: LLTokenizer(serialised, n_vocab=size, eos_token=ends), eos, size
+    )
+    grammars.matchers(
+        "regex", "a", 1
+    )  # what is refused below is not refused for want of a tokenizer
+    return grammars
 
 
 @pytest.mark.parametrize(("kind", "source"), _HOSTILE)

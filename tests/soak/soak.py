@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from statistics import mean
 from typing import Any
@@ -157,6 +157,9 @@ def _probing(url: str, findings: Findings) -> Iterator[None]:
             yield
             findings.probes.update(json.loads(probe.communicate()[0]))
         finally:
+            # By its input's end it stops its own child too.
+            with suppress(subprocess.TimeoutExpired, ValueError):
+                probe.communicate(timeout=10)
             probe.kill()
 
 

@@ -82,15 +82,23 @@ def make_grammars() -> Grammars:
 class LetterTemplate:
     """Each message as one letter for its role and its content, after a "t" for each tool.
 
-    `shout` doubles the content, `seconds` is how long it takes.
+    `shout` doubles the content, `seconds` is how long it keeps a processor busy.
     """
+
+    def __init__(self) -> None:
+        self.num_ended = 0
 
     source = "role content shout seconds tools tokenize bos_token"
 
     def render(self, turns: Turns) -> str:
         if turns.messages[0]["role"] == "nobody":
             raise TemplateError("nobody may not speak")
-        time.sleep(float(turns.variables.get("seconds") or 0))
+        end = time.monotonic() + float(turns.variables.get("seconds") or 0)
+        try:
+            while time.monotonic() < end:
+                pass
+        finally:
+            self.num_ended += 1
         times = 2 if turns.variables.get("shout") else 1
         letters = [m["role"][0] + " " + m["content"] * times for m in turns.messages]
         return " ".join([*["t"] * len(turns.tools or ()), *letters, *["a"] * turns.opens_reply])
