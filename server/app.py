@@ -9,6 +9,7 @@ failed    loading or the engine has failed: /health is 503, and `on_failure` is 
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -218,7 +219,7 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     if (shadow := config.engine.shadow) is not None:
         engine.measure_standard(shadow.every_seconds, shadow.rounds)
         metrics.speedup.shadowed()
-    return Parts(
+    parts = Parts(
         AsyncEngine(engine),
         tokenizer,
         loaded.vocab_size,
@@ -226,6 +227,10 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         loaded.tokenizer.special_tokens_map,
         _grammars(tokenizer, loaded.vocab_size, loaded.eos_token_ids),
     )
+    # What is here stays: a later full collection need not search it, with all threads waiting.
+    gc.collect()
+    gc.freeze()
+    return parts
 
 
 @contextmanager
