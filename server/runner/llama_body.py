@@ -276,16 +276,16 @@ class _Layer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, heads, head_dim], keys and values [T, kv_heads, head_dim]."""
         heads = self._qkv(self._attention_norm(x)).view(len(x), -1, self._head_dim)
-        rotated, values = heads.split(self._rotated_and_values, 1)
+        rotated, values = heads.split_with_sizes(self._rotated_and_values, 1)
         if self._head_norm is not None:
             rotated = self._head_norm(rotated)
-        queries, keys = _rotate(rotated, cos, sin).split(self._queries_and_keys, 1)
+        queries, keys = _rotate(rotated, cos, sin).split_with_sizes(self._queries_and_keys, 1)
         return queries, keys, values
 
     def add_outputs(self, x: Tensor, attended: Tensor) -> None:
         """To `x`: what attention found, [T, heads * head_dim], then what the MLP makes of both."""
         x += self._out(attended)
-        gate, up = self._gate_up(self._mlp_norm(x)).split(self._mlp_size, -1)
+        gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, -1)
         x += self._down(F.silu(gate).mul_(up))
 
 
