@@ -5,7 +5,9 @@ r"""Speedups over a whole grid: kinds of decoding x prompt files x concurrency, 
 
 One server is measured. In each cell `standard` and another strategy take turns in the order ABBA
 with new prompts every time, so that a drift of the machine cancels, until the cell's seconds are
-spent; one turn ABBA is always finished. Each finished cell is written to the file at once, and
+spent; one turn ABBA is always finished. A block has several requests for each one in flight, of
+unequal lengths: else all would begin and end together, and a block would be as fast as its slowest
+text. Each finished cell is written to the file at once, and
 cells that are in it already are left out: what was interrupted goes on where it was.
 """
 
@@ -75,6 +77,9 @@ class Cell:
 
 
 Key = tuple[str, str, int]
+_WAVES = 3  # requests of a block for each one in flight
+_MAX_JOBS = 64  # of a block, where there are more than two for each
+_STRIDE = 19  # between the lengths of neighbours; has no factor in common with most sums + 1
 # Bundled files with more prompts than a turn takes, so that all are new to the prefix cache.
 PROMPTS = ("humaneval", "gsm8k", "mmlu")
 
@@ -152,7 +157,7 @@ def blocks_of(
     cell: Cell, strategies: tuple[StrategySpec, ...], max_tokens: int
 ) -> Iterator[tuple[Block, ...]]:
     """Turns without end, each of two rounds of both strategies: ABBA."""
-    size = max(2, cell.concurrency)
+    size = max(cell.concurrency, min(_WAVES * cell.concurrency, _MAX_JOBS), 2)
     for first in range(0, 1 << 30, 2):
         yield tuple(
             Block(
@@ -168,9 +173,12 @@ def blocks_of(
 
 
 def _jobs(prompt_set: PromptSet, start: int, count: int, max_tokens: int) -> tuple[Job, ...]:
+    """Of `max_tokens` tokens on average, evenly spread from half to one and a half of them."""
     prompts = prompt_set.prompts
+    shortest = (max_tokens + 1) // 2
     return tuple(
-        Job(prompts[i % len(prompts)], i, i, max_tokens) for i in range(start, start + count)
+        Job(prompts[i % len(prompts)], i, i, shortest + i * _STRIDE % (max_tokens + 1))
+        for i in range(start, start + count)
     )
 
 
@@ -270,6 +278,7 @@ COLUMNS = (
     "tokens/s",
     "x standard (rounds)",
     "decode only",
+    "engine",
     "estimated",
     "mean gamma",
     "used",
@@ -290,6 +299,7 @@ def grid_table(cells: dict[Key, list[Summary]]) -> str:
                 f"{other.tokens_per_second:.1f}",
                 _ratio(other),
                 _number(other.decode_ratio),
+                _number(other.engine_ratio),
                 _number(other.estimated_ratio),
                 " / ".join(map(_number, other.gamma)),
                 used,
@@ -317,7 +327,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--prompts", nargs="+", default=list(PROMPTS), help="bundled names or files (%(default)s)")
     add("--concurrency", default="1,4,16,32", help="requests in flight (%(default)s)")
     add("--strategy", default="auto", help="beside standard (%(default)s)")
-    add("--max-tokens", type=int, default=64, help="of each request (%(default)s)")
+    add("--max-tokens", type=int, default=64, help="of a request, on average (%(default)s)")
     add("--cell-seconds", type=float, default=40.0, help="about so long (%(default)s)")
     add("--warmup", type=int, default=4, help="short requests before each kind (%(default)s)")
     return parser.parse_args(argv)

@@ -33,7 +33,9 @@ class Summary:
             has exactly 1 for every scorer, but for the first token.
         ratio: wall seconds per token of standard / those of this strategy, over all rounds.
         ratio_low, ratio_high: the same of the worst and the best single round.
-        decode_ratio: the same of the time after each request's first chunk, prefill left out.
+        decode_ratio: the same of the time after each request's first chunk, which other requests'
+            prompts share.
+        engine_ratio: the same of the engine's seconds of decoding, from its metrics.
         estimated_ratio: what the server estimated meanwhile, from its metrics.
         used: share of tokens by the strategy that the server used; of interest under auto.
         gamma: [num_models] mean proposal length over tokens, 0 where a model did not propose.
@@ -59,6 +61,7 @@ class Summary:
     ratio_low: float | None = None
     ratio_high: float | None = None
     decode_ratio: float | None = None
+    engine_ratio: float | None = None
     estimated_ratio: float | None = None
     used: dict[str, float] = field(default_factory=dict)
     gamma: list[float | None] = field(default_factory=list)
@@ -87,7 +90,7 @@ def _summary(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> S
     num_tokens = sum(block.num_tokens for block in blocks)
     ttft = [(row.ttft, 1) for row in answered if row.ttft is not None]
     per_token = [(time / count, count) for row in answered for time, count in row.gaps]
-    ratio, low, high, decode = _ratios(blocks, baseline)
+    ratio, low, high, decode, engine = _ratios(blocks, baseline)
     return Summary(
         prompt_set=blocks[0].prompt_set,
         concurrency=blocks[0].concurrency,
@@ -107,6 +110,7 @@ def _summary(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> S
         ratio_low=low,
         ratio_high=high,
         decode_ratio=decode,
+        engine_ratio=engine,
         estimated_ratio=_estimated(blocks),
         used=_used(answered),
         gamma=_gamma(answered),
@@ -186,13 +190,13 @@ def _tokens_per_forward(rows: list[Row]) -> list[float | None]:
     return _divide([num_tokens] * len(forwards), forwards)
 
 
-Ratios = tuple[float | None, float | None, float | None, float | None]
+Ratios = tuple[float | None, float | None, float | None, float | None, float | None]
 
 
 def _ratios(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> Ratios:
-    """(over all rounds, worst round, best round, decode time only); None for no fair figure."""
+    """(all rounds, worst round, best round, decode time, engine's); None for no fair figure."""
     if baseline is None or any(block.num_errors for block in (*blocks, *baseline)):
-        return None, None, None, None
+        return None, None, None, None, None
     pairs = zip(_rounds(baseline), _rounds(blocks), strict=True)
     rounds = [_ratio(theirs, ours, _wall) for theirs, ours in pairs]
     known = [ratio for ratio in rounds if ratio is not None]
@@ -201,6 +205,7 @@ def _ratios(blocks: list[BlockResult], baseline: list[BlockResult] | None) -> Ra
         min(known, default=None),
         max(known, default=None),
         _ratio(baseline, blocks, _decode),
+        _ratio(baseline, blocks, _engine),
     )
 
 
@@ -216,6 +221,12 @@ def _wall(blocks: list[BlockResult]) -> tuple[float, int]:
 def _decode(blocks: list[BlockResult]) -> tuple[float, int]:
     rows = [row for block in blocks for row in block.rows]
     return sum(row.decode_seconds for row in rows), sum(row.num_decoded for row in rows)
+
+
+def _engine(blocks: list[BlockResult]) -> tuple[float, int]:
+    """Nothing where a block has no reading."""
+    seconds = [block.reading.decode_seconds for block in blocks if block.reading is not None]
+    return (sum(seconds), _decode(blocks)[1]) if len(seconds) == len(blocks) else (0.0, 0)
 
 
 def _ratio(

@@ -30,7 +30,21 @@ def test_strategies_alternate_and_prompts_are_new():
     ]
     assert [block.round for block in blocks] == [0, 0, 1, 1, 2, 2, 3, 3]
     asked = ["".join(job.prompt for job in block.jobs) for block in blocks]
-    assert asked == ["ab", "ab", "cd", "cd", "ef", "ef", "gh", "gh"]
+    assert asked == [part for part in ("abcdef", "ghabcd", "efghab", "cdefgh") for _ in "ab"]
+    lengths = [job.max_tokens for block in blocks[::2] for job in block.jobs]
+    assert blocks[0].jobs == blocks[1].jobs
+    assert set(lengths) == set(range(4, 13))
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "num_jobs"), [(1, 3), (16, 48), (32, 64), (64, 64), (100, 100)]
+)
+def test_blocks_are_several_waves_long(concurrency, num_jobs):
+    cell = Cell("weighted-t1", PromptSet("some", tuple("abcdefgh")), concurrency)
+    for block in next(blocks_of(cell, parse_strategies("standard,auto", None), 48)):
+        assert len(block.jobs) == num_jobs
+        lengths = [job.max_tokens for job in block.jobs]
+        assert 24 <= min(lengths) < max(lengths) <= 72
 
 
 def test_every_cell_is_measured_written_and_left_out_the_next_time(tmp_path, capsys):
@@ -44,9 +58,9 @@ def test_every_cell_is_measured_written_and_left_out_the_next_time(tmp_path, cap
     keys = [key for key, _ in grid.cells_of(document)]
     assert len(keys) == len(set(keys)) == 3 * 2
     assert keys[0] == ("weighted-t1", "gsm8k", 1)
-    # 2 x 4 warm-up requests, then 4 blocks of 2 or 3 requests.
-    assert num_first == 8 + 8
-    assert len(fake.requests) == num_first + 3 * 8 + 2 * 8 + 3 * 12
+    # 2 x 4 warm-up requests, then 4 blocks of 3 or 9 requests.
+    assert num_first == 8 + 12
+    assert len(fake.requests) == num_first + 3 * 8 + 2 * 12 + 3 * 36
     for _, (standard, cos) in grid.cells_of(document):
         assert (standard.strategy, standard.ratio, cos.strategy) == ("standard", 1.0, "cos")
         assert cos.ratio is not None

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from server.bench.closed_loop import BlockResult
+from server.bench.reading import Reading
 from server.bench.report import cells
 from server.bench.row import Row
 from server.bench.summary import quantile, summarise
@@ -76,12 +79,25 @@ def test_decode_ratio_leaves_the_first_chunk_out():
     assert summarise(blocks)[1].decode_ratio == pytest.approx(3.0)
 
 
+def test_engine_ratio_is_of_its_own_seconds_for_the_same_tokens():
+    def blocks(*readings):
+        return [
+            replace(make_block(name, 0, 9.0, make_row(gaps=((0.9, 3),))), reading=reading)
+            for name, reading in zip(("standard", "cos"), readings, strict=True)
+        ]
+
+    ratio = summarise(blocks(Reading(1.0, 1.2), Reading(1.0, 0.8)))[1].engine_ratio
+    assert ratio == pytest.approx(1.5)
+    assert summarise(blocks(Reading(1.0, 1.2), None))[1].engine_ratio is None
+
+
 def test_no_ratio_without_a_baseline_or_with_failures():
     assert summarise([make_block("cos", 0, 1.0, make_row())])[0].ratio is None
     failed = make_row(error="HTTP 500")
     blocks = [make_block("standard", 0, 1.0, failed), make_block("cos", 0, 1.0, make_row())]
     standard, cos = summarise(blocks)
     assert (standard.ratio, cos.ratio, cos.decode_ratio) == (None, None, None)
+    assert cos.engine_ratio is None
     assert (standard.num_errors, cos.num_errors) == (1, 0)
 
 
