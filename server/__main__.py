@@ -107,9 +107,9 @@ def _serve(options: argparse.Namespace) -> int:
     config = _load_config(options)
     logger.info("starting %s from %s", config.served_model_name, options.config)
     # Here, because torch and transformers take seconds to import.
-    from server.serve import serve
+    from server.serve import finish, serve
 
-    return serve(config)
+    return finish(serve(config))
 
 
 def _check(options: argparse.Namespace) -> int:

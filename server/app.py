@@ -57,6 +57,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOADER = "loader"  # the thread that loads models
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -357,5 +359,5 @@ async def _in_daemon_thread(work: Callable[[], T]) -> T:
         with suppress(RuntimeError):  # the loop has closed meanwhile
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=run, name="loader", daemon=True).start()
+    threading.Thread(target=run, name=LOADER, daemon=True).start()
     return await future

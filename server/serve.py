@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import ssl
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +24,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from server.api.service import Service
-from server.app import Load, create_app
+from server.app import LOADER, Load, create_app
 from server.config import HttpConfig, ServerConfig
 from server.errors import ConfigError, CosError, EngineDead
 
@@ -58,6 +61,20 @@ def serve(config: ServerConfig, load: Load | None = None) -> int:
             logger.info("no API keys are configured: everybody who reaches the port is served")
         server.run(sockets=[listener])
     return _exit_code(failures)
+
+
+def finish(code: int) -> int:
+    """`code`, for `sys.exit`; ends the process at once where models are still being loaded.
+
+    While Python shuts down, a thread that comes back to it from native code is unwound through that
+    code, and the process would abort.
+    """
+    if any(thread.name == LOADER for thread in threading.enumerate()):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _url(scheme: str, host: str, port: int) -> str:

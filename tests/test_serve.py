@@ -138,6 +138,39 @@ def test_a_second_signal_aborts() -> None:
         assert time.monotonic() - started < 5
 
 
+ENDLESS_LOAD = """
+import sys, torch, server.app
+from server.__main__ import main
+
+def load(*args):
+    sys.stderr.write("at work\\n")
+    x = torch.zeros(64, 64)
+    while True:
+        x = torch.nn.functional.linear(x, x)
+
+server.app.load_parts = load
+sys.exit(main(["serve", "--config", "configs/default.yaml", "--set", "http.port=0"]))
+"""
+
+
+def test_a_signal_while_models_are_loaded_ends_the_process_well() -> None:
+    command = [sys.executable, "-c", ENDLESS_LOAD]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as popen:
+        assert popen.stderr is not None
+        lines = iter(popen.stderr)
+        try:
+            awaited = {"at work", "startup complete"}
+            while awaited:
+                line = next(lines)
+                awaited = {words for words in awaited if words not in line}
+            popen.send_signal(signal.SIGTERM)
+            rest = "".join(lines)
+        finally:
+            popen.kill()
+    assert popen.returncode == 0, rest
+    assert "terminate called" not in rest
+
+
 def test_a_broken_engine_ends_the_process_with_code_1() -> None:
     with process(fail_after=20, pace=0.01, http=HTTP) as server:
         with running_stream(server, max_tokens=200) as pieces:
