@@ -28,8 +28,8 @@ _ATTRIBUTE = "cos_paged_attention"
 class ShortAttention(Protocol):
     """Attention of groups of few tokens by other means than torch's; see `triton_attention`."""
 
-    def supports(self, group: Group, num_heads: int, num_kv_heads: int) -> bool:
-        """May `group` be given to `attend_group`?"""
+    def supports(self, group: Group, queries: Tensor, num_kv_heads: int) -> bool:
+        """May `group` be given to `attend_group`, with queries [T, heads, d] of this kind?"""
         ...
 
     def attend_group(
@@ -76,7 +76,7 @@ class PagedAttention:
 
     def _attend_group(self, group: Group, queries: Tensor, layer: int, style: Style) -> Tensor:
         num_kv_heads = self.store.slots(layer)[0].shape[1]
-        if self.short and self.short.supports(group, queries.shape[1], num_kv_heads):
+        if self.short and self.short.supports(group, queries, num_kv_heads):
             return self.short.attend_group(group, queries, self.store, layer, style)
         return attend_group(group, queries, self.store, layer, style)
 

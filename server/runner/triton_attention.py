@@ -20,6 +20,8 @@ from server.runner.style import Style
 
 # Query rows (tokens times heads of a group) of one program; more do not fit into its registers.
 _MAX_ROWS = 128
+# And their bytes, which with the tiles have to fit into the shared memory of small GPUs.
+_MAX_QUERY_BYTES = 32 << 10
 # tl.dot takes no side shorter than this.
 _MIN_SIDE = 16
 _MAX_SPLITS = 16
@@ -189,10 +191,15 @@ def _combine_splits(
     )
 
 
-def supports(group: Group, num_heads: int, num_kv_heads: int) -> bool:
-    """Is the group small enough for one program a span and KV head?"""
-    rows = group.num_tokens * (num_heads // num_kv_heads)
-    return group.num_tokens <= MAX_GROUPED_TOKENS and rows <= _MAX_ROWS
+def supports(group: Group, queries: Tensor, num_kv_heads: int) -> bool:
+    """Is the group small enough for one program a span and KV head? Queries [T, heads, d]."""
+    num_heads, dim = queries.shape[1:]
+    rows = _rows(group, num_heads // num_kv_heads)
+    return (
+        group.num_tokens <= MAX_GROUPED_TOKENS
+        and rows <= _MAX_ROWS
+        and rows * _padded(dim) * queries.element_size() <= _MAX_QUERY_BYTES
+    )
 
 
 def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, style: Style) -> Tensor:
@@ -206,7 +213,7 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
     num_kv_heads, value_dim = values.shape[1:]
     heads = num_heads // num_kv_heads
     paging = group.paging()
-    rows = max(_MIN_SIDE, triton.next_power_of_2(group.num_tokens * heads))
+    rows = _rows(group, heads)
     splits = num_splits(group.num_spans * num_kv_heads, paging.table.shape[1], store, queries)
     output = queries.new_empty(len(queries), num_heads, value_dim)
     parts = (group.num_spans, num_kv_heads, splits, rows) if splits > 1 else (1, 1, 1, 1)
@@ -270,6 +277,12 @@ def num_splits(programs: int, num_pages: int, store: KVStore, queries: Tensor) -
     useful = num_pages * store.page_size // (2 * _tile(queries.shape[-1], queries.element_size()))
     wanted = min(2 * processors // programs, useful, _MAX_SPLITS)
     return 1 << (max(0, wanted.bit_length() - 1) & ~1)
+
+
+def _rows(group: Group, heads: int) -> int:
+    """Query rows of a program for `heads` query heads a KV head, padding included."""
+    rows: int = triton.next_power_of_2(group.num_tokens * heads)
+    return max(_MIN_SIDE, rows)
 
 
 def _padded(dim: int) -> int:

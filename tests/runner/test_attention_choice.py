@@ -119,7 +119,7 @@ def test_failing_kernels_are_replaced(directories, monkeypatch):
 
     class Broken:
         @staticmethod
-        def supports(group, num_heads, num_kv_heads):
+        def supports(group, queries, num_kv_heads):
             return True
 
         @staticmethod

@@ -71,7 +71,7 @@ def assert_same(case, style=PLAIN):
     tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[queries.dtype]
     for group in groups:
         kv_heads = store.slots(0)[0].shape[1]
-        assert kernels.supports(group, queries.shape[1], kv_heads)
+        assert kernels.supports(group, queries, kv_heads)
         ours = kernels.attend_group(group, queries[group.rows], store, 0, style)
         plain = attend_group(group, queries[group.rows], store, 0, style)
         assert ours.shape == plain.shape
@@ -151,11 +151,18 @@ def test_what_lies_in_other_slots_does_not_matter(monkeypatch):
 
 
 def test_large_groups_are_left_to_the_portable_path():
-    groups, _, _ = make_case(16, [100], 16, 16, 1, 64, torch.float32)
-    assert not kernels.supports(groups[0], 16, 1)
-    assert kernels.supports(groups[0], 8, 1)
-    groups, _, _ = make_case(17, [100], 16, 4, 4, 64, torch.float32)
-    assert not kernels.supports(groups[0], 4, 4)
+    groups, queries, _ = make_case(16, [100], 16, 16, 1, 64, torch.float32)
+    assert not kernels.supports(groups[0], queries, 1)
+    assert kernels.supports(groups[0], queries[:, :8], 1)
+    groups, queries, _ = make_case(17, [100], 16, 4, 4, 64, torch.float32)
+    assert not kernels.supports(groups[0], queries, 4)
+
+
+def test_rows_too_large_for_shared_memory_are_left_to_the_portable_path():
+    groups, queries, _ = make_case(16, [100], 16, 8, 1, 128, torch.float32)
+    assert not kernels.supports(groups[0], queries, 1)
+    assert kernels.supports(groups[0], queries[:, :4], 1)
+    assert kernels.supports(groups[0], queries.bfloat16(), 1)
 
 
 def test_few_sequences_are_split_and_many_are_not():

@@ -70,9 +70,16 @@ def _type(value: Tensor | float) -> str:
     return "fp32" if isinstance(value, float) else "i32"
 
 
-def launch(num_tokens: int, num_spans: int, length: int, style: Style) -> None:
-    """One launch, of 8 query heads over 2 KV heads of 64."""
-    page_size, dim, dtype = 16, 64, torch.bfloat16
+def launch(
+    num_tokens: int,
+    num_spans: int,
+    length: int,
+    style: Style,
+    dim: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    """One launch, of 8 query heads over 2 KV heads of `dim`."""
+    page_size = 16
     width = length // page_size
     store = KVStore(1 + num_spans * width, page_size)
     some = torch.zeros(1, 2, dim, dtype=dtype)
@@ -84,6 +91,7 @@ def launch(num_tokens: int, num_spans: int, length: int, style: Style) -> None:
     )
     (group,) = make_plan(Batch(spans), page_size, CPU).groups
     queries = torch.zeros(num_spans * num_tokens, 8, dim, dtype=dtype)
+    assert triton_attention.supports(group, queries, 2)
     triton_attention.attend_group(group, queries, store, 0, style)
 
 
@@ -94,6 +102,8 @@ def main() -> None:
     launch(1, 1, 2048, Style(None, 0, None, None))
     # The plan of a CPU has longer sequences in groups of their own.
     launch(16, 40, 256, Style(0.1, 64, 5.0, torch.zeros(8, dtype=torch.bfloat16)))
+    # As many bytes of queries as are supported.
+    launch(16, 40, 256, Style(None, 0, None, None), 128, torch.float32)
 
 
 if __name__ == "__main__":
