@@ -184,8 +184,8 @@ class EngineConfig(Section):
     )
     max_prefill_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Prompt tokens one forward may take while other sequences decode: how long "
-        "they wait for a long prompt. auto is 128 on CPU and 512 on GPU.",
+        description="Prompt tokens one forward may take while other sequences decode, for each "
+        "token of theirs: how long they wait for a long prompt. auto is 128 on CPU and 512 on GPU.",
     )
     prefix_cache: bool = Field(
         True,

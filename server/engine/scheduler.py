@@ -348,9 +348,7 @@ class Scheduler:
 
     def _fill(self, model: int, wants: list[_Want]) -> StepPlan:
         """Decoding sequences first, then prompts with what the token budgets leave."""
-        is_alone = all(want.num_tokens > self._short for want in wants)
-        reading = self._token_limit if is_alone else self._max_prefill_tokens
-        step = _Step(model, self._token_limit, reading)
+        step = _Step(model, self._token_limit, self._reading(model, wants))
         for want in self._candidates(model, wants):
             if want.sequence.status is Status.RUNNING:
                 try:
@@ -366,6 +364,19 @@ class Scheduler:
             pages=tuple(self._tables[sequence.id][model].pages for sequence in planned),
             num_preempted=step.num_preempted,
         )
+
+    def _reading(self, model: int, wants: list[_Want]) -> int:
+        """How many tokens of prompts a step may take.
+
+        So many for each token that decoding sequences feed: every model reads every token of a text
+        once, so that a text delays itself for prompts as often whatever its strategy, and prompts
+        are read as fast.
+        """
+        short = [want for want in wants if want.num_tokens <= self._short]
+        if not short:
+            return self._token_limit
+        fed = [want.num_tokens for want in short if want.model == model]
+        return self._max_prefill_tokens * sum(fed) // len(fed) if fed else self._max_prefill_tokens
 
     def _candidates(self, model: int, wants: list[_Want]) -> list[_Want]:
         """Everybody that `model` could feed now, long feeds last."""

@@ -52,8 +52,35 @@ def test_a_long_prompt_delays_no_token_for_long(strategy: str) -> None:
     assert not any(sequence.is_finished for sequence in short)
     # A cycle proposes MAX_GAMMA tokens and scores them; the reader's own turns come between.
     assert longest <= 2 * (MAX_GAMMA + 2)
-    assert max(step.num_tokens for step in steps) <= PIECE + NUM_SHORT * (MAX_GAMMA + 2)
-    assert len(steps) >= 600 // PIECE
+    fed = MAX_GAMMA + 2  # at most, of a decoding sequence
+    assert max(step.num_tokens for step in steps) <= PIECE * fed + NUM_SHORT * fed
+    assert len(steps) >= 600 // (PIECE * fed)
+
+
+def tokens_meanwhile(strategy: str) -> int:
+    """Tokens that a text gets while a long prompt is read; no proposal is rejected."""
+    lms = [TableLM(seed=1, vocab_size=5)] * 2
+    limits = EngineLimits(max_step_tokens=512, max_prefill_tokens=PIECE, max_gamma=MAX_GAMMA)
+    runners = [TableRunner(lm, max_length=2048) for lm in lms]
+    engine = Engine(runners, DigitDecoder(), frozenset(), limits)
+    decoding = make_decoding(strategy, WEIGHTED, gamma=MAX_GAMMA)
+    busy = Sequence.start("busy", [1], SamplingParams(max_tokens=1000, seed=1), decoding)
+    engine.add(busy)
+    for _ in range(20):
+        engine.step()
+    long = Sequence.start("long", [1, 2] * 500, SamplingParams(max_tokens=1), decoding)
+    engine.add(long)
+    before = busy.num_generated
+    while not long.is_finished:
+        engine.step()
+    assert not busy.is_finished
+    return busy.num_generated - before
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "cos", "mixture"])
+def test_prompts_are_read_as_fast_beside_longer_cycles(strategy: str) -> None:
+    """By the tokens that others get meanwhile, which are what a prompt delays."""
+    assert tokens_meanwhile(strategy) <= 1.25 * tokens_meanwhile("standard")
 
 
 def test_a_prompt_alone_takes_the_whole_step() -> None:
