@@ -59,6 +59,7 @@ class StepStats:
     Attributes:
         model: index of the model that ran.
         num_sequences: sequences it ran over, and how many of them were decoding.
+        num_past: tokens that the model had read of the decoding ones before, in all.
         num_tokens: tokens fed; num_prefill_tokens of them were prompts or recomputation.
         forward_seconds: the model's forward alone.
         combine_seconds: from the forward's end until the advance has decided everything: warping,
@@ -87,6 +88,7 @@ class StepStats:
     model: int
     num_sequences: int = 0
     num_decoding: int = 0
+    num_past: int = 0
     num_tokens: int = 0
     num_prefill_tokens: int = 0
     forward_seconds: float = 0.0

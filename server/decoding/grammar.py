@@ -40,9 +40,10 @@ class GrammarError(ValueError):
 class GrammarMatcher:
     """The grammar of one sequence; see `core.matcher.Matcher`."""
 
-    def __init__(self, matcher: LLMatcher, eos_token_ids: frozenset[int], vocab_size: int) -> None:
-        """`matcher` has consumed nothing, and is used by nobody else."""
-        self._matcher = matcher
+    def __init__(self, template: LLMatcher, eos_token_ids: frozenset[int], vocab_size: int) -> None:
+        """`template` has consumed nothing, and never will: it is copied."""
+        self._template = template
+        self._matcher = template.deep_copy()
         self._eos = eos_token_ids
         self._num_bytes = -(-vocab_size // 8)
         self._followed: list[int] = []
@@ -51,6 +52,7 @@ class GrammarMatcher:
         self._masks: dict[int, bytes] = {}  # by number of tokens before
         self._final = _bits(eos_token_ids, self._num_bytes)
         self.error: str | None = None
+        self._failed_at = 0  # number of tokens that led to the error
 
     def mask(self, generated: Row[int]) -> bytes:
         """Once the text is complete only its end may follow; after an error nothing may."""
@@ -81,7 +83,9 @@ class GrammarMatcher:
             self._consume(token_id)
 
     def _roll_back(self, count: int) -> None:
-        if (surplus := self._num_consumed - count) > 0:
+        if self.error is not None and count < self._failed_at:
+            self._start_again(self._followed[:count])
+        elif (surplus := self._num_consumed - count) > 0:
             self._matcher.rollback(surplus)
             self._num_consumed = count
         if self._end is not None and self._end > count:
@@ -89,6 +93,13 @@ class GrammarMatcher:
         del self._followed[count:]
         # The mask after the common tokens still holds; those of what follows do not.
         self._masks = {n: mask for n, mask in self._masks.items() if n <= count}
+
+    def _start_again(self, generated: list[int]) -> None:
+        """A matcher that has failed stays so, even if the tokens that led there are taken back."""
+        self._matcher, self.error = self._template.deep_copy(), None
+        self._followed, self._num_consumed, self._end = [], 0, None
+        for token_id in generated:
+            self._consume(token_id)
 
     def _consume(self, token_id: int) -> None:
         self._followed.append(token_id)
@@ -113,6 +124,7 @@ class GrammarMatcher:
         return bytes(self._num_bytes) if self.error else mask
 
     def _fail(self) -> None:
+        self._failed_at = len(self._followed)
         self.error = f"the grammar cannot be followed: {_one_line(self._matcher.get_error())}"
 
 
@@ -153,8 +165,7 @@ class Grammars:
             GrammarError: it is none, or takes more than the limits allow.
         """
         template = self._template(kind, source)
-        copies = [template.deep_copy() for _ in range(count)]
-        return [GrammarMatcher(copy, self._eos, self._vocab_size) for copy in copies]
+        return [GrammarMatcher(template, self._eos, self._vocab_size) for _ in range(count)]
 
     def _compile(self, kind: Kind, source: str) -> LLMatcher:
         matcher = LLMatcher(

@@ -74,6 +74,8 @@ class Chain:
         self._decoding = decoding
         self._strategy = strategy
         self._num_models = len(decoding.combination.weights)
+        opener = next((model for model, length in enumerate(decoding.gamma) if length), 0)
+        self._running = {0, opener, *decoding.combination.scorers}
         start = _State((), (1,) * self._num_models)
         self._index = {start: 0}
         self._branches: list[list[_Branch]] = []
@@ -146,9 +148,12 @@ class Chain:
         ):
             sequence.propose(0, model)
             num_proposed = 1
-        # A model that neither scores nor proposes only ever falls behind.
         most = max(self._decoding.gamma) + self._num_models
-        behind = tuple(min(most, len(sequence) - seen) for seen in sequence.num_seen)
+        # A model that neither scores nor opens never runs: how far it is behind tells nothing.
+        behind = tuple(
+            min(most, len(sequence) - seen) if model in self._running else 1
+            for model, seen in enumerate(sequence.num_seen)
+        )
         after = _State(tuple(sequence.proposers), behind)
         if after not in self._index:
             assert len(states) < _MAX_STATES, "a strategy with more states than it should have"

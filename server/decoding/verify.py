@@ -67,7 +67,7 @@ def sample(probs: Tensor, uniforms: Tensor) -> list[int]:
     Returns:
         R token ids, INVALID for rows that are no distribution.
     """
-    cumulative = probs.cumsum(-1)
+    cumulative = _cumulative(probs)
     total = cumulative[:, -1:]
     # Strictly below the total, so that a token without mass at the end of a row is never chosen.
     threshold = torch.minimum(
@@ -76,6 +76,17 @@ def sample(probs: Tensor, uniforms: Tensor) -> list[int]:
     picked = torch.searchsorted(cumulative, threshold, right=True)
     valid = torch.isfinite(total) & (total > 0)
     return torch.where(valid, picked, INVALID).flatten().tolist()
+
+
+def _cumulative(probs: Tensor) -> Tensor:
+    """Sums of each row up to each token; the same over tokens without mass.
+
+    What torch takes for a single row on a GPU adds up in an order that depends on the place, so a
+    sum may grow by its last bit where nothing is added. Of two rows it takes something else.
+    """
+    if probs.is_cuda and len(probs) == 1:
+        return probs.expand(2, -1).cumsum(-1)[:1]
+    return probs.cumsum(-1)
 
 
 def pick(weights: Tensor, noise: Tensor | None = None) -> list[int]:
@@ -172,7 +183,9 @@ def block_tests(
         [R], in the target's dtype, p of the tokens of the window before it.
     """
     tokens = tensor_on(target.device, token_ids)[:, None]
-    ratios = (target.gather(1, tokens) / proposal.gather(1, tokens))[:, 0].tolist()
+    # 0 / 0 is a token that neither gives anything to: not accepted, like by `verify`.
+    odds = target.gather(1, tokens) / proposal.gather(1, tokens)
+    ratios = odds[:, 0].nan_to_num(0.0).tolist()
     mass = target.sum(-1)
     is_valid = ((mass > 0) & (mass + proposal.sum(-1)).isfinite()).tolist()
     before: list[float] = []

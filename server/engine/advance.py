@@ -114,6 +114,7 @@ class Advancer:
         self._strategies = strategies
         self._eos = eos_token_ids
         self._num_draws = 0
+        self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step
         self._device = self._scores.device
 
     @torch.inference_mode()
@@ -127,6 +128,9 @@ class Advancer:
         deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
         self._scores.head_seconds = 0.0
+        self._drafting = frozenset(
+            sequence for sequence in plan.sequences if self._drafts_short(sequence, plan.model)
+        )
         started = self._feed(plan, outcome.stats)
         self._score_prompts(plan.sequences, outcome)
         self._decide(plan.model, plan.sequences, deciding, outcome)
@@ -188,6 +192,7 @@ class Advancer:
             stats.num_prefill_tokens += num_prefill
             if num_prefill < count:
                 stats.num_decoding += 1
+                stats.num_past += start
                 sequence.stats.forwards[plan.model] += 1
         batch = Batch(tuple(spans))
         defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
@@ -393,7 +398,7 @@ class Advancer:
                 sequence.decline()
                 continue
             is_bonus = sequence in verified or sequence.proposers[-1:] not in ([], [model])
-            sequence.propose(token_id, model, self._drafts_short(sequence, model), is_bonus)
+            sequence.propose(token_id, model, self._proposes_short(sequence, model), is_bonus)
             outcome.stats.num_proposed += 1
             outcome.stats.num_bonus += is_bonus
 
@@ -402,7 +407,7 @@ class Advancer:
         only = Combination.only(len(self._runners), model)
 
         def key(sequence: Sequence) -> tuple[bool, bool]:
-            return sequence.params.is_coupled, self._drafts_short(sequence, model)
+            return sequence.params.is_coupled, self._proposes_short(sequence, model)
 
         for (is_coupled, is_short), group in _split(sequences, key):
             places = [(sequence, len(sequence)) for sequence in group]
@@ -485,6 +490,10 @@ class Advancer:
             and decoding.strategy in ("cos", "speculative")
             and decoding.gamma[model] >= MIN_SHORTLIST_GAMMA
         )
+
+    def _proposes_short(self, sequence: Sequence, model: int) -> bool:
+        """In this step: where the schedule has just changed, the forward left no states."""
+        return sequence in self._drafting and self._drafts_short(sequence, model)
 
     def _defers(self, sequence: Sequence, model: int) -> bool:
         return self._drafts_short(sequence, model) or any(sequence.shortlisted)

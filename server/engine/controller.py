@@ -107,7 +107,6 @@ class _Group:
     """
 
     choices: tuple[DecodingParams, ...]
-    acceptance: Acceptance
     chosen: DecodingParams
     is_new: bool = True
     lookup: LookupCosts | None = None
@@ -314,8 +313,9 @@ class Controller:
     def _rates(self, group: _Group, members: Row[Sequence]) -> tuple[float, ...]:
         """[num_models] mean acceptance over the sequences at hand."""
         num_models = len(group.chosen.combination.weights)
+        acceptance = self._of(members[0].decoding.combination, members[0])
         return tuple(
-            sum(group.acceptance.rate_of(sequence, model) for sequence in members) / len(members)
+            sum(acceptance.rate_of(sequence, model) for sequence in members) / len(members)
             for model in range(num_models)
         )
 
@@ -367,8 +367,7 @@ class Controller:
         if key not in self._groups:
             _bound(self._groups)
             choices = make_choices(sequence.decoding, self._max_gamma)
-            acceptance = self._of(sequence.decoding.combination, sequence)
-            self._groups[key] = _Group(choices, acceptance, choices[0])
+            self._groups[key] = _Group(choices, choices[0])
         return self._groups[key]
 
     def _of(self, combination: Combination, sequence: Sequence) -> Acceptance:

@@ -118,6 +118,8 @@ class Scheduler:
         self._prefix_cache = prefix_cache
         self._num_cached = [0] * len(pools)
         self._tables: dict[str, tuple[PageTable, ...]] = {}
+        # Whose few tokens full steps have left out, for longest first; they have precedence.
+        self._left_out: dict[Sequence, None] = {}
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
 
     @property
@@ -278,7 +280,7 @@ class Scheduler:
         for model in _resuming(sequence):
             self._adopt(sequence, model)
         # The page of the next token included: nobody is admitted only to be preempted.
-        num_tokens = len(sequence) + 1
+        num_tokens = min(len(sequence) + 1, sequence.limit)
         tables = self._tables[sequence.id]
         if all(
             table.num_missing(num_tokens) <= pool.num_free
@@ -388,7 +390,14 @@ class Scheduler:
             if want.model != model
             and want.sequence.num_seen[model] < want.sequence.resume_at[model]
         ]
-        return sorted(chosen, key=lambda want: want.num_tokens > self._short)
+        turns = {sequence: turn for turn, sequence in enumerate(self._left_out)}
+        return sorted(
+            chosen,
+            key=lambda want: (
+                want.num_tokens > self._short,
+                turns.get(want.sequence, len(turns)),
+            ),
+        )
 
     def _take(self, want: _Want, step: _Step) -> None:
         """Add as much of a want to the step as its budgets leave."""
@@ -397,7 +406,10 @@ class Scheduler:
         start = sequence.num_seen[step.model]
         count = _chunk(want, min(step.budget, step.reading) if is_long else step.budget)
         if count <= 0 or (is_long and step.is_read(table, want)):
+            if not is_long:
+                self._left_out.setdefault(sequence)
             return
+        self._left_out.pop(sequence, None)
         step.num_preempted += self._make_room(sequence, step.model, start + count, step.num_tokens)
         if sequence.status is not Status.RUNNING:
             return
@@ -430,6 +442,7 @@ class Scheduler:
         self.waiting.appendleft(sequence)
 
     def _free(self, sequence: Sequence) -> None:
+        self._left_out.pop(sequence, None)
         for table in self._tables[sequence.id]:
             table.release()
         self._scores.give_back_prompt_slot(sequence.prompt_slot)

@@ -230,3 +230,16 @@ def test_equal_distributions_are_kept_whole_and_disjoint_never() -> None:
     mine = torch.tensor([[0.5, 0.5, 0.0]] * 3)
     low = torch.zeros(3)
     assert verify_blocks(other, mine, [0, 1, 1], [3], low, low) == [Verdict(0, 2)]
+
+
+@pytest.mark.parametrize("rule", [verify, verify_blocks])
+@pytest.mark.parametrize("before", [[], [0.0, 1.0, 0.0]])
+def test_what_nobody_gives_anything_to_is_never_accepted(rule, before):
+    """Nor behind a token that is rejected for certain: 0 / 0, and 0 times the odds of g = 0."""
+    last = [0.5, 0.0, 0.5]
+    target = torch.tensor([[0.0, 0.0, 1.0], last] if before else [last])
+    proposal = torch.tensor([before, last] if before else [last])
+    tokens = [1] * len(target)
+    zeros = torch.zeros(len(target))
+    (verdict,) = rule(target, proposal, tokens, [len(target)], zeros, zeros + 0.7)
+    assert verdict == Verdict(0, 2)

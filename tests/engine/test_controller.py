@@ -11,6 +11,7 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
+from server.decoding.profile import Chain
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine import advance
 from server.engine.controller import Controller, make_choices
@@ -290,3 +291,16 @@ def test_without_costs_auto_is_cos() -> None:
     run(make_engine(lms), [sequence])
     assert sequence.schedule.strategy == "cos"
     assert sum(sequence.stats.proposed) > 0
+
+
+@pytest.mark.parametrize("strategy", ["cos", "speculative"])
+def test_a_model_that_never_runs_adds_no_states(strategy: str) -> None:
+    """Between the two models that a contrast of three is of, with the longest proposals."""
+    decoding = make_decoding(strategy, Combination.contrastive(3, 0.1), gamma=(32, 1, 1))
+    chain = Chain(decoding, Strategies(SharedCoins(0)).make(decoding))
+    shapes = chain.profile((0.7, 0.5, 0.9)).rates
+    pair = make_decoding(strategy, Combination.contrastive(2, 0.1), gamma=(32, 1))
+    alone = Chain(pair, Strategies(SharedCoins(0)).make(pair)).profile((0.7, 0.9)).rates
+    assert {shape.model for shape in shapes} == {0, 2}
+    named = {shape._replace(model=shape.model // 2): rate for shape, rate in shapes.items()}
+    assert named == pytest.approx(alone)

@@ -92,6 +92,24 @@ def test_a_prompt_alone_takes_the_whole_step() -> None:
     assert steps[0].num_tokens == 512
 
 
+def test_nobody_is_left_out_of_full_steps_for_long() -> None:
+    """A step that has no room for all who decode takes those first that the last one left out."""
+    lms = [TableLM(seed=1, vocab_size=5)] * 2
+    limits = EngineLimits(max_step_tokens=MAX_GAMMA + 2, max_gamma=MAX_GAMMA)
+    runners = [TableRunner(lm, max_length=1024) for lm in lms]
+    engine = Engine(runners, DigitDecoder(), frozenset(), limits)
+    decoding = make_decoding("cos", WEIGHTED, gamma=MAX_GAMMA)
+    sequences = [
+        Sequence.start(f"s{i}", [i], SamplingParams(max_tokens=300, seed=i), decoding)
+        for i in range(3)
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    while sequences[0].num_generated < 100:
+        engine.step()
+    assert min(sequence.num_generated for sequence in sequences) >= 60
+
+
 def test_pieces_smaller_than_a_page_still_end() -> None:
     steps: list[StepStats] = []
     engine = make_engine(steps)

@@ -188,6 +188,17 @@ def test_a_complete_text_ends_before_min_tokens_where_only_its_end_is_allowed() 
     assert deltas[-1].finish_reason == "stop"
 
 
+def test_an_error_behind_tokens_that_are_taken_back_is_forgotten() -> None:
+    [matcher] = matchers(1)
+    [other] = matchers(1)
+    start = TOKENS.index("c")
+    assert matcher.mask([start]) == other.mask([start])
+    assert not any(matcher.mask([start, EOS - 3, EOS - 3]))  # "b" twice is not in the language
+    assert matcher.error is not None
+    assert matcher.mask([start, start]) == other.mask([start, start])
+    assert matcher.error is None
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_a_matcher_follows_wherever_it_is_led(seed: int) -> None:
     """Masks of any prefix in any order, as after rejections, are those of a new matcher."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 
 from server.core.combination import Combination
-from server.core.sampling_params import SamplingParams
+from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.engine import Engine
@@ -179,3 +180,37 @@ def test_a_coupled_text_is_that_of_standard(schedule: str) -> None:
     standard = make_decoding("standard", combination)
     assert ours == decode(make_engine(lms), PROMPT, coupled, standard)
     assert deferred(listed.runners[0]).num_scored > 0
+
+
+class Alternating:
+    """A chooser that takes up shortlists and leaves them again."""
+
+    def __init__(self) -> None:
+        self._num_asked = 0
+
+    def choose(self, sequence: Sequence) -> DecodingParams:
+        self._num_asked += 1
+        name: Literal["standard", "cos"] = "cos" if self._num_asked % 5 > 2 else "standard"
+        return replace(sequence.decoding, strategy=name, is_gamma_auto=False)
+
+    def add(self, sequence: Sequence, model: int, accepted: float) -> None:
+        pass
+
+    def lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
+        return 0
+
+
+def test_what_was_scored_before_a_choice_is_no_state_to_propose_from() -> None:
+    """Twins, everything listed: a proposal from its own place's scores is always accepted."""
+    engine = make_engine([TableLM(seed=5, vocab_size=12)] * 2, shortlists=[range(12), None])
+    engine._strategies.chooser = Alternating()
+    decoding = make_decoding("auto", Combination.weighted([0.5, 0.5]), gamma=(3, 1))
+    sequences = [
+        Sequence.start(f"s{i}", [i, 3], SamplingParams(max_tokens=60, temperature=0), decoding)
+        for i in range(4)
+    ]
+    run(engine, sequences)
+    for sequence in sequences:
+        assert sequence.stats.verified[0] > 0
+        assert sequence.stats.accepted == sequence.stats.verified
+    assert deferred(engine.runners[0]).num_deferred > 0
