@@ -32,6 +32,7 @@ _BUDGET_SECONDS = 6.0
 # Tokens of each sequence in the forwards that are timed alone, and how often.
 _TOKENS = (1, 2, 5)
 _REPEATS = 3
+_LONGER = 4  # times as many tokens before them, where memory and models allow
 _FORWARD_BUDGET_SECONDS = 3.0
 
 
@@ -106,6 +107,8 @@ def _timings(points: dict[int, _Point], engine: Engine, num_scorers: int) -> Tim
         draw_seconds=_rising(point.draw_seconds for point in points.values()),
         num_scorers=num_scorers,
         span_seconds=_time_forwards(engine, tuple(points)),
+        context=_num_context(engine),
+        past_seconds=_time_past(engine, tuple(points)),
     )
 
 
@@ -129,6 +132,33 @@ def _time_forwards(
     return seconds
 
 
+def _time_past(engine: Engine, batches: tuple[int, ...]) -> tuple[tuple[float, float], ...]:
+    """What a token before the ones fed adds to a forward; see `Timings.past_seconds`."""
+    short = _num_context(engine)
+    long = min(_LONGER * short, engine.max_length - max(_TOKENS))
+    room = min((runner.num_pages - 1) * runner.page_size for runner in engine.runners)
+    long = min(long, room - max(_TOKENS) - 1)
+    if long < 2 * short:
+        return ()
+    fewest, most = min(_TOKENS), max(_TOKENS)
+    batch = max(size for size in batches if size <= 4)
+    found = []
+    for runner in engine.runners:
+        rows: dict[tuple[int, int], list[float]] = {}
+        for _ in range(_REPEATS):
+            for past in (short, long):
+                for tokens in (fewest, most):
+                    seconds = _time_forward(engine, runner, batch, tokens, past)
+                    rows.setdefault((past, tokens), []).append(seconds)
+        one, all_of_them = (
+            max(0.0, median(rows[long, tokens]) - median(rows[short, tokens]))
+            / (batch * (long - short))
+            for tokens in (fewest, most)
+        )
+        found.append((one, max(0.0, all_of_them - one) / (most - fewest)))
+    return tuple(found)
+
+
 def _time_spans(engine: Engine, batch: int) -> list[dict[int, list[float]]]:
     """[num_models] of {tokens: seconds of forwards}.
 
@@ -139,13 +169,15 @@ def _time_spans(engine: Engine, batch: int) -> list[dict[int, list[float]]]:
     for _ in range(_REPEATS):
         for runner, found in zip(engine.runners, times, strict=True):
             for tokens, row in found.items():
-                row.append(_time_forward(engine, runner, batch, tokens))
+                seconds = _time_forward(engine, runner, batch, tokens, _num_context(engine))
+                row.append(seconds)
     return times
 
 
-def _time_forward(engine: Engine, runner: ModelRunner, batch: int, tokens: int) -> float:
+def _time_forward(
+    engine: Engine, runner: ModelRunner, batch: int, tokens: int, num_past: int
+) -> float:
     """Seconds of a forward; nobody holds pages yet, so any may be written."""
-    num_past = _num_context(engine)
     per_span = -(-(num_past + tokens) // runner.page_size)
     spans = []
     for index in range(batch):

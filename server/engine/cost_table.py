@@ -1,13 +1,13 @@
 """What decoding costs on this machine, now: seconds of a forward, and of the rest of a step.
 
 `calibration` times forwards at start; every step of real decoding then corrects the table. What a
-forward takes is its first timing times factors: the machine's speed, which changes within seconds
-and slows every shape alike; the model's; what the first timing missed for so many sequences; and,
-for several tokens of each, what it missed for these. A step that took longer than expected says
-nothing of which of them is to blame, so the least certain is blamed most: the machine by default,
-but a shape that nobody has seen lately before the machine that was watched a moment ago. So one
-way of decoding is compared with another by what both took when they took turns, not by how fast
-the machine was at the time.
+forward takes is its first timing, and what texts longer than those add to it, times factors: the
+machine's speed, which changes within seconds and slows every shape alike; the model's; what the
+first timing missed for so many sequences; and, for several tokens of each, what it missed for
+these. A step that took longer than expected says nothing of which of them is to blame, so the least
+certain is blamed most: the machine by default, but a shape that nobody has seen lately before the
+machine that was watched a moment ago. So one way of decoding is compared with another by what both
+took when they took turns, not by how fast the machine was at the time.
 
 Estimates of standard decoding are multiplied by measured over expected seconds of the last steps,
 whatever these were: they add up to what was measured, outliers included, and do not depend on when
@@ -44,6 +44,8 @@ _SHAPE = 0.1  # those of more, beside them
 _DOUBT_SECONDS = 60.0  # until what was not seen is as uncertain as at first
 _GRUDGE = 120.0  # until what was learnt of several tokens is forgotten, if not seen again
 
+_LEAST = 0.25  # of its first timing, that a forward over shorter sequences takes
+
 # How the rest of a step that verifies, or proposes, compares with that of one that draws, until
 # there are steps to tell.
 _VERIFY_FACTOR = 1.5
@@ -62,6 +64,9 @@ class Timings:
         num_scorers: of the combination that was timed.
         span_seconds: [num_models] of {(batch, tokens): seconds} of forwards alone, `tokens` tokens
             of each sequence, all of them scored; one token among them.
+        context: tokens of each sequence before those that were timed.
+        past_seconds: [num_models] of (seconds that a forward of one token takes longer for each
+            token before it, and the same for each token more that it feeds).
     """
 
     batches: tuple[int, ...]
@@ -70,6 +75,8 @@ class Timings:
     draw_seconds: tuple[float, ...]
     num_scorers: int = 1
     span_seconds: tuple[dict[tuple[int, int], float], ...] = ()
+    context: int = 0
+    past_seconds: tuple[tuple[float, float], ...] = ()
 
     @property
     def rest_seconds(self) -> tuple[float, ...]:
@@ -153,6 +160,7 @@ class CostTable:
         self.timings = timings
         num_models = len(timings.forward_seconds)
         self._now = 0.0  # seconds of steps so far
+        self._context = float(timings.context)  # of a decoding sequence in the last step
         self._machine = _Factor(_MACHINE_PACE**2 * _DOUBT_SECONDS, variance=_MACHINE**2)
         self._models = [_Factor(_MODEL**2) for _ in range(num_models)]
         self._rounds: dict[tuple[int, int], _Factor] = {}
@@ -174,7 +182,10 @@ class CostTable:
         return self.slowness * math.exp(self._models[model].mean)
 
     def forward_seconds(self, model: int, batch: float, tokens: float) -> float:
-        """One forward of `tokens` tokens of each of `batch` sequences, all of them scored."""
+        """One forward of `tokens` tokens of each of `batch` sequences, all of them scored.
+
+        The sequences are as long as those of the last step.
+        """
         factors = self._factors(model, batch, tokens)
         mean = sum(factor.at(self._now)[0] for factor in factors)
         return self._timed(model, batch, tokens) * math.exp(mean)
@@ -253,6 +264,8 @@ class CostTable:
     def observe(self, stats: StepStats) -> None:
         """Learn from one step; those that read prompts say nothing about decoding."""
         self._now += stats.step_seconds
+        if stats.num_decoding:
+            self._context = stats.num_past / stats.num_decoding
         if stats.num_prefill_tokens or not stats.num_sequences:
             return
         self._charge.add(stats.step_seconds, self.price(stats))
@@ -313,7 +326,15 @@ class CostTable:
             if len(self._known) > _MAX_KNOWN:
                 self._known.clear()
             self._known[key] = self._timed_one(model, batch) + self._extra(model, batch, tokens - 1)
-        return self._known[key]
+        at_first = self._known[key]
+        return max(_LEAST * at_first, at_first + self._past(model, batch, tokens - 1))
+
+    def _past(self, model: int, batch: float, more: float) -> float:
+        """What sequences longer than those timed, or shorter, add to a forward."""
+        if not self.timings.past_seconds:
+            return 0.0
+        one, each = self.timings.past_seconds[model]
+        return batch * (self._context - self.timings.context) * (one + each * max(0.0, more))
 
     def _extra(self, model: int, batch: float, more: float) -> float:
         """What `more` tokens of each sequence add to a forward of one."""

@@ -30,24 +30,38 @@ class Clock:
 
 
 class ClockedRunner(TableRunner):
-    """Takes `base` seconds and `each` for every token."""
+    """Takes `base` seconds, `each` for every token, and `past` for each token before."""
 
-    def __init__(self, clock: Clock, seed: int, base: float, each: float, num_pages: int = 4096):
-        super().__init__(TableLM(seed), num_pages=num_pages, max_length=256)
+    def __init__(
+        self,
+        clock: Clock,
+        seed: int,
+        base: float,
+        each: float,
+        num_pages: int = 4096,
+        past: float = 0.0,
+    ) -> None:
+        super().__init__(TableLM(seed), num_pages=num_pages, max_length=1024)
         self._pages = np.zeros_like(self._pages)  # contexts that count as read
         self._clock, self._base, self._each = clock, base, each
+        self._past = past
         self.load = 1.0
 
     def forward(self, batch: Batch) -> Tensor:
-        self._clock.now += (self._base + self._each * batch.num_tokens) * self.load
+        before = sum(span.num_past for span in batch.spans)
+        seconds = self._base + self._each * batch.num_tokens + self._past * before
+        self._clock.now += seconds * self.load
         return super().forward(batch)
 
 
 def make_engine(
-    *seconds: tuple[float, float], num_pages: int = 4096, max_sequences: int = 8
+    *seconds: tuple[float, float],
+    num_pages: int = 4096,
+    max_sequences: int = 8,
+    past: tuple[float, ...] = (0.0, 0.0, 0.0),
 ) -> tuple[Engine, list[StepStats]]:
     clock = Clock()
-    runners = [ClockedRunner(clock, k, *each, num_pages) for k, each in enumerate(seconds)]
+    runners = [ClockedRunner(clock, k, *each, num_pages, past[k]) for k, each in enumerate(seconds)]
     steps: list[StepStats] = []
     limits = EngineLimits(max_sequences=max_sequences)
     decoder = DigitDecoder()
@@ -245,3 +259,50 @@ def test_nobody_finds_the_contexts_that_were_never_read() -> None:
     assert calibrate(engine, BOTH) is not None
     assert engine.scheduler.pages_used() == engine.scheduler.pages_idle() == (0, 0)
     engine.scheduler.check_integrity()
+
+
+def stepped(model: int, tokens: int, past: int, seconds: float, batch: int = 4) -> StepStats:
+    return StepStats(
+        model,
+        num_sequences=batch,
+        num_decoding=batch,
+        num_past=past * batch,
+        num_tokens=tokens * batch,
+        forward_seconds=seconds,
+        step_seconds=seconds,
+    )
+
+
+def test_longer_texts_are_not_taken_for_a_slower_machine() -> None:
+    """Nor their longer forwards, which differ less, for cheaper proposals of short texts."""
+    shapes = {(4, tokens): 0.01 * (tokens + 4) for tokens in (1, 2, 5)}
+    timings = Timings(
+        (4,),
+        ((0.05,),),
+        (0.0,),
+        (0.0,),
+        span_seconds=(shapes,),
+        context=100,
+        past_seconds=((2e-5, 1e-6),),
+    )
+    costs = CostTable(timings)
+
+    def real(tokens: int, past: int) -> float:
+        return shapes[4, tokens] + 4 * (past - 100) * (2e-5 + 1e-6 * (tokens - 1))
+
+    for past in (100, 900, 40):
+        for _ in range(50):
+            costs.observe(stepped(0, 2, past, real(2, past)))
+            assert costs.slowness == pytest.approx(1)
+        for tokens in (1, 2, 5):
+            assert costs.forward_seconds(0, 4, tokens) == pytest.approx(real(tokens, past))
+    costs.observe(stepped(0, 1, 0, 0.01))
+    assert costs.forward_seconds(0, 4, 1) > 0
+
+
+def test_what_a_token_of_the_past_takes_is_timed() -> None:
+    engine, _ = make_engine((0.01, 0.001), (0.1, 0.01), past=(1e-5, 3e-5))
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.past_seconds[0] == pytest.approx((1e-5, 0))
+    assert costs.timings.past_seconds[1] == pytest.approx((3e-5, 0))
