@@ -16,6 +16,7 @@ are written after every part. `--tiny` runs the same on small shapes, on any mac
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
@@ -195,6 +196,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--plot", type=Path, help="also draw, as PNG files in this directory")
     options = parser.parse_args(argv)
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
     if options.device == "cpu" and not options.tiny:
         parser.error("no GPU here: only --tiny runs on the CPU")
     return options

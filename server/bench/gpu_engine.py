@@ -57,8 +57,8 @@ def time_engine_cycles(
                 for i in range(size)
             ]
             decoding = _decoding(strategy, gamma)
-            # The first decoding step belongs to the prompt's last chunk; hence one token more.
-            result = _decode(members, _Numbers(), prompts, decoding, 0.0, num_tokens + 1)
+            # The first decoding step belongs to the prompt's last token; hence one token more.
+            result = _decode(members, _Numbers(), prompts, decoding, 0.0, num_tokens + 1, True)
             row[strategy] = result
         rows.append(row)
     return rows
@@ -129,31 +129,46 @@ def _decode(
     decoding: DecodingParams,
     temperature: float,
     num_tokens: int,
+    is_read: bool = False,
 ) -> dict[str, Any]:
-    """Decode all prompts together; figures of the steps in which no prompt was read."""
+    """Decode all prompts together; figures of the steps after the last that read any of them.
+
+    With `is_read` prompts count as read but for their last token, so that all begin at once: what
+    their pages hold costs a forward the same.
+    """
     steps: list[StepStats] = []
     limits = EngineLimits(max_sequences=len(prompts), max_step_tokens=_STEP_TOKENS)
     engine = Engine(runners, decoder, frozenset(), limits, on_step=steps.append)
     for i, prompt in enumerate(prompts):
         params = SamplingParams(
-            max_tokens=num_tokens, temperature=temperature, seed=i, ignore_eos=True
+            max_tokens=num_tokens,
+            temperature=temperature,
+            seed=i,
+            ignore_eos=True,
+            prefix_cache=not is_read,  # nobody may find pages that were never written
         )
-        engine.add(Sequence.start(str(i), prompt, params, decoding))
+        sequence = Sequence.start(str(i), prompt, params, decoding)
+        if is_read:
+            sequence.num_seen = [len(prompt) - 1] * len(runners)
+        engine.add(sequence)
     while engine.has_work:
         engine.step()
-    return _summary([step for step in steps if not step.num_prefill_tokens], len(runners) - 1)
+    last = max(i for i, step in enumerate(steps) if step.num_prefill_tokens)
+    return _summary(steps[last + 1 :], len(runners) - 1)
 
 
 def _summary(steps: list[StepStats], expert: int) -> dict[str, Any]:
     seconds = sum(step.step_seconds for step in steps)
     tokens = sum(delivery.num_tokens for step in steps for delivery in step.deliveries)
-    num_cycles = sum(step.model == expert for step in steps)
+    scored = [step.num_sequences for step in steps if step.model == expert]
+    num_cycles = len(scored)
     verdicts = [accepted for step in steps for _, _, accepted in step.verified_by_offset]
     return {
         "seconds": seconds,
         "tokens": tokens,
         "tokens_per_second": tokens / seconds if seconds else 0.0,
         "cycles": num_cycles,
+        "sequences": sum(scored) / num_cycles if num_cycles else 0.0,
         "cycle_seconds": seconds / num_cycles if num_cycles else 0.0,
         "accepted": sum(verdicts) / len(verdicts) if verdicts else None,
     }

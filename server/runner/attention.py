@@ -32,6 +32,10 @@ class ShortAttention(Protocol):
         """May `group` be given to `attend_group`, with queries [T, heads, d] of this kind?"""
         ...
 
+    def max_tokens(self, heads: int, dim: int, element_size: int) -> int:
+        """The longest spans it supports, for so many query heads a KV head of so many numbers."""
+        ...
+
     def attend_group(
         self, group: Group, queries: Tensor, store: KVStore, layer: int, style: Style
     ) -> Tensor:

@@ -146,9 +146,14 @@ def _with_graphs(runner: TorchRunner, config: ServerConfig, report: _Reporter) -
         return runner
     decoding = config.decoding
     gamma = max(proposal_lengths(decoding.gamma, len(config.models)))
+    longest = decoding.max_gamma + len(config.models)
+    if capture:
+        longest = min(longest, runner.longest_attended())
+    if longest < 1:
+        return runner
     shapes = Shapes.of(
         config.engine.max_sequences,
-        decoding.max_gamma + len(config.models),
+        longest,
         config.engine.max_step_tokens,
         gamma + 1,
     )

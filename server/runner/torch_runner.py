@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -102,6 +102,15 @@ class TorchRunner:
     def attends_with_kernels(self) -> bool:
         """Are groups of few tokens attended by something else than torch's operations?"""
         return self._attention.short is not None
+
+    def longest_attended(self) -> int:
+        """Tokens of a span that kernels attend; the model has run."""
+        if self._attention.short is None:
+            return 0
+        config: Any = self.model.config.get_text_config()
+        num_kv_heads, dim = self.store.slots(0)[0].shape[1:]
+        heads = config.num_attention_heads // num_kv_heads
+        return self._attention.short.max_tokens(heads, dim, self.dtype.itemsize)
 
     def drop_kernels(self) -> None:
         """Attend with torch's operations only."""

@@ -32,7 +32,9 @@ _TILE_BYTES = 16 << 10
 _NEVER = tl.constexpr(-1e30)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
+# Tables of captured graphs and of other steps differ in their strides' divisors, and would be
+# compiled for apart: the latter while requests wait.
+@triton.jit(do_not_specialize=["num_tokens", "table_stride"])
 def _attend_split(
     queries,
     keys,
@@ -191,15 +193,18 @@ def _combine_splits(
     )
 
 
+def max_tokens(heads: int, dim: int, element_size: int) -> int:
+    """Of a span: as many as one program takes for `heads` query heads of one KV head; 0: none."""
+    rows = min(_MAX_ROWS, _MAX_QUERY_BYTES // (_padded(dim) * element_size))
+    # Rows are padded to a power of two.
+    return min(MAX_GROUPED_TOKENS, (1 << rows.bit_length() - 1) // heads)
+
+
 def supports(group: Group, queries: Tensor, num_kv_heads: int) -> bool:
-    """Is the group small enough for one program a span and KV head? Queries [T, heads, d]."""
+    """May `group`, with queries [T, heads, d] of this kind, be given to `attend_group`?"""
     num_heads, dim = queries.shape[1:]
-    rows = _rows(group, num_heads // num_kv_heads)
-    return (
-        group.num_tokens <= MAX_GROUPED_TOKENS
-        and rows <= _MAX_ROWS
-        and rows * _padded(dim) * queries.element_size() <= _MAX_QUERY_BYTES
-    )
+    longest = max_tokens(num_heads // num_kv_heads, dim, queries.element_size())
+    return group.num_tokens <= longest
 
 
 def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, style: Style) -> Tensor:
@@ -213,7 +218,7 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
     num_kv_heads, value_dim = values.shape[1:]
     heads = num_heads // num_kv_heads
     paging = group.paging()
-    rows = _rows(group, heads)
+    rows = max(_MIN_SIDE, triton.next_power_of_2(group.num_tokens * heads))
     splits = num_splits(group.num_spans * num_kv_heads, paging.table.shape[1], store, queries)
     output = queries.new_empty(len(queries), num_heads, value_dim)
     parts = (group.num_spans, num_kv_heads, splits, rows) if splits > 1 else (1, 1, 1, 1)
@@ -277,12 +282,6 @@ def num_splits(programs: int, num_pages: int, store: KVStore, queries: Tensor) -
     useful = num_pages * store.page_size // (2 * _tile(queries.shape[-1], queries.element_size()))
     wanted = min(2 * processors // programs, useful, _MAX_SPLITS)
     return 1 << (max(0, wanted.bit_length() - 1) & ~1)
-
-
-def _rows(group: Group, heads: int) -> int:
-    """Query rows of a program for `heads` query heads a KV head, padding included."""
-    rows: int = triton.next_power_of_2(group.num_tokens * heads)
-    return max(_MIN_SIDE, rows)
 
 
 def _padded(dim: int) -> int:

@@ -58,6 +58,7 @@ def test_every_part_is_measured(arguments, monkeypatch, capsys):
     assert [row["batch"] for row in results["cycle"]] == [1, 2]
     for row in results["engine cycle"]:
         # Unrelated models: a cycle makes a token of each sequence, or a few.
+        assert row["standard"]["sequences"] == row["batch"]
         assert row["cos"]["cycles"] <= row["standard"]["cycles"] == gpu.TINY.engine_tokens
     assert [(row["batch"], row["temperature"]) for row in results["pair"]] == [
         (batch, temperature) for temperature in (0.0, 1.0) for batch in (1, 2)

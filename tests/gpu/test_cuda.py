@@ -123,7 +123,7 @@ def directories(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("models"))
 
 
-def load(directories, device, **engine):
+def load(directories, device, report=None, **engine):
     config = {
         "served_model_name": "tiny",
         "models": [
@@ -133,7 +133,7 @@ def load(directories, device, **engine):
         "combination": {"method": "contrastive"},
         "engine": {"kv_memory": "64MiB", "max_length": 128, "max_sequences": 8, **engine},
     }
-    return load_models(parse_config(config))
+    return load_models(parse_config(config), report)
 
 
 def texts(loaded, strategy, temperature):
@@ -174,6 +174,7 @@ def test_graphs_are_what_a_gpu_gets(directories):
     assert not any(isinstance(runner, GraphRunner) for runner in portable.runners)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_only_reading_tokens_waits(directories):
     """What a step enqueues between a forward and its tokens, torch's own check of waiting on."""
     (runner, _) = load(directories, "cuda").runners
@@ -201,8 +202,11 @@ def test_only_reading_tokens_waits(directories):
     assert len(sample(probs, draws)) == 3
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_compiled_layers_write_the_same(directories):
     expected = texts(load(directories, "cpu"), "cos", 1.0)
-    loaded = load(directories, "cuda", compile="layers")
+    lines: list[str] = []
+    loaded = load(directories, "cuda", lines.append, compile="layers")
+    assert sum("compiled its layers" in line for line in lines) == 2
     assert all(runner.num_graphs > 0 for runner in loaded.runners)
     assert texts(loaded, "cos", 1.0) == expected

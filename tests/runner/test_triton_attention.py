@@ -158,6 +158,15 @@ def test_large_groups_are_left_to_the_portable_path():
     assert not kernels.supports(groups[0], queries, 4)
 
 
+def test_the_longest_spans():
+    assert kernels.max_tokens(4, 128, 2) == 16
+    assert kernels.max_tokens(16, 128, 2) == 8
+    assert kernels.max_tokens(8, 256, 2) == 8
+    assert kernels.max_tokens(3, 64, 4) == 16
+    assert kernels.max_tokens(8, 80, 4) == 8
+    assert kernels.max_tokens(256, 64, 2) == 0
+
+
 def test_rows_too_large_for_shared_memory_are_left_to_the_portable_path():
     groups, queries, _ = make_case(16, [100], 16, 8, 1, 128, torch.float32)
     assert not kernels.supports(groups[0], queries, 1)

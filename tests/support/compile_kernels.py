@@ -45,10 +45,11 @@ class Recorder:
             name: "constexpr" if name in constants else _type(values[name]) for name in names
         }
         # What a launch finds out about its arguments: addresses and strides of whole vectors.
+        unknown = self._kernel.do_not_specialize  # type: ignore[attr-defined]
         whole = [
             (index,)
             for index, name in enumerate(names)
-            if signature[name].startswith("*") or name.endswith("stride")
+            if name not in unknown and (signature[name].startswith("*") or name.endswith("stride"))
         ]
         source = ASTSource(
             self._kernel,
