@@ -51,7 +51,7 @@ WORKDIR /app
 USER 10001
 EXPOSE 8000
 # /ready, not /health: a server that is still loading, or draining, takes no requests.
-HEALTHCHECK --interval=10s --timeout=5s --start-period=10m --start-interval=2s --retries=3 \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=1h --start-interval=2s --retries=3 \
     CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8000/ready', timeout=4)"]
 # No shell in between: the server gets SIGTERM itself, and drains.
 ENTRYPOINT ["cos-server", "serve", "--host", "0.0.0.0", "--port", "8000"]

@@ -6,6 +6,7 @@ Exit codes: 0 done or drained, 1 the engine has failed, 2 bad arguments, configu
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -99,7 +100,8 @@ def _load_config(options: argparse.Namespace) -> ServerConfig:
     overrides = list(options.overrides)
     for key in ("host", "port"):
         if (value := getattr(options, key, None)) is not None:
-            overrides.append(f"http.{key}={value}")
+            # An IPv6 address is other things to YAML.
+            overrides.append(f"http.{key}={json.dumps(value)}")
     return load_config(options.config, overrides)
 
 

@@ -167,8 +167,8 @@ def _add_middlewares(app: FastAPI, service: Service) -> None:
             CORSMiddleware,
             allow_origins=list(http.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["Authorization", "Content-Type", "X-Request-Id"],
-            expose_headers=["X-Request-Id", "Retry-After"],
+            allow_headers=["*"],  # client libraries send a dozen of their own
+            expose_headers=["X-Request-Id", "X-Should-Retry", "Retry-After"],
         )
     app.add_middleware(RequestIdMiddleware)
 

@@ -46,3 +46,5 @@ def configure(level: str, style: LogFormat) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    # Its debugging lines are what streams carry: the clients' texts.
+    logging.getLogger("sse_starlette").setLevel(max(logging.INFO, logging.getLogger().level))

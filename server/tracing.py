@@ -2,7 +2,7 @@
 
 Spans are made when a request has ended, from moments that are measured anyway, so that decoding
 pays nothing for them. A client's W3C `traceparent` becomes the parent. The library is an optional
-extra, `pip install cos-server[otel]`, and imported only where tracing is configured.
+extra `otel`, and imported only where tracing is configured.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ def make_tracer(
         from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
     except ImportError as error:
         raise ConfigError(
-            f"tracing.endpoint needs OpenTelemetry ({error}): pip install 'cos-server[otel]'"
+            f"tracing.endpoint needs OpenTelemetry ({error}): pip install "
+            "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
         ) from error
     provider = TracerProvider(
         sampler=ParentBased(TraceIdRatioBased(config.sample_ratio)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
 import sys
 
 import httpx
@@ -46,6 +47,23 @@ def test_errors_and_request_ids_are_keys() -> None:
         request_id.reset(token)
     assert line["request_id"] == "req-1"
     assert "ValueError: broken" in line["error"]
+
+
+_DEBUGGING = """
+import logging
+from server import logs
+logs.configure("debug", "text")
+logging.getLogger("sse_starlette.sse").debug("a text")
+logging.getLogger("server.api").debug("a number")
+"""
+
+
+def test_a_library_that_would_log_what_streams_carry_may_not_debug() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _DEBUGGING], capture_output=True, text=True, check=True
+    )
+    assert "a number" in done.stderr
+    assert "a text" not in done.stderr
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -61,8 +61,17 @@ TROUBLE = (
     Panel(
         "Answers with 5xx",
         "reqps",
-        (("{{status}}", rate("cos_http_requests_total", "status", 'status=~"5.."')),),
-        "Nothing to draw means none.",
+        (
+            (
+                "{{status}}",
+                rate(
+                    "cos_http_requests_total",
+                    "status",
+                    'status=~"5..", route!~"/ready|/health|/ping"',
+                ),
+            ),
+        ),
+        "Probes aside. Nothing to draw means none.",
     ),
     Panel(
         "Refused requests",

@@ -41,6 +41,10 @@ class Client:
             self._leak(self._capacity)
             self._level += num_tokens
 
+    def refund(self, num_tokens: int) -> None:
+        """Take back a charge made just now."""
+        self._level = max(0.0, self._level - num_tokens)
+
     def seconds_to_wait(self) -> float:
         """Until a new request may come; 0 where it may now."""
         if self._capacity is None:

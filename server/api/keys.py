@@ -11,6 +11,7 @@ import hmac
 import os
 import re
 from collections.abc import Iterable, Mapping
+from itertools import count
 from pathlib import Path
 
 from server.config import HttpConfig
@@ -102,7 +103,13 @@ def _add(names: dict[bytes, str], entries: Iterable[str], source: str) -> None:
             )
         if _digest(key) in names:
             raise ConfigError(f"{source}, entry {place}: this key has been given before")
-        names[_digest(key)] = name or f"key-{place}"
+        names[_digest(key)] = name or _unused(names, place)
+
+
+def _unused(names: Mapping[bytes, str], place: int) -> str:
+    """`key-` and the first number from `place` on that no key is called by."""
+    taken = set(names.values())
+    return next(name for n in count(place) if (name := f"key-{n}") not in taken)
 
 
 def _digest(key: str) -> bytes:

@@ -79,8 +79,8 @@ class Body(BaseModel):
 class StreamOptions(Body):
     """What a stream carries besides text."""
 
-    include_usage: bool = Field(False, description="A last chunk with usage and no choices.")
-    continuous_usage_stats: bool = Field(
+    include_usage: bool | None = Field(False, description="A last chunk with usage and no choices.")
+    continuous_usage_stats: bool | None = Field(
         False, description="Usage so far in every chunk; needs include_usage."
     )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping, Sequence as Row
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence as Row
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,7 +17,7 @@ from server.api.service import Service
 from server.core.output import TokenDelta, TokenLogprob
 from server.core.provenance import Provenance
 from server.core.sequence import SequenceStats
-from server.errors import GenerationFailed
+from server.errors import EngineDraining, EngineOverloaded, GenerationFailed
 from server.metrics import RequestObserver
 from server.tracing import FinishedRequest
 
@@ -184,7 +184,7 @@ async def decode(
             seconds = service.config.http.request_seconds
             stream = service.engine.stream(generation.sequences, seconds)
             client.charge(generation.num_prompt_tokens)
-            async with aclosing(stream):
+            async with aclosing(stream), _refunding(client, generation.num_prompt_tokens):
                 async for deltas in stream:
                     for delta in deltas:
                         if delta.finish_reason == "error":
@@ -197,6 +197,16 @@ async def decode(
         _log_end(generation.id, client.name, observed, reply)
         if service.tracer is not None:
             service.tracer.record(_finished(generation, observed, reply, service), headers)
+
+
+@asynccontextmanager
+async def _refunding(client: Client, num_tokens: int) -> AsyncIterator[None]:
+    """Nothing is charged for a prompt that the engine did not take."""
+    try:
+        yield
+    except (EngineOverloaded, EngineDraining):
+        client.refund(num_tokens)
+        raise
 
 
 def _log_end(completion_id: str, client: str, observed: RequestObserver, reply: Reply) -> None:

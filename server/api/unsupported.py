@@ -39,12 +39,16 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "logits_processors": ([],),
     "typical_p": (1, 1.0),
     "mirostat": (0,),
+    "repeat_penalty": (1, 1.0),
+    "guided_whitespace_pattern": (),
+    "structural_tag": (),
 }
 
 
 # Without messages only.
 REFUSED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
     **REFUSED,
+    "max_completion_tokens": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
 }

@@ -169,6 +169,24 @@ def test_tokens_of_one_key_are_limited(start, tmp_path: Path) -> None:
     assert live.http.post("/v1/completions", json=body, headers=other).status_code == 200
 
 
+def test_a_prompt_that_the_queue_refuses_is_not_charged(start, tmp_path: Path) -> None:
+    http = {"keys_file": keys_file(tmp_path), "tokens_per_minute_per_key": 100}
+    live = start(http=http, engine={"max_sequences": 1, "max_waiting": 1})
+    body = {**BODY, "prompt": [1] * 150, "n": 2, "max_tokens": 1}
+    live.table.set_pace(0.02)
+    running = {**BODY, "max_tokens": 100, "stream": True, "ignore_eos": True}
+    other = {"Authorization": f"Bearer {OTHER}"}
+    with live.http.stream("POST", "/v1/completions", json=running, headers=other) as response:
+        assert response.status_code == 200
+        for _ in range(3):
+            refused = live.http.post("/v1/completions", json=body, headers=AUTH)
+            assert error_of(refused)["code"] == "queue_full"
+    live.wait_idle()
+    assert live.http.post("/v1/completions", json=body, headers=AUTH).status_code == 200
+    spent = live.http.post("/v1/completions", json=body, headers=AUTH)
+    assert error_of(spent)["code"] == "rate_limit_exceeded"
+
+
 def test_open_requests_of_all_are_limited(start) -> None:
     live = start(http={"max_open_requests": 2})
     live.table.set_pace(0.02)
@@ -201,7 +219,7 @@ def test_pages_of_listed_origins_may_call(start, tmp_path: Path) -> None:
     live = with_keys(start, tmp_path, cors_origins=["https://app.example"])
     asked = {
         "Access-Control-Request-Method": "POST",
-        "Access-Control-Request-Headers": "authorization, content-type",
+        "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os",
     }
     preflight = live.http.options("/v1/completions", headers=ORIGIN | asked)
     assert preflight.status_code == 200
@@ -213,3 +231,4 @@ def test_pages_of_listed_origins_may_call(start, tmp_path: Path) -> None:
         assert response.status_code == status
         assert response.headers["access-control-allow-origin"] == "https://app.example"
         assert "access-control-allow-credentials" not in response.headers
+        assert "X-Should-Retry" in response.headers["access-control-expose-headers"]

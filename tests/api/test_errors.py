@@ -159,6 +159,10 @@ def test_what_is_not_supported_is_refused_by_name(live: Live, name: str) -> None
 
 
 def test_null_asks_for_nothing(live: Live) -> None:
+    options = {"include_usage": None, "continuous_usage_stats": None}
+    streamed = live.post(max_tokens=1, stream=True, stream_options=options)
+    assert streamed.status_code == 200
+    assert '"usage"' not in streamed.text
     assert live.post(max_tokens=1, **dict.fromkeys(REFUSED_IN_COMPLETIONS)).status_code == 200
 
 

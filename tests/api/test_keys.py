@@ -30,6 +30,14 @@ def test_a_file_and_the_environment_add_up(tmp_path: Path) -> None:
     assert keys.name_of(f"Bearer {BOB}x") == "ops"
 
 
+def test_nameless_keys_of_two_sources_are_told_apart(tmp_path: Path) -> None:
+    http = write(tmp_path, f"{ALICE}\n")
+    keys = load_keys(http, {"COS_API_KEYS": BOB})
+    assert keys.names == {"key-1", "key-2"}
+    assert keys.name_of(f"Bearer {ALICE}") == "key-1"
+    assert keys.name_of(f"Bearer {BOB}") == "key-2"
+
+
 def test_several_keys_may_share_a_name() -> None:
     keys = load_keys(HttpConfig(), {"COS_API_KEYS": f"a:{ALICE},a:{BOB}"})
     assert keys.names == {"a"}
