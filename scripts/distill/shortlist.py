@@ -16,7 +16,7 @@ from scripts.distill.corpus import Shard, load_shard
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert", type=Path, default=Path("models/smollm2-135m-instruct"))
-    parser.add_argument("--shards", type=Path, required=True)
+    parser.add_argument("--shards", type=Path, nargs="+", required=True, help="folders of shards")
     parser.add_argument("--out", type=Path, required=True, help="JSON list of ids")
     parser.add_argument("--count", type=int, default=16384)
     parser.add_argument("--threads", type=int, default=1)
@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     expert = AutoModelForCausalLM.from_pretrained(options.expert, dtype=torch.bfloat16)
     head = expert.lm_head.weight.detach()
-    paths = sorted(options.shards.glob("*.safetensors"))
+    paths = [path for folder in options.shards for path in sorted(folder.glob("*.safetensors"))]
     shards = [load_shard(path) for path in tqdm(paths, desc="reading", unit="shard")]
     options.out.write_text(json.dumps(frequent_tokens(shards, head, options.count).tolist()) + "\n")
 
