@@ -243,7 +243,11 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
         for prompt_set in [load_prompts(source) for source in options.prompts]
         for concurrency in parse_concurrency(options.concurrency)
     ]
-    described = {"strategy": options.strategy, "max_tokens": options.max_tokens}
+    described = {
+        "strategy": options.strategy,
+        "max_tokens": options.max_tokens,
+        "requests_per_slot": _WAVES,
+    }
     target = Target(options.base_url, options.model, 600.0)
     file = ResultFile(options.out, described)
     done = file.done()

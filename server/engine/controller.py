@@ -81,6 +81,11 @@ class Acceptance:
         self._accepted[model] = self._accepted[model] * kept + accepted
         self._verified[model] = self._verified[model] * kept + verified
 
+    def forget(self, model: int, share: float) -> None:
+        """Weigh what was seen of a model so far by 1 - share."""
+        self._accepted[model] *= 1 - share
+        self._verified[model] *= 1 - share
+
     def rate(self, model: int) -> float:
         return (self._accepted[model] + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (
             self._verified[model] + _PRIOR_WEIGHT
@@ -123,11 +128,13 @@ class _Interval:
         is_pure: all have taken up the choice; nothing is counted before but steps.
         seconds: expected of these very steps by the cost table, on a machine as fast as at first.
         num_tokens: by how many sequences were decoding.
+        begun_at: seconds of decoding.
     """
 
     is_pure: bool = False
     num_steps: int = 0
     seconds: float = 0.0
+    begun_at: float = 0.0
     num_tokens: dict[int, int] = field(default_factory=dict)
     num_looked_up: int = 0
 
@@ -195,12 +202,20 @@ class Controller:
                 groups[id(group)] = group
                 members.setdefault(id(group), []).append(sequence)
         if is_due:
+            self._interval = _Interval(begun_at=self._seconds)
+            before = {key: group.chosen for key, group in groups.items()}
             if len(groups) == 1:
-                self._compare(next(iter(groups.values())), next(iter(members.values())))
+                key = next(iter(groups))
+                is_left = self._compare(interval, groups[key], members[key])
+            else:
+                is_left = False
             self._batch = max(1, batch)
             for key, group in groups.items():
+                self._fade(group, members[key][0], self._seconds - interval.begun_at)
                 self._decide(group, members[key], interval.num_steps)
-            self._interval = _Interval()
+            if is_left and before == {key: group.chosen for key, group in groups.items()}:
+                self._interval.seconds = interval.seconds
+                self._interval.num_tokens = interval.num_tokens
         self._interval.is_pure = (
             is_alone
             and len(groups) == 1
@@ -220,17 +235,22 @@ class Controller:
             )
         return seconds / batch
 
-    def _compare(self, group: _Group, members: list[Sequence]) -> None:
+    def _compare(self, interval: _Interval, group: _Group, members: list[Sequence]) -> bool:
         """The steps that an interval took, against those that were predicted for its tokens.
 
-        Both are priced by the table: what the machine did meanwhile has no part in it.
+        Both are priced by the table: what the machine did meanwhile has no part in it. Returns
+        whether there are too few tokens yet: the next interval then goes on with this one, for
+        what ended before its windows did would be missing if it were dropped, and the rest would
+        seem faster than it is.
         """
-        interval, chosen = self._interval, group.chosen
+        chosen = group.chosen
         num_tokens = sum(interval.num_tokens.values())
         # Predictions are of what models propose.
         is_pure = interval.is_pure and _follow(group, members) and not interval.num_looked_up
-        if not is_pure or num_tokens < 2 * len(members):
-            return
+        if not is_pure:
+            return False
+        if num_tokens < 2 * len(members):
+            return True
         for ratio in self._reality.values():
             # What was left because it was slow is tried again some minutes later.
             ratio.forget(-math.expm1(-interval.seconds / _GRUDGE))
@@ -241,6 +261,17 @@ class Controller:
         )
         batch = max(interval.num_tokens, key=lambda size: interval.num_tokens[size])
         self._real(chosen, max(1, batch)).add(interval.seconds, predicted / self._costs.slowness)
+        return False
+
+    def _fade(self, group: _Group, sequence: Sequence, seconds: float) -> None:
+        """Forget acceptance that nothing tests: standard decoding never runs who does not score.
+
+        A bad spell of its proposals would otherwise be remembered for good.
+        """
+        combination = group.chosen.combination
+        if group.chosen.strategy == "standard":
+            for model in set(range(len(combination.weights))) - set(combination.scorers):
+                self._of(combination, sequence).forget(model, -math.expm1(-seconds / _GRUDGE))
 
     def _decide(self, group: _Group, members: Row[Sequence], num_steps: int = 0) -> None:
         """Choose for a group; `num_steps` have passed since it was last done."""

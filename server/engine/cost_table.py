@@ -305,7 +305,7 @@ class CostTable:
         # What each kind of work took is not known apart; its share is blamed.
         for kind, part in parts.items():
             factor = self._rest_factors[kind]
-            factor.add(rest * part / expected, part / max(1e-9, factor.value()))
+            factor.add(rest * part / expected, part / _bounded(factor))
 
     def _rest_part(self, kind: str, rows: float) -> float:
         """Seconds at the load of the first timing."""
@@ -316,8 +316,7 @@ class CostTable:
             return feed
         draw = _interpolate(self.timings.batches, self.timings.draw_seconds, rows)
         first = {"draw": 1.0, "verify": _VERIFY_FACTOR, "propose": _PROPOSE_FACTOR}[kind]
-        factor = min(4.0, max(0.25, self._rest_factors[kind].value()))
-        return max(0.0, draw - feed) * first * factor
+        return max(0.0, draw - feed) * first * _bounded(self._rest_factors[kind])
 
     def _timed(self, model: int, batch: float, tokens: float) -> float:
         """As measured at start, between and beyond what was measured."""
@@ -379,6 +378,11 @@ def _extrapolate(curve: dict[int, float], batch: float) -> float:
     if batch > last:
         return curve[last] * batch / last
     return _interpolate(tuple(curve), tuple(accumulate(curve.values(), max)), batch)
+
+
+def _bounded(factor: Ratio) -> float:
+    """Of the rest of a step: beyond that something else than its rows was slow."""
+    return min(4.0, max(0.25, factor.value()))
 
 
 def _interpolate(xs: Row[float], ys: Row[float], x: float) -> float:

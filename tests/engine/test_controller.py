@@ -285,6 +285,55 @@ def test_what_turns_out_slower_than_predicted_is_left() -> None:
     assert 0 < sum(strategy != "standard" for strategy in late) < 0.15 * len(late), "it looks again"
 
 
+def test_windows_cut_by_choices_are_not_left_out() -> None:
+    """Else only intervals with more tokens than steps would tell what cos really takes."""
+    costs = make_costs((0.01, 0, 0), (0.02, 0, 0))
+    subject = Controller(costs, Strategies(SharedCoins(0)), max_gamma=1)
+    decoding = replace(auto(CONTRASTIVE), strategy="speculative")
+    sequence = Sequence.start("s", [1], SamplingParams(), decoding)
+    sequence.schedule = subject.choose(sequence)
+    for _ in range(40):
+        for model, seconds in (*[(0, 0.01)] * 20, (1, 0.02)):
+            stats = StepStats(model, 1, 1, 1, forward_seconds=seconds, step_seconds=seconds)
+            if model:
+                stats.deliveries = [Delivery(sequence.schedule, 1, has_first=False)]
+            subject.observe(stats, [sequence], 1)
+    real = subject._real(sequence.schedule, 1).value()
+    assert real > 2, "intervals of 16 steps have at most one token"
+
+
+def test_a_proposer_that_does_not_score_is_tried_again() -> None:
+    """Standard decoding never runs it, so nothing else would show that it has become good."""
+    costs = make_costs((0.01, 0, 0), (0.1, 0, 0))
+    subject = controller(costs)
+    sequence = Sequence.start("s", [1], SamplingParams(), auto(Combination.weighted([0.0, 1.0])))
+    for _ in range(400):
+        subject.add(sequence, 0, 0.0)
+    chosen = []
+    for _ in range(8000):
+        chosen.append(subject.choose(sequence).strategy)
+        sequence.schedule = subject.choose(sequence)
+        stats = StepStats(1, 1, 1, 1, forward_seconds=0.1, step_seconds=0.1)
+        stats.prefill_seconds = 0.0
+        stats.deliveries = [Delivery(sequence.schedule, 1, has_first=False)]
+        costs.observe(stats)
+        subject.observe(stats, [sequence], 1)
+    assert set(chosen[100:600]) == {"standard"}
+    assert set(chosen[600:]) > {"standard"}
+
+
+def test_dear_draws_are_forgotten_as_fast_as_they_were_learnt() -> None:
+    costs = make_costs((0.01, 0.001, 0))
+    timings = replace(costs.timings, draw_seconds=(0.001,) * 4)
+    costs = CostTable(timings)
+    for seconds, times in ((0.02, 3000), (0.001, 9000)):
+        for _ in range(times):
+            stats = StepStats(0, 1, 1, 1, forward_seconds=0.011, step_seconds=0.011 + seconds)
+            stats.num_drawn = 1
+            costs.observe(stats)
+    assert costs.rest_seconds(1, num_drawn=1) < 0.002
+
+
 def test_without_costs_auto_is_cos() -> None:
     lms = [TableLM(seed=11 + k) for k in range(2)]
     sequence = Sequence.start("s", PROMPT, SamplingParams(max_tokens=8), auto(CONTRASTIVE))
