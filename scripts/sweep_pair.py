@@ -11,7 +11,6 @@ threads, prompts not counted; `:whole` after a directory leaves its shortlist al
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence as Row
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from scripts.evaluate_pair import read_prompts
 from server.config import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams, proposal_lengths
@@ -109,13 +109,6 @@ def load_pair(proposer: str, options: argparse.Namespace) -> Pair:
     decoder = models.tokenizer.backend_tokenizer
     engine = Engine(models.runners, decoder, models.eos_token_ids, limits)
     return Pair(name, models, engine)
-
-
-def read_prompts(file: Path, limit: int) -> list[str]:
-    """At most `limit` prompts, evenly spread over the file."""
-    prompts = [json.loads(line)["prompt"] for line in file.read_text().split("\n") if line]
-    count = min(limit, len(prompts))
-    return [prompts[i * len(prompts) // count] for i in range(count)]
 
 
 def decode(

@@ -1,7 +1,6 @@
 """Configuration: YAML -> frozen pydantic models; unknown keys are refused by name.
 
-Read in `server.app`, `server.__main__` and `server.runner.loader` only; everything below them is
-passed what it needs.
+Loaded by the command line; whatever needs a section is passed it.
 """
 
 from __future__ import annotations
@@ -459,19 +458,20 @@ _METHODS: dict[str, type[Section]] = {
     "contrastive": ContrastiveConfig,
     "linear": LinearConfig,
 }
-_SECTIONS: dict[str, type[Section]] = {
-    "models": ModelConfig,
-    "decoding": DecodingConfig,
-    "engine": EngineConfig,
-    "http": HttpConfig,
+_SECTIONS: dict[tuple[str, ...], type[Section]] = {
+    (): ServerConfig,
+    ("models",): ModelConfig,
+    **{("combination", method): section for method, section in _METHODS.items()},
+    ("decoding",): DecodingConfig,
+    ("decoding", "prompt_lookup"): PromptLookupConfig,
+    ("engine",): EngineConfig,
+    ("engine", "shadow"): ShadowConfig,
+    ("http",): HttpConfig,
+    ("tracing",): TracingConfig,
 }
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:
-    """Keys allowed where `location` points: its section is the first part, its tag the second."""
-    if len(location) == 1:
-        return list(ServerConfig.model_fields)
-    section: type[Section] = _SECTIONS.get(str(location[0]), WeightedConfig)
-    if location[0] == "combination":
-        section = _METHODS[str(location[1])]
+    """Keys allowed where the unknown one at the end of `location` stands."""
+    section = _SECTIONS[tuple(part for part in location[:-1] if isinstance(part, str))]
     return list(section.model_fields)

@@ -240,9 +240,10 @@ def replay(options: argparse.Namespace, folder: Path) -> list[Verdict]:
         threading.Thread(target=recorder.serve_forever, daemon=True).start()
         stack.callback(recorder.shutdown)
         command = [sys.executable, "-m", "server", "serve", "--port", str(server_port)]
-        server = stack.enter_context(
-            Process([*command, "--config", str(options.config)], folder / "server.log")
-        )
+        command += ["--config", str(options.config)]
+        for override in options.set:
+            command += ["--set", override]
+        server = stack.enter_context(Process(command, folder / "server.log"))
         target = f"127.0.0.1:{recorder.server_address[1]}"
         configuration = write_configuration(folder / "prometheus", target)
         prometheus = stack.enter_context(
@@ -289,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m scripts.dashboards.replay")
     add = parser.add_argument
     add("--config", type=Path, default=Path("configs/default.yaml"), help="of the server")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="of that file, instead")
     add("--seconds", type=float, default=100, help="of traffic (%(default)s)")
     add("--prometheus", default="prometheus", help="the program (%(default)s)")
     add("--out", type=Path, help="write all answers as JSON")

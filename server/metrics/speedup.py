@@ -50,7 +50,8 @@ class SpeedupMetrics:
         self.decode_seconds = Counter(
             "cos_decode_seconds",
             "Wall time of engine steps spent decoding, waste included; a step that also reads "
-            "prompts counts by its share of decoding tokens.",
+            "prompts counts by what decoding alone would have taken, or by its share of decoding "
+            "tokens where nothing was timed at start.",
             registry=registry,
         )
         self.baseline_seconds: Counter | None = None
