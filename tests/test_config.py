@@ -72,7 +72,7 @@ def test_overrides(path: Path) -> None:
         ("models.0.pth=x", "models.0.pth: unknown key; did you mean 'path'?"),
         ("tracing.endpoit=x", "tracing.endpoit: unknown key; did you mean 'endpoint'?"),
         ("decoding.prompt_lookup={max_ngrams: 2}", "did you mean 'max_ngram'?"),
-        ("engine.shadow={every: 3}", "did you mean 'every_seconds'?"),
+        ("engine.shadow={every_second: 3}", "did you mean 'every_seconds'?"),
         ("models.7.path=x", "no index"),
         ("served_model_name.x=1", "not a mapping or list"),
         ("http.port=70000", "http.port"),

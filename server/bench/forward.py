@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     machine, versions = describe_machine(), describe_versions()
     console.print(
         f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}, "
-        f"{options.threads or torch.get_num_threads()} threads; past {options.past} tokens"
+        f"{options.threads or torch.get_num_threads()} threads; past {options.past} tokens, "
+        f"{options.shared} of them shared"
     )
     shapes = tuple(GOALS) if options.goals else SHAPES
     for number, pair in enumerate(zip(plain, fast, strict=True), start=1):
@@ -87,6 +88,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="a configs/*.yaml")
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--past", type=int, default=128, help="tokens before (%(default)s)")
+    parser.add_argument("--shared", type=int, default=0, help="of these, of all (%(default)s)")
     parser.add_argument("--rounds", type=int, default=40, help="of each shape (%(default)s)")
     parser.add_argument("--goals", action="store_true", help="only shapes with goals, and these")
     return parser.parse_args(argv)
@@ -112,9 +114,9 @@ def _table(
     ):
         table.add_column(column, justify="right")
     for runner in pair:
-        runner.forward(_batch(runner, _MAX_BATCH, 0, past, 0))
+        runner.forward(_batch(runner, _MAX_BATCH, 0, past, 0, 0))
     for size, tokens in shapes:
-        batches = [_batch(runner, size, past, tokens, tokens) for runner in pair]
+        batches = [_batch(runner, size, past, tokens, tokens, options.shared) for runner in pair]
         timings = [Timing() for _ in pair]
         for _ in range(max(3, options.rounds // size)):
             for runner, batch, timing in zip(pair, batches, timings, strict=True):
@@ -139,13 +141,19 @@ def _beside(ms: float, goal: int | None) -> str:
     return f"{ms:.1f} {'<=' if ms <= goal else '>'} {goal}"
 
 
-def _batch(runner: ModelRunner, size: int, past: int, tokens: int, num_kept: int) -> Batch:
-    """`size` sequences, each feeding `tokens` tokens after `past`; pages lie in order."""
+def _batch(
+    runner: ModelRunner, size: int, past: int, tokens: int, num_kept: int, shared: int
+) -> Batch:
+    """`size` sequences, each feeding `tokens` tokens after `past`; pages lie in order.
+
+    The pages of the first `shared` tokens are the first sequence's for all of them.
+    """
     width = runner.num_pages // _MAX_BATCH
+    first = range(1, 1 + shared // runner.page_size)
     return Batch(
         tuple(
             Span(
-                pages=range(1 + number * width, 1 + (number + 1) * width),
+                pages=[*first, *range(1 + number * width + len(first), 1 + (number + 1) * width)],
                 num_past=past,
                 token_ids=[(7919 * number + 31 * i) % runner.vocab_size for i in range(tokens)],
                 num_kept=num_kept,

@@ -10,6 +10,7 @@ Grouped queries are not repeated: the query heads of one KV head are laid side b
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Row
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.cache.kv_store import KVStore
-from server.runner.plan import MAX_GROUPED_TOKENS, ForwardPlan, Group
+from server.runner.plan import MAX_GROUPED_TOKENS, ForwardPlan, Group, SharedKeys
 from server.runner.style import Style
 
 NAME = "cos_paged"
@@ -112,6 +113,9 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
 
     The portable path: torch's own operations over views of the pages, or copies.
     """
+    is_plain = not style.window and style.softcap is None and style.sinks is None
+    if is_plain and (shared := group.shared()) is not None:
+        return _attend_shared(group, shared, queries, store, layer, style)
     keys, values = store.read(layer, group.selection(style.window).slots)
     if keys.dim() == 3:
         keys, values = keys[None], values[None]
@@ -133,6 +137,45 @@ def _attend_packed(
         group,
         F.scaled_dot_product_attention(packed, keys, values, attn_mask=bias, scale=style.scale),
     )
+
+
+def _attend_shared(
+    group: Group, shared: SharedKeys, queries: Tensor, store: KVStore, layer: int, style: Style
+) -> Tensor:
+    """The common beginning once for the queries of all spans, and what follows for each.
+
+    Each part's softmax is over its own keys; their sums of exponentials say how much of the whole
+    a part is (Ye et al. 2024, "Cascade Inference"; Juravsky et al. 2024, "Hydragen").
+    """
+    first = [part if part.dim() == 4 else part[None] for part in store.read(layer, shared.slots)]
+    num_kv_heads = first[0].shape[2]
+    packed = _pack(group, queries, num_kv_heads)
+    batch, _, rows, dim = packed.shape
+    together = packed.transpose(0, 1).reshape(1, num_kv_heads, batch * rows, dim)
+    output, weight = _attend_with_sums(together, first, None, style.scale)
+    output = output.view(num_kv_heads, batch, rows, -1).transpose(0, 1)
+    weight = weight.view(num_kv_heads, batch, rows).transpose(0, 1)
+    bias = group.own_bias(shared, queries.shape[1] // num_kv_heads, queries.dtype)
+    own, own_weight = _attend_with_sums(
+        packed, store.read(layer, shared.own.slots), bias, style.scale
+    )
+    share = torch.sigmoid(weight - own_weight)[..., None].to(own.dtype)
+    return _unpack(group, torch.lerp(own, output, share))
+
+
+def _attend_with_sums(
+    queries: Tensor, memory: Row[Tensor], bias: Tensor | None, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Queries [B, kv_heads, rows, d], keys and values [B, L, kv_heads, d].
+
+    Returns:
+        [B, kv_heads, rows, d], and the logarithm of the sum of exponentials [B, kv_heads, rows].
+    """
+    keys, values = (part.transpose(1, 2) for part in memory)
+    output, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        queries, keys, values, attn_mask=bias, scale=scale
+    )
+    return output, sums
 
 
 def _attend_long(

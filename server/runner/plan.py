@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from server.runner.base import Batch, Span
 MAX_GROUPED_TOKENS = 16
 # Measured on CPU: beyond this length, gathering into one tensor costs more than a call each.
 MAX_GATHERED_LENGTH_CPU = 256
+# Tokens in common from which attending them once for all pays for putting two parts together.
+MIN_SHARED_LENGTH = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,19 @@ class KeySelection:
 
     slots: slice | Tensor
     allowed: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class SharedKeys:
+    """Keys of a group whose sequences begin with the same pages, in two parts.
+
+    Attributes:
+        slots: of the common beginning, which every query sees: a slice or [1, S] int64.
+        own: what follows it in each sequence.
+    """
+
+    slots: slice | Tensor
+    own: KeySelection
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +99,26 @@ class Group:
             self._selections[window] = self._select(window)
         return self._selections[window]
 
+    def shared(self) -> SharedKeys | None:
+        """Keys in two parts, where the sequences have a beginning in common and are few tokens."""
+        return None
+
     def bias(self, window: int, repeats: int, dtype: torch.dtype) -> Tensor | None:
         """What to add to the attention scores: 0 or -inf, [B, 1, repeats * num_tokens, L]."""
-        allowed = self.selection(window).allowed
+        return self._bias((window, repeats), self.selection(window).allowed, dtype)
+
+    def own_bias(self, shared: SharedKeys, repeats: int, dtype: torch.dtype) -> Tensor:
+        """`bias` for the keys that follow the common beginning."""
+        bias = self._bias((-1, repeats), shared.own.allowed, dtype)
+        assert bias is not None, "sequences of several lengths always need one"
+        return bias
+
+    def _bias(
+        self, key: tuple[int, int], allowed: Tensor | None, dtype: torch.dtype
+    ) -> Tensor | None:
         if allowed is None:
             return None
-        key = (window, repeats)
+        repeats = key[1]
         if key not in self._biases:
             bias = torch.zeros(allowed.shape, dtype=dtype, device=self.device)
             bias.masked_fill_(~allowed, float("-inf"))
@@ -107,11 +136,14 @@ class SpanGroup(Group):
     Attributes:
         lengths: tokens of each sequence, the fed ones included.
         pages: page table of each sequence.
+        num_shared: pages that all sequences begin with, before the fed tokens; 0: not known.
     """
 
     lengths: list[int]
     pages: list[Sequence[int]]
+    num_shared: int = 0
     _paging: Paging | None = field(default=None, init=False)
+    _shared: SharedKeys | None = field(default=None, init=False)
 
     def paging(self) -> Paging:
         """See Group.paging."""
@@ -121,6 +153,18 @@ class SpanGroup(Group):
             packed = tensor_on(self.device, numbers)
             self._paging = Paging(packed[:, 2:], packed[:, 0].clone(), packed[:, 1].clone())
         return self._paging
+
+    def shared(self) -> SharedKeys | None:
+        """See Group.shared."""
+        if self._shared is None and self.num_shared:
+            length = self.num_shared * self.page_size
+            near = self._neighbouring(0, length)
+            everywhere = torch.arange(length, device=self.device)[None]
+            slots = self._slots(everywhere) if near is None else near
+            positions = self._positions([length] * self.num_spans)
+            own = KeySelection(self._slots(positions), self._allowed(positions, window=0))
+            self._shared = SharedKeys(slots, own)
+        return self._shared
 
     def is_whole(self, window: int) -> bool:
         """See Group.is_whole."""
@@ -134,7 +178,7 @@ class SpanGroup(Group):
     def _select(self, window: int) -> KeySelection:
         oldest = [length - self.num_tokens - window + 1 if window else 0 for length in self.lengths]
         first = [max(0, position) for position in oldest]
-        near = self._neighbouring(first[0]) if self.num_spans == 1 else None
+        near = self._neighbouring(first[0], self.lengths[0]) if self.num_spans == 1 else None
         # One token of one span sees every key selected for it.
         everything = self.num_tokens == 1 and self.num_spans == 1
         if everything and near is not None:
@@ -161,19 +205,20 @@ class SpanGroup(Group):
         return starts[:, None] + torch.arange(count, device=self.device)
 
     def _slots(self, positions: Tensor) -> Tensor:
-        table = tensor_on(self.device, self._table())
-        last = tensor_on(self.device, self.lengths)[:, None]
+        """[B, L] slots of `positions` [B, L], or of the first span where that is [1, L]."""
+        table = tensor_on(self.device, self._table())[: len(positions)]
+        last = tensor_on(self.device, self.lengths)[: len(positions), None]
         return page_slots(table, positions, last, self.page_size)
 
-    def _neighbouring(self, first: int) -> slice | None:
-        """Slots from position `first` of the only span on, if they follow each other in memory."""
+    def _neighbouring(self, first: int, length: int) -> slice | None:
+        """Slots of positions [first, length) of the first span, if they are neighbours."""
         start = first // self.page_size
-        end = -(-self.lengths[0] // self.page_size)
+        end = -(-length // self.page_size)
         used = list(self.pages[0][start:end])
         if used != list(range(used[0], used[0] + len(used))):
             return None
         slot = used[0] * self.page_size + first % self.page_size
-        return slice(slot, slot + self.lengths[0] - first)
+        return slice(slot, slot + length - first)
 
 
 def page_slots(table: Tensor, positions: Tensor, lengths: Tensor, page_size: int) -> Tensor:
@@ -202,7 +247,7 @@ class ForwardPlan:
 
 def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan:
     """Prepare a forward of `batch`."""
-    order = sorted(range(len(batch.spans)), key=lambda i: len(batch.spans[i].token_ids))
+    order = sorted(range(len(batch.spans)), key=lambda i: _place(batch.spans[i]))
     spans = [batch.spans[i] for i in order]
     token_ids: list[int] = []
     positions: list[int] = []
@@ -234,20 +279,56 @@ def _make_groups(spans: list[Span], page_size: int, device: torch.device) -> lis
     groups: list[SpanGroup] = []
     first_row = 0
     for num_tokens, alike in groupby(spans, key=lambda span: len(span.token_ids)):
-        for members in _split(list(alike), num_tokens, device):
+        for members, num_shared in _split(list(alike), num_tokens, page_size, device):
             end_row = first_row + num_tokens * len(members)
             lengths = [span.num_past + num_tokens for span in members]
             pages = [span.pages for span in members]
             rows = slice(first_row, end_row)
-            groups.append(SpanGroup(rows, num_tokens, page_size, device, lengths, pages))
+            groups.append(
+                SpanGroup(rows, num_tokens, page_size, device, lengths, pages, num_shared)
+            )
             first_row = end_row
     return groups
 
 
-def _split(spans: list[Span], num_tokens: int, device: torch.device) -> list[list[Span]]:
-    """Spans that one attention call should take together."""
+def _split(
+    spans: list[Span], num_tokens: int, page_size: int, device: torch.device
+) -> list[tuple[list[Span], int]]:
+    """Spans that one attention call should take together, and how many first pages they share.
+
+    Of `spans` those that share pages lie side by side.
+    """
     longest = max(span.num_past for span in spans) + num_tokens
-    too_long = device.type == "cpu" and longest > MAX_GATHERED_LENGTH_CPU
-    if num_tokens > MAX_GROUPED_TOKENS or too_long:
-        return [[span] for span in spans]
-    return [spans]
+    if num_tokens > MAX_GROUPED_TOKENS:
+        return [([span], 0) for span in spans]
+    if device.type != "cpu" or longest <= MAX_GATHERED_LENGTH_CPU:
+        return [(spans, 0)]
+    parts: list[tuple[list[Span], int]] = []
+    for _, alike in groupby(spans, key=_first_page):
+        members = list(alike)
+        num_shared = _num_shared(members, page_size)
+        own = max(span.num_past for span in members) + num_tokens - num_shared * page_size
+        if num_shared * page_size >= MIN_SHARED_LENGTH and own <= MAX_GATHERED_LENGTH_CPU:
+            parts.append((members, num_shared))
+        else:
+            parts += [([span], 0) for span in members]
+    return parts
+
+
+def _place(span: Span) -> tuple[int, int]:
+    """Spans of as many tokens side by side, and among them those that share pages."""
+    return len(span.token_ids), _first_page(span)
+
+
+def _first_page(span: Span) -> int:
+    return span.pages[0]
+
+
+def _num_shared(spans: list[Span], page_size: int) -> int:
+    """Pages that all begin with and have been read by all; 0 of one span."""
+    if len(spans) == 1:
+        return 0
+    limit = min(span.num_past for span in spans) // page_size
+    columns = zip(*(span.pages[:limit] for span in spans), strict=True)
+    same = takewhile(lambda pages: len(set(pages)) == 1, columns)
+    return sum(1 for _ in same)

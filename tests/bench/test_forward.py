@@ -36,9 +36,10 @@ def config(tmp_path):
 
 
 def test_one_table_for_each_model(config, capsys, threads):
-    forward.main(["--config", config, "--past", "9", "--rounds", "3", "--threads", str(threads)])
+    arguments = ["--past", "40", "--shared", "32", "--rounds", "3", "--threads", str(threads)]
+    forward.main(["--config", config, *arguments])
     output = capsys.readouterr().out
-    assert "past 9 tokens" in output
+    assert "past 40 tokens, 32 of them shared" in output
     assert all(output.count(name) == 1 for name in NAMES)
     rows = [line.split() for line in output.splitlines() if line.strip()[:1].isdigit()]
     shapes = [(int(row[0]), int(row[1])) for row in rows]

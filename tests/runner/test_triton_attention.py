@@ -141,7 +141,7 @@ def test_what_lies_in_other_slots_does_not_matter(monkeypatch):
     groups, queries, store = make_case(3, lengths, 16, 4, 2, 64, torch.float32)
     clean = kernels.attend_group(groups[0], queries, store, 0, PLAIN)
     stale = torch.ones(store.num_pages * 16, dtype=torch.bool, device=DEVICE)
-    for length, pages in zip(lengths, groups[0].pages, strict=True):
+    for length, pages in zip(groups[0].lengths, groups[0].pages, strict=True):
         for position in range(length):
             stale[pages[position // 16] * 16 + position % 16] = False
     for memory in store.slots(0):
