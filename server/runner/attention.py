@@ -113,9 +113,13 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
 
     The portable path: torch's own operations over views of the pages, or copies.
     """
-    is_plain = not style.window and style.softcap is None and style.sinks is None
-    if is_plain and (shared := group.shared()) is not None:
-        return _attend_shared(group, shared, queries, store, layer, style)
+    if (shared := group.shared()) is not None:
+        if _is_plain(style, store, layer):
+            return _attend_shared(group, shared, queries, store, layer, style)
+        # Together they are only for their common beginning: all keys of all would be copied.
+        return torch.cat(
+            [attend_group(one, queries[one.rows], store, layer, style) for one in group.alone()]
+        )
     keys, values = store.read(layer, group.selection(style.window).slots)
     if keys.dim() == 3:
         keys, values = keys[None], values[None]
@@ -125,6 +129,13 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
     if group.num_tokens > MAX_GROUPED_TOKENS:
         return _attend_long(group, queries, keys, values, style)
     return _attend_packed(group, queries, keys, values, style)
+
+
+def _is_plain(style: Style, store: KVStore, layer: int) -> bool:
+    """Can its attention be put together of two parts by torch's kernel?"""
+    keys, values = store.slots(layer)
+    is_square = keys.shape[-1] == values.shape[-1]
+    return not style.window and style.softcap is None and style.sinks is None and is_square
 
 
 def _attend_packed(
@@ -159,8 +170,8 @@ def _attend_shared(
     own, own_weight = _attend_with_sums(
         packed, store.read(layer, shared.own.slots), bias, style.scale
     )
-    share = torch.sigmoid(weight - own_weight)[..., None].to(own.dtype)
-    return _unpack(group, torch.lerp(own, output, share))
+    share = torch.sigmoid(weight - own_weight)[..., None]
+    return _unpack(group, torch.lerp(own.float(), output.float(), share).to(queries.dtype))
 
 
 def _attend_with_sums(

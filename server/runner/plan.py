@@ -100,8 +100,12 @@ class Group:
         return self._selections[window]
 
     def shared(self) -> SharedKeys | None:
-        """Keys in two parts, where the sequences have a beginning in common and are few tokens."""
+        """Keys in two parts, where the spans are together for their common beginning."""
         return None
+
+    def alone(self) -> list[Group]:
+        """Each span as a group of its own, its rows counted from this group's first."""
+        raise NotImplementedError
 
     def bias(self, window: int, repeats: int, dtype: torch.dtype) -> Tensor | None:
         """What to add to the attention scores: 0 or -inf, [B, 1, repeats * num_tokens, L]."""
@@ -144,6 +148,7 @@ class SpanGroup(Group):
     num_shared: int = 0
     _paging: Paging | None = field(default=None, init=False)
     _shared: SharedKeys | None = field(default=None, init=False)
+    _alone: list[SpanGroup] = field(default_factory=list, init=False)
 
     def paging(self) -> Paging:
         """See Group.paging."""
@@ -165,6 +170,22 @@ class SpanGroup(Group):
             own = KeySelection(self._slots(positions), self._allowed(positions, window=0))
             self._shared = SharedKeys(slots, own)
         return self._shared
+
+    def alone(self) -> list[Group]:
+        """See Group.alone."""
+        if not self._alone:
+            self._alone = [
+                SpanGroup(
+                    slice(number * self.num_tokens, (number + 1) * self.num_tokens),
+                    self.num_tokens,
+                    self.page_size,
+                    self.device,
+                    [length],
+                    [pages],
+                )
+                for number, (length, pages) in enumerate(zip(self.lengths, self.pages, strict=True))
+            ]
+        return list(self._alone)
 
     def is_whole(self, window: int) -> bool:
         """See Group.is_whole."""
@@ -247,7 +268,7 @@ class ForwardPlan:
 
 def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan:
     """Prepare a forward of `batch`."""
-    order = sorted(range(len(batch.spans)), key=lambda i: _place(batch.spans[i]))
+    order = sorted(range(len(batch.spans)), key=lambda i: _place(batch.spans[i], page_size))
     spans = [batch.spans[i] for i in order]
     token_ids: list[int] = []
     positions: list[int] = []
@@ -296,7 +317,7 @@ def _split(
 ) -> list[tuple[list[Span], int]]:
     """Spans that one attention call should take together, and how many first pages they share.
 
-    Of `spans` those that share pages lie side by side.
+    Of `spans` those that begin alike lie side by side.
     """
     longest = max(span.num_past for span in spans) + num_tokens
     if num_tokens > MAX_GROUPED_TOKENS:
@@ -304,30 +325,45 @@ def _split(
     if device.type != "cpu" or longest <= MAX_GATHERED_LENGTH_CPU:
         return [(spans, 0)]
     parts: list[tuple[list[Span], int]] = []
-    for _, alike in groupby(spans, key=_first_page):
+    for beginning, alike in groupby(spans, key=lambda span: _beginning(span, page_size)):
         members = list(alike)
-        num_shared = _num_shared(members, page_size)
-        own = max(span.num_past for span in members) + num_tokens - num_shared * page_size
-        if num_shared * page_size >= MIN_SHARED_LENGTH and own <= MAX_GATHERED_LENGTH_CPU:
-            parts.append((members, num_shared))
-        else:
-            parts += [([span], 0) for span in members]
+        together = _sharing(members, num_tokens, page_size) if beginning else []
+        if together:
+            parts.append((together, _num_shared(together, page_size)))
+        taken = {id(span) for span in together}
+        parts += [([span], 0) for span in members if id(span) not in taken]
     return parts
 
 
-def _place(span: Span) -> tuple[int, int]:
-    """Spans of as many tokens side by side, and among them those that share pages."""
-    return len(span.token_ids), _first_page(span)
+def _sharing(spans: list[Span], num_tokens: int, page_size: int) -> list[Span]:
+    """Those of `spans` whose common beginning is better attended once for all."""
+    shared = _num_shared(spans, page_size) * page_size
+    own = [span.num_past + num_tokens - shared for span in spans]
+    together = [
+        span for span, rest in zip(spans, own, strict=True) if rest <= MAX_GATHERED_LENGTH_CPU
+    ]
+    most = max((rest for rest in own if rest <= MAX_GATHERED_LENGTH_CPU), default=0)
+    # Keys not read again, against keys that are copied, the shortest texts' padding included.
+    pays = (len(together) - 1) * shared >= len(together) * most
+    return together if pays and len(together) > 1 else []
 
 
-def _first_page(span: Span) -> int:
-    return span.pages[0]
+def _place(span: Span, page_size: int) -> tuple[int, int]:
+    """Spans of as many tokens side by side, and among them those that begin alike."""
+    return len(span.token_ids), _beginning(span, page_size)
+
+
+def _beginning(span: Span, page_size: int) -> int:
+    """Equal for spans that begin with the same MIN_SHARED_LENGTH tokens or more; 0 if shorter.
+
+    A page that two sequences hold follows the same pages in both.
+    """
+    count = max(1, MIN_SHARED_LENGTH // page_size)
+    return span.pages[count - 1] if span.num_past >= count * page_size else 0
 
 
 def _num_shared(spans: list[Span], page_size: int) -> int:
-    """Pages that all begin with and have been read by all; 0 of one span."""
-    if len(spans) == 1:
-        return 0
+    """Pages that all begin with and have been read by all."""
     limit = min(span.num_past for span in spans) // page_size
     columns = zip(*(span.pages[:limit] for span in spans), strict=True)
     same = takewhile(lambda pages: len(set(pages)) == 1, columns)

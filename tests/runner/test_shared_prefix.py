@@ -3,7 +3,9 @@
 import random
 
 import pytest
+import torch
 
+from server.cache.kv_store import KVStore
 from server.config import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
@@ -12,6 +14,7 @@ from server.engine.engine import Engine, EngineLimits
 from server.runner import attention, plan
 from server.runner.base import Batch, Span
 from server.runner.loader import load_models
+from server.runner.style import Style
 from tests.runner.test_torch_runner import SUPPORTED, Reference, assert_close, make_runner
 from tests.support.engines import generated, make_decoding, run
 from tests.support.tiny_models import VOCAB_SIZE, make_model, make_pair
@@ -66,6 +69,51 @@ def test_logits_are_those_of_each_sequence_alone(family, in_order, calls):
         assert_close(ours, reference(text)[-len(ours) :])
     if family in PLAIN:
         assert sorted(set(calls)) == [2], "0 and 0 alone, 0 and 0 with 3 tokens, 1 and 1"
+
+
+def attend(spans, style, value_dim):
+    """[T, heads, value dim] over a store full of noise, two query heads for a KV head."""
+    generator = torch.Generator().manual_seed(1)
+    store = KVStore(60, PAGE)
+    slots = torch.arange(60 * PAGE)
+    keys = torch.randn(len(slots), 2, 8, generator=generator)
+    store.write(0, slots, keys, torch.randn(len(slots), 2, value_dim, generator=generator))
+    queries = torch.randn(sum(len(s.token_ids) for s in spans), 4, 8, generator=generator)
+    groups = plan.make_plan(Batch(tuple(spans)), PAGE, torch.device("cpu")).groups
+    parts = [attention.attend_group(g, queries[g.rows], store, 0, style) for g in groups]
+    return torch.cat(parts), [group.num_spans for group in groups]
+
+
+@pytest.mark.parametrize(
+    ("style", "value_dim"),
+    [
+        (Style(None, 0, None, None), 8),
+        (Style(None, 0, None, None), 6),
+        (Style(0.3, 9, None, None), 8),
+        (Style(0.3, 0, 20.0, None), 8),
+    ],
+)
+def test_layers_of_other_kinds_attend_each_text_alone(style, value_dim, calls, monkeypatch):
+    spans = [Span([1, 2, 3, 4, 5, 10 + i, 20 + i], 22 + i, [0], 1) for i in range(3)]
+    together, sizes = attend(spans, style, value_dim)
+    assert sizes == [3]
+    assert bool(calls) == (style == Style(None, 0, None, None) and value_dim == 8)
+    monkeypatch.setattr(plan, "MIN_SHARED_LENGTH", 1000)
+    alone, sizes = attend(spans, style, value_dim)
+    assert sizes == [1, 1, 1]
+    torch.testing.assert_close(together, alone)
+
+
+def test_who_is_together(calls):
+    first = [1, 2, 3, 4, 5]
+    alike = [Span([*first, 10 + i, 20 + i], 22 + i, [0], 1) for i in range(3)]
+    longer = Span([*first, *range(30, 40)], 50, [0], 1)
+    other = Span([1, *range(50, 57)], 25, [0], 1)
+    _, sizes = attend([longer, other, *alike], Style(None, 0, None, None), 8)
+    assert sorted(sizes) == [1, 1, 3], "one long text, or one that only begins alike, ends nothing"
+    short = [Span([1, 2, 10 + i, 20 + i, 40 + i], 18, [0], 1) for i in range(2)]
+    _, sizes = attend(short, Style(None, 0, None, None), 8)
+    assert sizes == [1, 1], "8 tokens in common and 11 of each one's own do not pay"
 
 
 def test_texts_stay_the_same(tmp_path, calls):
