@@ -88,7 +88,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, required=True, help="a configs/*.yaml")
     parser.add_argument("--threads", type=int, default=1, help="of torch (%(default)s)")
     parser.add_argument("--past", type=int, default=128, help="tokens before (%(default)s)")
-    parser.add_argument("--shared", type=int, default=0, help="of these, of all (%(default)s)")
+    parser.add_argument(
+        "--shared", type=int, default=0, help="of them the same pages for all (%(default)s)"
+    )
     parser.add_argument("--rounds", type=int, default=40, help="of each shape (%(default)s)")
     parser.add_argument("--goals", action="store_true", help="only shapes with goals, and these")
     return parser.parse_args(argv)

@@ -1,7 +1,7 @@
 r"""Speedups over a whole grid: kinds of decoding x prompt files x concurrency, in one sitting.
 
     python -m server serve --config configs/default.yaml
-    python -m server.bench.grid --out docs/results/grid.json --cell-seconds 40
+    python -m server.bench.grid --out grid.json --cell-seconds 40
 
 One server is measured. In each cell `standard` and another strategy take turns in the order ABBA
 with new prompts every time, so that a drift of the machine cancels, until the cell's seconds are

@@ -203,17 +203,15 @@ class Controller:
                 members.setdefault(id(group), []).append(sequence)
         if is_due:
             self._interval = _Interval(begun_at=self._seconds)
-            before = {key: group.chosen for key, group in groups.items()}
-            if len(groups) == 1:
-                key = next(iter(groups))
-                is_left = self._compare(interval, groups[key], members[key])
-            else:
-                is_left = False
+            before = [group.chosen for group in groups.values()]
+            is_left = len(groups) == 1 and self._compare(
+                interval, next(iter(groups.values())), next(iter(members.values()))
+            )
             self._batch = max(1, batch)
             for key, group in groups.items():
                 self._fade(group, members[key][0], self._seconds - interval.begun_at)
                 self._decide(group, members[key], interval.num_steps)
-            if is_left and before == {key: group.chosen for key, group in groups.items()}:
+            if is_left and before == [group.chosen for group in groups.values()]:
                 self._interval.seconds = interval.seconds
                 self._interval.num_tokens = interval.num_tokens
         self._interval.is_pure = (

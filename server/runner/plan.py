@@ -338,14 +338,13 @@ def _split(
 def _sharing(spans: list[Span], num_tokens: int, page_size: int) -> list[Span]:
     """Those of `spans` whose common beginning is better attended once for all."""
     shared = _num_shared(spans, page_size) * page_size
-    own = [span.num_past + num_tokens - shared for span in spans]
-    together = [
-        span for span, rest in zip(spans, own, strict=True) if rest <= MAX_GATHERED_LENGTH_CPU
-    ]
-    most = max((rest for rest in own if rest <= MAX_GATHERED_LENGTH_CPU), default=0)
-    # Keys not read again, against keys that are copied, the shortest texts' padding included.
-    pays = (len(together) - 1) * shared >= len(together) * most
-    return together if pays and len(together) > 1 else []
+    limit = shared + MAX_GATHERED_LENGTH_CPU - num_tokens
+    together = [span for span in spans if span.num_past <= limit]
+    if len(together) < 2:
+        return []
+    own = max(span.num_past for span in together) + num_tokens - shared
+    # Keys not read again, against keys that are copied, the shorter texts' padding included.
+    return together if (len(together) - 1) * shared >= len(together) * own else []
 
 
 def _place(span: Span, page_size: int) -> tuple[int, int]:
@@ -356,7 +355,7 @@ def _place(span: Span, page_size: int) -> tuple[int, int]:
 def _beginning(span: Span, page_size: int) -> int:
     """Equal for spans that begin with the same MIN_SHARED_LENGTH tokens or more; 0 if shorter.
 
-    A page that two sequences hold follows the same pages in both.
+    A page that two sequences hold follows the same tokens in both, if not always the same pages.
     """
     count = max(1, MIN_SHARED_LENGTH // page_size)
     return span.pages[count - 1] if span.num_past >= count * page_size else 0
