@@ -201,6 +201,7 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
             max_waiting=config.engine.max_waiting,
             max_prefill_tokens=_max_prefill_tokens(config, loaded.runners),
             prefix_cache=config.engine.prefix_cache,
+            runs_ahead={"auto": None, "on": True, "off": False}[config.engine.run_ahead],
         ),
         on_step=metrics.observe_step,
         coin_seed=secrets.randbits(63),

@@ -220,6 +220,11 @@ class EngineConfig(Section):
         description="Capture decoding steps as CUDA graphs: auto does on a GPU with Triton; static "
         "pads steps as for capturing and runs them as they are, to find faults.",
     )
+    run_ahead: Literal["auto", "off", "on"] = Field(
+        "auto",
+        description="Enqueue drafting and scoring without waiting, and read the drafted tokens "
+        "together with what became of them: auto does with a GPU. The text is the same.",
+    )
     compile: Literal["off", "layers"] = Field(
         "off",
         description="layers: let torch.compile join the small operations of Llama-shaped models' "
@@ -227,11 +232,11 @@ class EngineConfig(Section):
         "a GPU, if anywhere; 16-bit weights on a CPU are not compiled.",
     )
 
-    @field_validator("cuda_graphs", "compile", mode="before")
+    @field_validator("cuda_graphs", "compile", "run_ahead", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: object) -> object:
-        """YAML reads a bare `off` as false."""
-        return "off" if value is False else value
+        """YAML reads a bare `off` as false, and `on` as true."""
+        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
 
     @field_validator("kv_memory")
     @classmethod

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from server.bench.machine import describe_machine, describe_versions
 from server.bench.strategy_spec import parse_concurrency
-from server.decoding.verify import Verdict, sample, verify, verify_blocks
+from server.decoding.verify import Decisions, sample, verify, verify_blocks
 
 NOISES = (0.5, 1.0, 1.5)
 _SPREAD = 3.0
@@ -76,7 +76,7 @@ def seconds(length: int, vocab_size: int, rounds: int) -> tuple[float, float]:
 
 def _drafts(
     length: int, noise: float, num_windows: int, vocab_size: int, random: torch.Generator
-) -> tuple[Callable[[Callable[..., list[Verdict]]], list[Verdict]], float]:
+) -> tuple[Callable[[Callable[..., Decisions]], Decisions], float]:
     """Windows that wait for a rule to decide them, and their mean acceptance."""
     num_rows = length * num_windows
 
@@ -89,14 +89,14 @@ def _drafts(
     tokens = sample(g, draw)
     lengths = [length] * num_windows
 
-    def decide(rule: Callable[..., list[Verdict]]) -> list[Verdict]:
+    def decide(rule: Callable[..., Decisions]) -> Decisions:
         return rule(r, g, tokens, lengths, accept, recover)
 
     return decide, float(torch.minimum(r, g).sum(-1).mean())
 
 
-def _mean_kept(verdicts: Sequence[Verdict]) -> float:
-    return sum(verdict.num_accepted for verdict in verdicts) / len(verdicts)
+def _mean_kept(decisions: Decisions) -> float:
+    return float(decisions[:, 0].float().mean())
 
 
 def main() -> None:

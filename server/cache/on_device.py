@@ -10,6 +10,11 @@ from torch import Tensor
 Numbers = Sequence[float] | Sequence[Sequence[float]]
 
 
+def reading_waits(device: torch.device) -> bool:
+    """Does reading from `device` wait for what it was asked before?"""
+    return device.type == "cuda"
+
+
 def tensor_on(device: torch.device, values: Numbers, dtype: torch.dtype | None = None) -> Tensor:
     """torch.tensor(values, dtype=dtype) on `device`."""
     return sent(torch.tensor(values, dtype=dtype), device)

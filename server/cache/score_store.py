@@ -57,6 +57,11 @@ class ScoreStore:
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the tensor of each model."""
+        return len(self._rows[0])
+
+    @property
     def num_free(self) -> int:
         return len(self._free)
 

@@ -18,6 +18,7 @@ from server.core.lookup import LOOKUP, PromptLookup
 from server.core.matcher import Matcher
 from server.core.provenance import Provenance
 from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.unread import is_unread
 
 
 class Status(Enum):
@@ -55,7 +56,7 @@ class Sequence:
 
     Attributes:
         id: unique among live sequences.
-        token_ids: prompt, verified and pending tokens.
+        token_ids: prompt, verified and pending tokens; of the pending ones some may be unread.
         num_prompt, num_verified: where the zones end.
         num_seen: [num_models]; what each model has consumed.
         proposers: which model proposed each pending token; LOOKUP for all of them where they
@@ -241,6 +242,24 @@ class Sequence:
         """Nobody proposes the next token."""
         self.declined_at = len(self.token_ids)
 
+    @property
+    def has_unread(self) -> bool:
+        """Some pending token's id is not known to the host."""
+        return any(is_unread(token_id) for token_id in self.token_ids[self.num_verified :])
+
+    def read(self, token_ids: list[int]) -> None:
+        """Fill in the ids of all pending tokens.
+
+        A negative one is none: there its proposer had nothing to propose, and what was proposed
+        behind it never was.
+        """
+        assert len(token_ids) == self.num_pending
+        self.token_ids[self.num_verified :] = token_ids
+        declined = next((i for i, token_id in enumerate(token_ids) if token_id < 0), None)
+        if declined is not None:
+            self._cut_tail(declined)
+            self.decline()
+
     def accept(self, count: int) -> None:
         """Move the first `count` pending tokens to the verified zone."""
         assert 0 <= count <= self.num_pending
@@ -300,12 +319,24 @@ class Sequence:
 
     def forget(self) -> None:
         """Preemption by recompute: every model starts over, and resumes where it was."""
+        assert not self.has_unread, "nobody keeps what it stands for"
         self.resume_at = [
             max(seen, until) for seen, until in zip(self.num_seen, self.resume_at, strict=True)
         ]
         self.num_seen = [0] * self.num_models
         self.status = Status.WAITING
         self.stats.num_preemptions += 1
+
+    def _cut_tail(self, count: int) -> None:
+        """Keep the first `count` pending tokens."""
+        for proposer, is_bonus in zip(self.proposers[count:], self.bonuses[count:], strict=True):
+            self.stats.proposed[proposer] -= 1
+            self.stats.num_bonus -= is_bonus
+        length = self.num_verified + count
+        del self.token_ids[length:]
+        del self.proposers[count:], self.shortlisted[count:], self.bonuses[count:]
+        self.num_seen = [min(seen, length) for seen in self.num_seen]
+        self.resume_at = [min(until, length) for until in self.resume_at]
 
     def _drop_proposals(self) -> None:
         self.proposers.clear()

@@ -59,7 +59,8 @@ class StepStats:
     Attributes:
         model: index of the model that ran.
         num_sequences: sequences it ran over, and how many of them were decoding.
-        num_past: tokens that the model had read of the decoding ones before, in all.
+        num_past: tokens that the model had read of the decoding ones before, in all; those that it
+            attends once for several of them count once.
         num_tokens: tokens fed; num_prefill_tokens of them were prompts or recomputation.
         forward_seconds: the model's forward alone.
         combine_seconds: from the forward's end until the advance has decided everything: warping,

@@ -27,20 +27,27 @@ trick: argmax log p + G). A proposal is the pick of g, the position's token is t
 the same noise, and a proposal is accepted iff it is that token. So the text depends on the seed and
 on r alone, not on who proposed how many tokens; the price is that fewer proposals are accepted than
 min(1, r / g) would. Greedy decoding is this without noise.
+
+All but `verify_blocks` leave their results on the device and read nothing back from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
-from server.cache.on_device import tensor_on
+from server.cache.on_device import reading_waits, tensor_on
 
 INVALID = -1  # sampled from a row that is no distribution: NaN or without mass
+
+# Of W windows, int64 [W, 2]: tokens accepted from the start of each, and the token that replaces
+# the first rejected one, INVALID where its target is no distribution and without meaning where all
+# were accepted. See `verdicts`.
+Decisions = Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,15 @@ class Verdict:
     recovered: int | None
 
 
-def sample(probs: Tensor, uniforms: Tensor) -> list[int]:
+def verdicts(decisions: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Verdict]:
+    """Of windows with `lengths` rows; `decisions` as read from the device."""
+    return [
+        Verdict(count, recovered if count < length else None)
+        for (count, recovered), length in zip(decisions, lengths, strict=True)
+    ]
+
+
+def sample(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token from each row by inverse CDF.
 
     Args:
@@ -65,7 +80,7 @@ def sample(probs: Tensor, uniforms: Tensor) -> list[int]:
         uniforms: float32 [R] in [0, 1).
 
     Returns:
-        R token ids, INVALID for rows that are no distribution.
+        int64 [R] token ids, INVALID for rows that are no distribution.
     """
     cumulative = _cumulative(probs)
     total = cumulative[:, -1:]
@@ -75,7 +90,7 @@ def sample(probs: Tensor, uniforms: Tensor) -> list[int]:
     )
     picked = torch.searchsorted(cumulative, threshold, right=True)
     valid = torch.isfinite(total) & (total > 0)
-    return torch.where(valid, picked, INVALID).flatten().tolist()
+    return torch.where(valid, picked, INVALID).flatten()
 
 
 def _cumulative(probs: Tensor) -> Tensor:
@@ -89,7 +104,7 @@ def _cumulative(probs: Tensor) -> Tensor:
     return probs.cumsum(-1)
 
 
-def pick(weights: Tensor, noise: Tensor | None = None) -> list[int]:
+def pick(weights: Tensor, noise: Tensor | None = None) -> Tensor:
     """The token of each row under coupled randomness: argmax of weights / noise.
 
     Args:
@@ -97,81 +112,75 @@ def pick(weights: Tensor, noise: Tensor | None = None) -> list[int]:
         noise: float32 [R, V], above 0 (`rng.exponentials`).
 
     Returns:
-        R token ids, INVALID for rows that are no distribution.
+        int64 [R] token ids, INVALID for rows that are no distribution.
     """
     best = (weights if noise is None else weights / noise).max(-1)
     valid = best.values.isfinite()
     if noise is not None:
         valid &= best.values > 0
-    return torch.where(valid, best.indices, INVALID).tolist()
+    return torch.where(valid, best.indices, INVALID)
 
 
-def verify_picks(
-    picks: Sequence[int], token_ids: Sequence[int], lengths: Sequence[int]
-) -> list[Verdict]:
+def verify_picks(picks: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Decisions:
     """Decide windows of coupled proposals: accepted iff equal to the target's own picks.
 
     Args:
-        picks: of the target, one for each row.
-        token_ids: the proposed token of each row.
-        lengths: rows of each window, in order.
+        picks: of the target, int64 [R].
+        tokens: the proposed token of each row, int64 [R].
+        lengths: rows of each window, in order; they sum to R.
     """
-    is_accepted = [pick == token for pick, token in zip(picks, token_ids, strict=True)]
-    counts = _num_accepted(is_accepted, lengths)
-    return _verdicts(counts, lengths, [picks[row] for row in _rejected_rows(counts, lengths)])
+    counts, rows = _first_rejected(picks == tokens, lengths)
+    return torch.stack([counts, picks.index_select(0, rows)], dim=1)
 
 
 def verify(
     target: Tensor,
     proposal: Tensor,
-    token_ids: Sequence[int],
+    tokens: Tensor,
     lengths: Sequence[int],
     accept_uniforms: Tensor,
     recover_uniforms: Tensor,
-) -> list[Verdict]:
+) -> Decisions:
     """Decide windows of proposed tokens, several sequences at once.
 
     Args:
         target: r of each row, float32 [R, V].
         proposal: g of each row, float32 [R, V].
-        token_ids: the proposed token of each row, [R].
+        tokens: the proposed token of each row, int64 [R].
         lengths: rows of each window, in order; they sum to R.
         accept_uniforms: float32 [R], decide acceptance.
         recover_uniforms: float32 [R], draw the recovered tokens.
-
-    Returns:
-        One verdict for each window.
     """
-    tokens = tensor_on(target.device, token_ids)[:, None]
-    r, g = target.gather(1, tokens)[:, 0], proposal.gather(1, tokens)[:, 0]
+    r = target.gather(1, tokens[:, None])[:, 0]
+    g = proposal.gather(1, tokens[:, None])[:, 0]
     # Comparisons with NaN are false: a broken row is rejected, and sampling it yields INVALID.
-    is_accepted: list[bool] = (accept_uniforms * g < r).tolist()
-    counts = _num_accepted(is_accepted, lengths)
-    rows = _rejected_rows(counts, lengths)
-    return _verdicts(counts, lengths, _recover(target, proposal, rows, recover_uniforms))
+    counts, rows = _first_rejected(accept_uniforms * g < r, lengths)
+    return _recovered(target, proposal, counts, rows, lengths, recover_uniforms)
 
 
 def verify_blocks(
     target: Tensor,
     proposal: Tensor,
-    token_ids: Sequence[int],
+    tokens: Tensor,
     lengths: Sequence[int],
     accept_uniforms: Tensor,
     recover_uniforms: Tensor,
-) -> list[Verdict]:
+) -> Decisions:
     """`verify`, with each window decided as a block; the same arguments and results."""
-    tests, carry = block_tests(target, proposal, token_ids, lengths)
+    tests, carry = block_tests(target, proposal, tokens, lengths)
     passed = [u < h for u, h in zip(accept_uniforms.tolist(), tests, strict=True)]
+    windows = list(pairwise(accumulate(lengths, initial=0)))
     counts = [
         max((row - start + 1 for row in range(start, end) if passed[row]), default=0)
-        for start, end in pairwise(accumulate(lengths, initial=0))
+        for start, end in windows
     ]
-    rows = _rejected_rows(counts, lengths)
-    return _verdicts(counts, lengths, _recover(target, proposal, rows, recover_uniforms, carry))
+    ends = [min(start + n, end - 1) for (start, end), n in zip(windows, counts, strict=True)]
+    kept, rows = tensor_on(target.device, [counts, ends]).unbind(0)
+    return _recovered(target, proposal, kept, rows, lengths, recover_uniforms, carry)
 
 
 def block_tests(
-    target: Tensor, proposal: Tensor, token_ids: Sequence[int], lengths: Sequence[int]
+    target: Tensor, proposal: Tensor, tokens: Tensor, lengths: Sequence[int]
 ) -> tuple[list[float], Tensor]:
     """The tests of block verification (h) and what they rest on (p); arguments as for `verify`.
 
@@ -182,9 +191,9 @@ def block_tests(
         For each row, the probability of the test that keeps its window up to and including it; and
         [R], in the target's dtype, p of the tokens of the window before it.
     """
-    tokens = tensor_on(target.device, token_ids)[:, None]
+    column = tokens[:, None]
     # 0 / 0 is a token that neither gives anything to: not accepted, like by `verify`.
-    odds = target.gather(1, tokens) / proposal.gather(1, tokens)
+    odds = target.gather(1, column) / proposal.gather(1, column)
     ratios = odds[:, 0].nan_to_num(0.0).tolist()
     mass = target.sum(-1)
     is_valid = ((mass > 0) & (mass + proposal.sum(-1)).isfinite()).tolist()
@@ -208,49 +217,56 @@ def block_tests(
     return tests, carry
 
 
-def _num_accepted(is_accepted: list[bool], lengths: Sequence[int]) -> list[int]:
-    """Rows of each window before its first rejection."""
-    return [
-        next((row - start for row in range(start, end) if not is_accepted[row]), end - start)
-        for start, end in pairwise(accumulate(lengths, initial=0))
-    ]
+def _first_rejected(is_accepted: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Of each window the rows before its first rejection, int64 [W], and which row that one is.
+
+    Args:
+        is_accepted: bool [R].
+        lengths: rows of each window, one at least.
+
+    Returns:
+        The second, int64 [W], is the window's last row where all are accepted.
+    """
+    device = is_accepted.device
+    windows = [(window, i) for window, n in enumerate(lengths) for i in range(n)]
+    window_of, offsets = tensor_on(device, windows).unbind(1)
+    starts = [start for start, _ in pairwise(accumulate(lengths, initial=0))]
+    first, length = tensor_on(device, [starts, list(lengths)]).unbind(0)
+    rejected = torch.where(is_accepted, max(lengths), offsets)
+    counts = length.scatter_reduce(0, window_of, rejected, "amin")
+    return counts, first + torch.minimum(counts, length - 1)
 
 
-def _rejected_rows(counts: Sequence[int], lengths: Sequence[int]) -> list[int]:
-    """The row that ends each window which isn't accepted whole."""
-    starts = accumulate(lengths, initial=0)
-    return [
-        start + count
-        for start, count, length in zip(starts, counts, lengths, strict=False)
-        if count < length
-    ]
-
-
-def _verdicts(
-    counts: Sequence[int], lengths: Sequence[int], recovered: Iterable[int]
-) -> list[Verdict]:
-    """One for each window; `recovered` holds the tokens of those not accepted whole, in order."""
-    tokens = iter(recovered)
-    return [
-        Verdict(count, next(tokens) if count < length else None)
-        for count, length in zip(counts, lengths, strict=True)
-    ]
+def _recovered(
+    target: Tensor,
+    proposal: Tensor,
+    counts: Tensor,
+    rows: Tensor,
+    lengths: Sequence[int],
+    uniforms: Tensor,
+    carry: Tensor | None = None,
+) -> Decisions:
+    """With the tokens for the first rejected `rows` [W], of which `counts` [W] were accepted."""
+    if reading_waits(target.device):  # and which windows need one is not known
+        return torch.stack([counts, _recover(target, proposal, rows, uniforms, carry)], dim=1)
+    decisions = torch.stack([counts, torch.full_like(counts, INVALID)], dim=1)
+    needed = (counts < tensor_on(target.device, list(lengths))).nonzero()[:, 0]
+    if len(needed):
+        decisions[needed, 1] = _recover(target, proposal, rows[needed], uniforms, carry)
+    return decisions
 
 
 def _recover(
     target: Tensor,
     proposal: Tensor,
-    rows: list[int],
+    rows: Tensor,
     uniforms: Tensor,
     carry: Tensor | None = None,
-) -> list[int]:
+) -> Tensor:
     """Draw from norm(max(0, carry * r - g)) for each of `rows`; `carry` [R] is 1 if not given."""
-    if not rows:
-        return []
-    index = tensor_on(target.device, rows)
-    r = target.index_select(0, index)
-    carried = r if carry is None else carry.index_select(0, index)[:, None] * r
-    residual = (carried - proposal.index_select(0, index)).clamp_min_(0)
+    r = target.index_select(0, rows)
+    carried = r if carry is None else carry.index_select(0, rows)[:, None] * r
+    residual = (carried - proposal.index_select(0, rows)).clamp_min_(0)
     # Rounding alone can reject a token where r equals g; nothing is left over then but r itself.
     is_empty = residual.sum(-1, keepdim=True) <= 0
-    return sample(torch.where(is_empty, r, residual), uniforms.index_select(0, index))
+    return sample(torch.where(is_empty, r, residual), uniforms.index_select(0, rows))

@@ -18,7 +18,7 @@ from collections.abc import Sequence as Row
 import torch
 from torch import Tensor
 
-from server.cache.on_device import sent, tensor_on
+from server.cache.on_device import reading_waits, sent, tensor_on
 from server.core.sequence import Sequence
 
 Place = tuple[Sequence, int]  # a sequence and a position of it
@@ -68,13 +68,21 @@ class Warp:
             floor = logits.amax(-1, keepdim=True) + self._min_p.log()
             logits = logits.masked_fill(logits < floor, -torch.inf)
         if self._top_k is not None or self._top_p is not None:
-            threshold = _threshold(logits, self._top_k, self._top_p, self._is_truncated, _HEAD)
+            # Whether more must be sorted would have to be read.
+            head = logits.shape[-1] if reading_waits(logits.device) else _HEAD
+            threshold = _threshold(logits, self._top_k, self._top_p, self._is_truncated, head)
             logits = logits.masked_fill(logits < threshold, -torch.inf)
         return logits
 
     def probs(self, logits: Tensor) -> Tensor:
         """Softmax of the warped logits: float32 [R, V]."""
         return self(logits).softmax(-1)
+
+
+def depends_on_tokens(sequence: Sequence) -> bool:
+    """Do warps of a position look at the tokens before it? Then these have to be known."""
+    params = sequence.params
+    return params.has_penalties or bool(params.bad_words) or sequence.matcher is not None
 
 
 def _threshold(
@@ -85,7 +93,9 @@ def _threshold(
     Looks at the `width` largest logits of each row, and at whole rows only where they keep more.
     """
     vocab_size = logits.shape[-1]
-    width = min(vocab_size, max(width, 0 if top_k is None else int(top_k.max())))
+    width = min(vocab_size, width)
+    if width < vocab_size and top_k is not None:
+        width = min(vocab_size, max(width, int(top_k.max())))
     ordered = logits.topk(width).values
     keep = _keep(logits, ordered, top_k, top_p)
     last = keep.sum(-1, keepdim=True).clamp_min(1) - 1

@@ -6,6 +6,10 @@
     where nothing is pending, prompt lookup may propose some tokens
     where the tail survived and the strategy allows it, model k proposes the next token
 
+Where it *runs ahead*, a proposed token stays on the device, unread, until it is verified: drafting
+and the forward that scores the draft are enqueued without waiting for anything, and the ids come
+to the host together with what became of them.
+
 Prefill, drafting, scoring, bonus tokens, catching up after a rejection and recomputation after a
 preemption are all this. A *bonus* is the token a model proposes right after it has verified or
 scored proposals of others.
@@ -20,11 +24,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
+from server.cache.drafted import known_ids, stored_ids
 from server.cache.on_device import sent, tensor_on
 from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
@@ -32,24 +38,25 @@ from server.core.lookup import LOOKUP
 from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
+from server.core.unread import is_unread, unread
 from server.decoding.combine import combine, log_combined, rank
 from server.decoding.rng import Purpose, exponentials, round_seed, uniforms
 from server.decoding.strategies import Strategies, is_scored, num_verifiable
 from server.decoding.verify import (
     INVALID,
-    Verdict,
+    Decisions,
     pick,
     sample,
     verify,
     verify_blocks,
     verify_picks,
 )
-from server.decoding.warp import Place, Warp
+from server.decoding.warp import Place, Warp, depends_on_tokens
 from server.engine.faults import free_cached_memory, is_out_of_memory
+from server.engine.laps import Laps, Timer
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
 from server.runner.base import Batch, ModelRunner, Span
-from server.runner.clock import make_stopwatch
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +64,7 @@ Key = TypeVar("Key")
 Item = TypeVar("Item")
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
 Origin = tuple[int, bool]  # of a pending token: its proposer, and whether from the shortlist
-# target, proposal, token ids, lengths, uniforms that accept and that recover; see `verify`
-Rule = Callable[[Tensor, Tensor, Row[int], Row[int], Tensor, Tensor], list[Verdict]]
+Rule = Literal["coupled", "block", "token"]
 
 MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
 
@@ -79,16 +85,19 @@ class Outcome:
         failed: sequences whose scores are no distribution.
         broken: sequences in whose path an error was raised.
         ran_out: of memory, after the forward.
-        stats: counts for metrics.
+        has_read: the host has waited for what the device decided after the forward.
+        stats: counts for metrics; its seconds are known to `laps`.
     """
 
     stats: StepStats
+    laps: Laps
     num_verified: dict[Sequence, int] = field(default_factory=dict)
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     failed: set[Sequence] = field(default_factory=set)
     broken: dict[Sequence, Fault] = field(default_factory=dict)
     ran_out: bool = False
+    has_read: bool = False
 
     def fault_of(self, sequence: Sequence) -> Fault | None:
         """Why a sequence must end; None where it may go on."""
@@ -105,9 +114,9 @@ class Advancer:
         strategies: Strategies,
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.perf_counter,
+        runs_ahead: bool = False,
     ) -> None:
-        self._clock = clock
-        self._watches = [make_stopwatch(runner.device, clock) for runner in runners]
+        self.runs_ahead = runs_ahead
         self._runners = runners
         self._store = scores
         self._scores = Scores(runners, scores, clock)
@@ -116,6 +125,9 @@ class Advancer:
         self._num_draws = 0
         self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step
         self._device = self._scores.device
+        self.timer = Timer(self._device, [runner.device for runner in runners], clock)
+        # Ids of unread tokens, in the rows of their scores.
+        self._drafted = torch.zeros(scores.num_rows, dtype=torch.int64, device=self._device)
 
     @torch.inference_mode()
     def advance(self, plan: StepPlan) -> Outcome:
@@ -123,7 +135,8 @@ class Advancer:
 
         Where the forward itself fails, nothing but `num_seen` of the plan's model has changed.
         """
-        outcome = Outcome(StepStats(plan.model, num_sequences=len(plan.sequences)))
+        laps = self.timer.begin()
+        outcome = Outcome(StepStats(plan.model, num_sequences=len(plan.sequences)), laps)
         # Recomputation restores a state; it must not decide anything anew.
         deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
@@ -131,18 +144,15 @@ class Advancer:
         self._drafting = frozenset(
             sequence for sequence in plan.sequences if self._drafts_short(sequence, plan.model)
         )
-        started = self._feed(plan, outcome.stats)
+        self._feed(plan, outcome)
         self._score_prompts(plan.sequences, outcome)
         self._decide(plan.model, plan.sequences, deciding, outcome)
         for sequence, start in before.items():
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
         self._report(before, outcome)
-        # Only now, so that the device had the rest to do as well while it was still at the forward.
-        # Deferred scores belong to no other one.
-        forward = self._watches[plan.model].seconds() + self._scores.head_seconds
-        outcome.stats.forward_seconds = forward
-        outcome.stats.combine_seconds = self._clock() - started - forward
+        laps.head_seconds = self._scores.head_seconds
+        self.timer.decide(laps)
         return outcome
 
     def _decide(
@@ -171,13 +181,11 @@ class Advancer:
         self._look_up(sequences, outcome)
         self._propose(model, deciding, verified, outcome)
 
-    def _feed(self, plan: StepPlan, stats: StepStats) -> float:
-        """One packed forward; scores of undecided positions go to the store.
-
-        Returns:
-            When it began.
-        """
+    def _feed(self, plan: StepPlan, outcome: Outcome) -> None:
+        """One packed forward; scores of undecided positions go to the store."""
+        stats = outcome.stats
         spans: list[Span] = []
+        decoding: list[Span] = []
         places: list[Place] = []
         for sequence, count, pages in zip(plan.sequences, plan.num_tokens, plan.pages, strict=True):
             start = sequence.num_seen[plan.model]
@@ -192,20 +200,41 @@ class Advancer:
             stats.num_prefill_tokens += num_prefill
             if num_prefill < count:
                 stats.num_decoding += 1
-                stats.num_past += start
+                decoding.append(spans[-1])
                 sequence.stats.forwards[plan.model] += 1
-        batch = Batch(tuple(spans))
+        batch = Batch(tuple(spans), self._drafted_for(plan, spans))
         defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
         stats.num_tokens = batch.num_tokens
-        started = self._clock()
-        self._watches[plan.model].start()
+        stats.num_past = self._num_past(plan.model, decoding)
+        self.timer.mark_forward(plan.model, outcome.laps)
         self._scores.forward(plan.model, batch, places, defer)
-        self._watches[plan.model].stop()
-        return started
+        self.timer.mark_forward(plan.model, outcome.laps)
+
+    def _num_past(self, model: int, spans: Iterable[Span]) -> int:
+        """Tokens before those of the spans; on a CPU what several begin with counts once.
+
+        There it is attended together (`runner.plan`), and costs hardly more than for one of them.
+        """
+        runner = self._runners[model]
+        if runner.device.type != "cpu":
+            return sum(span.num_past for span in spans)
+        whole: set[int] = set()
+        rest = 0
+        for span in spans:
+            whole.update(span.pages[: span.num_past // runner.page_size])
+            rest += span.num_past % runner.page_size
+        return len(whole) * runner.page_size + rest
+
+    def _drafted_for(self, plan: StepPlan, spans: Iterable[Span]) -> Tensor | None:
+        """Ids of unread tokens on the model's device, if any are to be fed."""
+        if not any(is_unread(token_id) for span in spans for token_id in span.token_ids):
+            return None
+        return self._drafted.to(self._runners[plan.model].device, non_blocking=True)
 
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
             if sequence.scores_prompt:
+                outcome.has_read = True
                 with _guarding(sequence, outcome):
                     self._score_prompt(sequence, outcome)
 
@@ -249,33 +278,67 @@ class Advancer:
         if not windows:
             return set()
         outcome.stats.tails += [s.num_pending for s, _ in windows]
-        for rule, group in _split(windows, lambda window: _rule(window[0])):
-            if rule == "coupled":
-                verdicts = self._verify_coupled(group)
-            else:
-                verdicts = self._verify_free(group, verify_blocks if rule == "block" else verify)
-            for (sequence, _), verdict in zip(group, verdicts, strict=True):
-                self._apply(sequence, verdict.num_accepted, verdict.recovered, outcome)
+        groups = _split(windows, lambda window: _rule(window[0]))
+        decisions = [self._decisions(rule, group) for rule, group in groups]
+        # All groups are enqueued; here the host waits for them.
+        verdicts = self._read_decisions([sequence for sequence, _ in windows], decisions)
+        outcome.has_read = True
+        for sequence, count in (window for _, group in groups for window in group):
+            decided = next(verdicts)
+            # Shorter where a proposer turned out to have had nothing to propose.
+            length = min(count, sequence.num_pending)
+            accepted = min(decided[0], length)
+            self._apply(sequence, accepted, decided[1] if accepted < length else None, outcome)
         return {sequence for sequence, _ in windows}
 
-    def _verify_free(self, windows: list[Window], rule: Rule) -> list[Verdict]:
+    def _decisions(self, rule: Rule, windows: list[Window]) -> Decisions:
         places = _places(windows)
-        return rule(
+        lengths = [count for _, count in windows]
+        tokens = self._tokens(places)
+        if rule == "coupled":
+            return verify_picks(self._pick_target(places), tokens, lengths)
+        return (verify_blocks if rule == "block" else verify)(
             self._target(places),
             self._proposal(places),
-            [s.token_ids[position] for s, position in places],
-            [count for _, count in windows],
+            tokens,
+            lengths,
             self._uniforms(places, Purpose.ACCEPT),
             self._uniforms(places, Purpose.RECOVER),
         )
 
-    def _verify_coupled(self, windows: list[Window]) -> list[Verdict]:
-        places = _places(windows)
-        return verify_picks(
-            self._pick_target(places),
-            [s.token_ids[position] for s, position in places],
-            [count for _, count in windows],
-        )
+    def _tokens(self, places: list[Place]) -> Tensor:
+        """Ids of the pending tokens at `places`, int64 on the device, unread ones included."""
+        ids = tensor_on(self._device, [s.token_ids[position] for s, position in places])
+        return known_ids(ids, self._drafted if any(s.has_unread for s, _ in places) else None)
+
+    @torch.inference_mode()
+    def read_tail(self, sequence: Sequence) -> None:
+        """Let the host know the pending tokens of `sequence`."""
+        if sequence.has_unread:
+            sequence.read(self._stored([sequence]).tolist())
+
+    def _stored(self, sequences: Iterable[Sequence]) -> Tensor:
+        """Ids of all their pending tokens, unread ones included, int64, one after the other."""
+        tails = [s.token_ids[s.num_verified :] for s in sequences]
+        ids = [token_id for tail in tails for token_id in tail]
+        return stored_ids(tensor_on(self._device, ids), self._drafted)
+
+    def _read_decisions(
+        self, sequences: Iterable[Sequence], decisions: Row[Decisions]
+    ) -> Iterator[list[int]]:
+        """Tokens accepted and the recovered one of each window; one copy from the device.
+
+        The same copy brings the ids of what is unread in `sequences`.
+        """
+        unread = [sequence for sequence in sequences if sequence.has_unread]
+        decided = torch.cat(list(decisions)).flatten()
+        if not unread:
+            return _pairs(decided.tolist())
+        read: list[int] = torch.cat([decided, self._stored(unread)]).tolist()
+        rest = iter(read[len(decided) :])
+        for sequence in unread:
+            sequence.read(list(islice(rest, sequence.num_pending)))
+        return _pairs(read[: len(decided)])
 
     def _apply(
         self, sequence: Sequence, num_accepted: int, recovered: int | None, outcome: Outcome
@@ -310,7 +373,8 @@ class Advancer:
                 tokens = self._pick_target(places)
             else:
                 tokens = sample(self._target(places), self._uniforms(places, Purpose.DRAW))
-            for sequence, token_id in zip(group, tokens, strict=True):
+            outcome.has_read = True
+            for sequence, token_id in zip(group, tokens.tolist(), strict=True):
                 if token_id == INVALID:
                     outcome.failed.add(sequence)
                 else:
@@ -360,7 +424,7 @@ class Advancer:
         sequence, position = place
         only = Combination.only(len(self._runners), model)
         if sequence.params.is_coupled:
-            return float(self._pick([place], lambda place: only) == [sequence.token_ids[position]])
+            return float(self._pick([place], lambda place: only) == sequence.token_ids[position])
         warp = Warp([place], self._eos, self._device)
         proposal = warp.probs(self._scores.read(model, [place]))
         return float(torch.minimum(proposal, self._target([place])).sum())
@@ -392,7 +456,7 @@ class Advancer:
         ready = [s for s in sequences if s not in outcome.failed and self._may_propose(s, model)]
         if not ready:
             return
-        for sequence, token_id in self._choose(model, ready):
+        for sequence, token_id in self._choose(model, ready, outcome):
             if token_id == INVALID:
                 # It gives nothing to any token that the request allows; the target may.
                 sequence.decline()
@@ -402,14 +466,18 @@ class Advancer:
             outcome.stats.num_proposed += 1
             outcome.stats.num_bonus += is_bonus
 
-    def _choose(self, model: int, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+    def _choose(
+        self, model: int, sequences: list[Sequence], outcome: Outcome
+    ) -> Iterator[tuple[Sequence, int]]:
         """The token that `model` proposes to each sequence, from its own distribution alone."""
         only = Combination.only(len(self._runners), model)
 
-        def key(sequence: Sequence) -> tuple[bool, bool]:
-            return sequence.params.is_coupled, self._proposes_short(sequence, model)
+        def key(sequence: Sequence) -> tuple[bool, bool, bool]:
+            is_short = self._proposes_short(sequence, model)
+            is_ahead = self.runs_ahead and not is_short and not depends_on_tokens(sequence)
+            return sequence.params.is_coupled, is_short, is_ahead
 
-        for (is_coupled, is_short), group in _split(sequences, key):
+        for (is_coupled, is_short, is_ahead), group in _split(sequences, key):
             places = [(sequence, len(sequence)) for sequence in group]
             if is_coupled:
                 tokens = self._pick(places, lambda place: only, is_short)
@@ -417,7 +485,18 @@ class Advancer:
                 warp = Warp(places, self._eos, self._device)
                 proposal = warp.probs(self._own_scores((model, is_short), places))
                 tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
-            yield from zip(group, tokens, strict=True)
+            if is_ahead:
+                ids = self._leave_unread(places, tokens)
+            else:
+                ids = tokens.tolist()
+                outcome.has_read = True
+            yield from zip(group, ids, strict=True)
+
+    def _leave_unread(self, places: list[Place], tokens: Tensor) -> list[int]:
+        """Keep `tokens` on the device; returns what stands for them."""
+        rows = self._scores.rows(places)
+        self._drafted.index_copy_(0, tensor_on(self._device, rows), tokens)
+        return [unread(row) for row in rows]
 
     def _may_draw(self, sequence: Sequence) -> bool:
         return (
@@ -498,8 +577,8 @@ class Advancer:
     def _defers(self, sequence: Sequence, model: int) -> bool:
         return self._drafts_short(sequence, model) or any(sequence.shortlisted)
 
-    def _pick_target(self, places: list[Place]) -> list[int]:
-        """The token of each place of coupled sequences."""
+    def _pick_target(self, places: list[Place]) -> Tensor:
+        """The token of each place of coupled sequences, int64 [len(places)]."""
         return self._pick(places, self._combination)
 
     def _pick(
@@ -507,22 +586,21 @@ class Advancer:
         places: list[Place],
         combine_by: Callable[[Place], Combination],
         from_shortlist: bool = False,
-    ) -> list[int]:
-        """The pick of a combination for each place of coupled sequences."""
-        tokens: dict[Place, int] = {}
+    ) -> Tensor:
+        """The pick of a combination for each place of coupled sequences, int64 [len(places)]."""
 
         def key(place: Place) -> tuple[bool, Combination]:
             return place[0].params.is_greedy, combine_by(place)
 
-        for (is_greedy, combination), group in _split(places, key):
+        def evaluate(how: tuple[bool, Combination], group: list[Place]) -> Tensor:
+            is_greedy, combination = how
             warp = Warp(group, self._eos, self._device)
             scores = partial(self._own_of, from_shortlist, group)
             if is_greedy:
-                picked = pick(rank(scores, combination, warp))
-            else:
-                picked = pick(combine(scores, combination, warp), self._noise(group))
-            tokens.update(zip(group, picked, strict=True))
-        return [tokens[place] for place in places]
+                return pick(rank(scores, combination, warp))
+            return pick(combine(scores, combination, warp), self._noise(group))
+
+        return self._by_key(places, key, evaluate)
 
     def _noise(self, places: list[Place]) -> Tensor:
         """float32 [len(places), V], the same for everyone who picks a token there."""
@@ -594,7 +672,11 @@ def _split(items: list[Item], key: Callable[[Item], Key]) -> list[tuple[Key, lis
     return list(groups.items())
 
 
-def _rule(sequence: Sequence) -> Literal["coupled", "block", "token"]:
+def _pairs(numbers: list[int]) -> Iterator[list[int]]:
+    return (numbers[i : i + 2] for i in range(0, len(numbers), 2))
+
+
+def _rule(sequence: Sequence) -> Rule:
     """How its proposals are verified."""
     if sequence.params.is_coupled:
         return "coupled"

@@ -34,6 +34,7 @@ _TOKENS = (1, 2, 5)
 _REPEATS = 3
 _LONGER = 4  # times as many tokens before them, where memory and models allow
 _FORWARD_BUDGET_SECONDS = 3.0
+_PAST_BUDGET_SECONDS = 2.0  # for repeating what longer texts add
 
 
 def calibrate(engine: Engine, combination: Combination) -> CostTable | None:
@@ -143,9 +144,12 @@ def _time_past(engine: Engine, batches: tuple[int, ...]) -> tuple[tuple[float, f
     fewest, most = min(_TOKENS), max(_TOKENS)
     batch = max(size for size in batches if size <= 4)
     found = []
+    started = engine.clock()
     for runner in engine.runners:
         rows: dict[tuple[int, int], list[float]] = {}
-        for _ in range(_REPEATS):
+        for repeat in range(_REPEATS):
+            if repeat and engine.clock() - started > _PAST_BUDGET_SECONDS:
+                break
             for past in (short, long):
                 for tokens in (fewest, most):
                     seconds = _time_forward(engine, runner, batch, tokens, past)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Sequence as Row
 from dataclasses import dataclass
 
@@ -20,14 +21,16 @@ from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.shadow import Shadow
 from server.runner.base import ModelRunner
-from server.runner.clock import device_clock
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLimits:
-    """Sizes of an engine; see `EngineConfig` and `DecodingConfig` for their meaning."""
+    """Sizes of an engine; see `EngineConfig` and `DecodingConfig` for their meaning.
+
+    `runs_ahead`: None for wherever a GPU works beside the host.
+    """
 
     max_sequences: int = 64
     max_step_tokens: int = 512
@@ -35,10 +38,12 @@ class EngineLimits:
     max_waiting: int = 256
     max_prefill_tokens: int = 512
     prefix_cache: bool = True
+    runs_ahead: bool | None = None
 
 
 # Positions of one prompt that all its scorers score before its log-probabilities are reported.
 _PROMPT_WINDOW = 128
+_LONGEST_RUN = 32  # steps that are enqueued before the host waits, though it needs nothing of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,20 @@ class _End:
     finish_reason: FinishReason
     stop_reason: str | int | None = None
     by_token: bool = False  # the last one says so and is no part of the text
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """One that ran and whose seconds are not yet known.
+
+    Attributes:
+        decoding: sequences that it decoded.
+        batch: how many were decoding then, in this step or not.
+    """
+
+    outcome: Outcome
+    decoding: Row[Sequence]
+    batch: int
 
 
 _REASONS: dict[Fault, str] = {
@@ -71,7 +90,7 @@ class Engine:
         *,
         on_step: Callable[[StepStats], None] | None = None,
         coin_seed: int = 0,
-        clock: Callable[[], float] | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Make an idle engine.
 
@@ -82,9 +101,8 @@ class Engine:
             limits: of this engine.
             on_step: told of every step.
             coin_seed: seeds the coins that sequences of strategy mixture share.
-            clock: in seconds; by default one that waits for the models' devices.
+            clock: in seconds.
         """
-        clock = clock or device_clock(runner.device for runner in runners)
         self.on_step = on_step
         self.on_fault: Callable[[Fault], None] | None = None
         self.clock = clock
@@ -108,6 +126,10 @@ class Engine:
             min(_PROMPT_WINDOW, limits.max_step_tokens),
             [0 if (d := runner.deferred) is None else d.state_size for runner in runners],
         )
+        runs_ahead = limits.runs_ahead
+        if runs_ahead is None:
+            runs_ahead = any(runner.device.type == "cuda" for runner in runners)
+        self._advancer = Advancer(runners, scores, strategies, eos_token_ids, clock, runs_ahead)
         self.scheduler = Scheduler(
             [PagePool(runner.num_pages, runner.page_size) for runner in runners],
             scores,
@@ -117,8 +139,9 @@ class Engine:
             max_gamma=limits.max_gamma,
             max_prefill_tokens=limits.max_prefill_tokens,
             prefix_cache=limits.prefix_cache,
+            before_preemption=self._advancer.read_tail,
         )
-        self._advancer = Advancer(runners, scores, strategies, eos_token_ids, clock)
+        self._run_ahead: list[_Step] = []  # since the host last knew that the devices were done
         self._texts: dict[Sequence, TextStream] = {}
         self._sequences: dict[str, Sequence] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
@@ -137,6 +160,11 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def is_ahead(self) -> bool:
+        """The last steps were enqueued, and the host has not waited for them."""
+        return bool(self._run_ahead)
+
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has validated it against this engine's limits."""
         assert sequence.limit <= self.max_length
@@ -154,13 +182,18 @@ class Engine:
         sequence = self._sequences.get(sequence_id)
         if sequence is not None:
             self._release(sequence, sequence.num_verified)
+            if not self.has_work:
+                self._close_run()
 
     def step(self) -> list[TokenDelta]:
         """One advance of one model; returns what it added to whom."""
         started = self.clock()
         plan = self.scheduler.plan()
         broken = self._fail_broken()
-        return broken if plan is None else broken + self._run(plan, started)
+        if plan is None:
+            self._close_run()
+            return broken
+        return broken + self._run(plan, started)
 
     def _run(self, plan: StepPlan, started: float) -> list[TokenDelta]:
         for sequence in plan.sequences:
@@ -189,7 +222,7 @@ class Engine:
         ]
         outcome.stats.num_preempted = plan.num_preempted
         outcome.stats.num_cached = plan.num_cached
-        self._observe(outcome.stats, decoding, batch, started)
+        self._count_step(_Step(outcome, decoding, batch), started)
         return deltas
 
     def _fail_broken(self) -> list[TokenDelta]:
@@ -348,17 +381,31 @@ class Engine:
         seconds = delivery.num_decoded * token_seconds[scorers]
         sequence.stats.baseline_seconds = (sequence.stats.baseline_seconds or 0.0) + seconds
 
-    def _observe(
-        self,
-        stats: StepStats,
-        decoding: Row[Sequence],
-        batch: int,
-        started: float,
-    ) -> None:
+    def _count_step(self, step: _Step, started: float) -> None:
+        """Observe it, now or when the host next knows what the devices have done."""
+        stats = step.outcome.stats
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages_used()
-        stats.step_seconds = self.clock() - started
+        step.outcome.laps.started = started
+        self._run_ahead.append(step)
+        # A cycle reads once at least; prompts are long, and who arrives waits for what is enqueued.
+        goes_on = not step.outcome.has_read and not stats.num_prefill_tokens
+        if not (self._advancer.runs_ahead and goes_on and len(self._run_ahead) < _LONGEST_RUN):
+            self._close_run()
+
+    def _close_run(self) -> None:
+        """Observe the steps whose seconds are not yet known, once the devices are done."""
+        run, self._run_ahead = self._run_ahead, []
+        if not run:
+            return
+        if not run[-1].outcome.has_read:
+            self._advancer.timer.wait()
+        self._advancer.timer.close([(step.outcome.laps, step.outcome.stats) for step in run])
+        for step in run:
+            self._observe(step.outcome.stats, step.decoding, step.batch)
+
+    def _observe(self, stats: StepStats, decoding: Row[Sequence], batch: int) -> None:
         if self.costs is not None:
             stats.prefill_seconds = self.costs.prefill_seconds(stats)
         for sequence in decoding:

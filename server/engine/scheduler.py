@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence as Row
+from collections.abc import Callable, Iterable, Sequence as Row
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
@@ -97,7 +97,12 @@ class Scheduler:
         max_gamma: int,
         max_prefill_tokens: int,
         prefix_cache: bool,
+        before_preemption: Callable[[Sequence], None],
     ) -> None:
+        """One with nothing to do; for the limits see `EngineConfig`.
+
+        `before_preemption` is told of a sequence that still holds its slot.
+        """
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         # What raised an error here, and holds nothing any more; to be released.
@@ -116,6 +121,7 @@ class Scheduler:
         self._token_limit = max_step_tokens
         self._num_smooth = 0  # steps since then
         self._prefix_cache = prefix_cache
+        self._before_preemption = before_preemption
         self._num_cached = [0] * len(pools)
         self._tables: dict[str, tuple[PageTable, ...]] = {}
         # Whose few tokens full steps have left out, for longest first; they have precedence.
@@ -437,6 +443,7 @@ class Scheduler:
         return victims
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._before_preemption(sequence)
         self._take_out(sequence)
         sequence.forget()
         self.waiting.appendleft(sequence)

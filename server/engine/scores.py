@@ -45,7 +45,7 @@ class Scores:
 
     def forward(self, model: int, batch: Batch, kept: Row[Place], defer: bool) -> None:
         """Run `model`; `kept` are the places that its kept rows score, `defer` as in the module."""
-        rows = self._rows(kept)
+        rows = self.rows(kept)
         head = self._runners[model].deferred
         if defer and head is not None:
             states = head.states(batch)
@@ -58,7 +58,7 @@ class Scores:
 
     def read(self, model: int, places: Row[Place]) -> Tensor:
         """Raw scores, float32 [len(places), V]."""
-        rows = self._rows(places)
+        rows = self.rows(places)
         missing = self._store.deferred(model, rows)
         head = self._runners[model].deferred
         if missing and head is not None:
@@ -75,11 +75,12 @@ class Scores:
         head = self._runners[model].deferred
         assert head is not None
         started = self._clock()
-        scores = head.shortlist_scores(self._store.states(model, self._rows(places)))
+        scores = head.shortlist_scores(self._store.states(model, self.rows(places)))
         self.head_seconds += self._clock() - started
         return scores.to(self.device)
 
-    def _rows(self, places: Row[Place]) -> list[int]:
+    def rows(self, places: Row[Place]) -> list[int]:
+        """Where the store keeps the scores of each place."""
         return [self._row(sequence, position) for sequence, position in places]
 
     def _row(self, sequence: Sequence, position: int) -> int:

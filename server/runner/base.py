@@ -18,7 +18,7 @@ class Span:
         pages: the sequence's page table in this model; covers num_past + len(token_ids) tokens.
             Token i lies in pages[i // page_size] at offset i % page_size.
         num_past: tokens consumed before; their KV is in the pages.
-        token_ids: the tokens to feed, at least one.
+        token_ids: the tokens to feed, at least one; see `Batch.drafted` for unread ones.
         num_kept: logits are wanted after each of the last `num_kept` fed tokens.
     """
 
@@ -30,9 +30,15 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One packed forward of one model over many sequences."""
+    """One packed forward of one model over many sequences.
+
+    Attributes:
+        drafted: int64, on the model's device: the ids that unread tokens of the spans stand for
+            (`core.unread`); None where the host knows all of them.
+    """
 
     spans: tuple[Span, ...]
+    drafted: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:

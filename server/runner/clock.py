@@ -1,83 +1,65 @@
-"""The time at which devices have done what was asked of them."""
+"""What a device took, told without waiting for it while there is more to enqueue."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
-
-def device_clock(devices: Iterable[torch.device]) -> Callable[[], float]:
-    """A clock in seconds, as time.perf_counter, that waits for the CUDA devices among `devices`.
-
-    A CUDA forward returns when it is enqueued: without the wait a step would seem to end before
-    its work has. Within a step a `Stopwatch` does not wait.
-    """
-    cuda = sorted({device for device in devices if device.type == "cuda"}, key=str)
-    if not cuda:
-        return time.perf_counter
-
-    def clock() -> float:
-        for device in cuda:
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return clock
+Mark = float | torch.cuda.Event
 
 
-class Stopwatch(Protocol):
-    """Seconds that a device takes for what it is asked between `start` and `stop`."""
+class Timeline(Protocol):
+    """Marks between what a device is asked, and the seconds between marks."""
 
-    def start(self) -> None: ...
+    def mark(self) -> Mark:
+        """After all that the device was asked so far; does not wait."""
+        ...
 
-    def stop(self) -> None: ...
-
-    def seconds(self) -> float:
-        """Between the last start and the last stop; waits until the device has come to the stop."""
+    def seconds(self, start: Mark, stop: Mark) -> float:
+        """From one mark to another; waits until the device has come to the latter."""
         ...
 
 
-def make_stopwatch(device: torch.device, clock: Callable[[], float]) -> Stopwatch:
-    """Of a CUDA device by events in its stream, else by `clock`."""
-    return CudaStopwatch(device) if device.type == "cuda" else HostStopwatch(clock)
+def make_timeline(device: torch.device, clock: Callable[[], float]) -> Timeline:
+    """Of a CUDA device by events in its stream, else by `clock`, in seconds."""
+    return CudaTimeline(device) if device.type == "cuda" else HostTimeline(clock)
 
 
-class HostStopwatch:
+class HostTimeline:
     """For devices that have done what they were asked when the call returns."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._started = self._stopped = 0.0
 
-    def start(self) -> None:
-        self._started = self._clock()
+    def mark(self) -> Mark:
+        """See Timeline.mark."""
+        return self._clock()
 
-    def stop(self) -> None:
-        self._stopped = self._clock()
+    def seconds(self, start: Mark, stop: Mark) -> float:
+        """See Timeline.seconds."""
+        assert isinstance(start, float)
+        assert isinstance(stop, float)
+        return stop - start
 
-    def seconds(self) -> float:
-        """See Stopwatch.seconds."""
-        return self._stopped - self._started
 
-
-class CudaStopwatch:
-    """For work that is only enqueued: starting and stopping enqueue, too, and wait for nothing."""
+class CudaTimeline:
+    """For work that is only enqueued: so are the marks."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._start = torch.cuda.Event(enable_timing=True)
-        self._stop = torch.cuda.Event(enable_timing=True)
 
-    def start(self) -> None:
-        self._start.record(torch.cuda.current_stream(self._device))
+    def mark(self) -> Mark:
+        """See Timeline.mark."""
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
-    def stop(self) -> None:
-        self._stop.record(torch.cuda.current_stream(self._device))
-
-    def seconds(self) -> float:
-        """See Stopwatch.seconds."""
-        self._stop.synchronize()
-        milliseconds: float = self._start.elapsed_time(self._stop)
+    def seconds(self, start: Mark, stop: Mark) -> float:
+        """See Timeline.seconds."""
+        assert not isinstance(start, float)
+        assert not isinstance(stop, float)
+        stop.synchronize()
+        milliseconds: float = start.elapsed_time(stop)
         return milliseconds / 1000

@@ -13,6 +13,7 @@ from itertools import groupby, takewhile
 import torch
 from torch import Tensor
 
+from server.cache.drafted import known_ids
 from server.cache.on_device import tensor_on
 from server.runner.base import Batch, Span
 
@@ -283,7 +284,7 @@ def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan
     # One copy to the device instead of four.
     packed = tensor_on(device, [token_ids, positions, slots])
     return ForwardPlan(
-        token_ids=packed[0:1],
+        token_ids=known_ids(packed[0:1], batch.drafted),
         position_ids=packed[1:2],
         slots=packed[2],
         keep=tensor_on(device, keep, torch.int64),

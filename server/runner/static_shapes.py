@@ -12,12 +12,14 @@ that comes of a sequence may go there. The logits of padding are dropped.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from server.cache.drafted import known_ids
 from server.runner.base import Batch
 from server.runner.plan import (
     MAX_GROUPED_TOKENS,
@@ -33,6 +35,8 @@ _QUERY_LENGTHS = (1, 2, 3, 5, 9, MAX_GROUPED_TOKENS)
 _FREE_ROWS = 128
 # Of larger ones, no more than this multiple of the tokens fed.
 _MOST_PADDING = 2
+# Forwards of one shape that may be enqueued before the host waits for the first of them.
+_MAX_HOST_BUFFERS = 16
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -131,8 +135,29 @@ class StaticGroup(Group):
 
 
 @dataclass(slots=True)
+class _HostBuffer:
+    """What is copied to the device, and when that has been done."""
+
+    memory: Tensor
+    views: list[np.ndarray]
+    copied: torch.cuda.Event | None
+
+    def is_free(self) -> bool:
+        """The device has read it."""
+        return self.copied is None or self.copied.query()
+
+    def wait(self) -> None:
+        """Until it is free."""
+        if self.copied is not None:
+            self.copied.synchronize()
+
+
+@dataclass(slots=True)
 class StaticBuffers:
-    """Input of forwards of one shape: one tensor on the host, one on the device, cut into views.
+    """Input of forwards of one shape: one tensor on the device, cut into views.
+
+    The host's side of it is written while the device may still be about to read what was written
+    for earlier forwards, so there are as many of those as it takes, up to a limit.
 
     Attributes:
         shape: of the forwards.
@@ -143,21 +168,32 @@ class StaticBuffers:
     width: int
     page_size: int
     device: torch.device
-    _host: Tensor = field(init=False)
-    _host_views: list[np.ndarray] = field(init=False)
+    _hosts: deque[_HostBuffer] = field(default_factory=deque, init=False)
     _device: Tensor = field(init=False)
-    _copied: torch.cuda.Event | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        rows, batch = self.shape.num_rows, self.shape.batch
-        size = 4 * rows + batch * (2 + self.width)
-        pinned = self.device.type == "cuda"
-        self._host = torch.zeros(size, dtype=torch.int64, pin_memory=pinned)
-        self._device = torch.zeros(size, dtype=torch.int64, device=self.device)
-        if pinned:
-            self._copied = torch.cuda.Event()
-        self._host_views = [view.numpy() for view in _cut(self._host, self.shape, self.width)]
+        self._device = torch.zeros(self._size, dtype=torch.int64, device=self.device)
         self.fill(Batch(()))
+
+    @property
+    def _size(self) -> int:
+        return 4 * self.shape.num_rows + self.shape.batch * (2 + self.width)
+
+    def _host(self) -> _HostBuffer:
+        """One that the device does not read any more; they become free in the order of use."""
+        oldest = self._hosts[0] if self._hosts else None
+        if oldest is None or (not oldest.is_free() and len(self._hosts) < _MAX_HOST_BUFFERS):
+            self._hosts.append(self._new_host())
+        else:
+            oldest.wait()
+            self._hosts.rotate(-1)
+        return self._hosts[-1]
+
+    def _new_host(self) -> _HostBuffer:
+        pinned = self.device.type == "cuda"
+        memory = torch.zeros(self._size, dtype=torch.int64, pin_memory=pinned)
+        views = [view.numpy() for view in _cut(memory, self.shape, self.width)]
+        return _HostBuffer(memory, views, torch.cuda.Event() if pinned else None)
 
     def fill(self, batch: Batch) -> Tensor:
         """Hold `batch`, padded.
@@ -165,10 +201,9 @@ class StaticBuffers:
         Returns:
             [batch.num_kept] int64, rows of the padded forward whose logits are wanted.
         """
-        if self._copied is not None:
-            self._copied.synchronize()  # the last copy may still be reading the host's tensor
+        host = self._host()
         num_tokens = self.shape.num_tokens
-        ids, positions, slots, keep, starts, lengths, table = self._host_views
+        ids, positions, slots, keep, starts, lengths, table = host.views
         used = len(batch.spans)
         for row, span in enumerate(batch.spans):
             count = len(span.token_ids)
@@ -185,10 +220,13 @@ class StaticBuffers:
         slots += positions % self.page_size
         kept = _kept_rows(batch, num_tokens)
         keep.reshape(-1)[: len(kept)] = kept
-        self._device.copy_(self._host, non_blocking=True)
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(self.device))
-        return _cut(self._device, self.shape, self.width)[3].view(-1)[: len(kept)]
+        self._device.copy_(host.memory, non_blocking=True)
+        if host.copied is not None:
+            host.copied.record(torch.cuda.current_stream(self.device))
+        views = _cut(self._device, self.shape, self.width)
+        if batch.drafted is not None:
+            views[0].copy_(known_ids(views[0], batch.drafted))
+        return views[3].view(-1)[: len(kept)]
 
     def plan(self) -> ForwardPlan:
         """Of a forward of everything the buffers hold; keeps every row.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from server.decoding.verify import INVALID, Verdict, block_tests, verify, verify_blocks
-from tests.decoding.test_verify import oracle_sample, random_rows
+from tests.decoding.test_verify import decide, oracle_sample, random_rows
 from tests.support.exact import Floats, Law
 
 Draft = tuple[int, ...]
@@ -44,7 +44,7 @@ class Tree:
         return float(np.prod([self.after((*given, *path[:i]))[path[i]] for i in range(len(path))]))
 
 
-def output_law(r: Tree, g: Tree, length: int, split: Split, decide: str = "block") -> Law:
+def output_law(r: Tree, g: Tree, length: int, split: Split, rule: str = "block") -> Law:
     """Of `length` + 1 tokens: a draft of `length` from g, verified window by window, r after it."""
     law: Law = defaultdict(float)
 
@@ -60,7 +60,7 @@ def output_law(r: Tree, g: Tree, length: int, split: Split, decide: str = "block
         for size in split(draft):
             places = range(first, first + size)
             rows = r.rows(draft, places), g.rows(draft, places)
-            tests, carry = odds_by(decide, *rows, draft[first : first + size])
+            tests, carry = odds_by(rule, *rows, draft[first : first + size])
             remaining = mass
             for count in range(size, -1, -1):
                 kept = remaining * (tests[count - 1] if count else 1.0)
@@ -81,7 +81,7 @@ def odds_by(
     rule: str, r: torch.Tensor, g: torch.Tensor, tokens: Draft
 ) -> tuple[list[float], torch.Tensor]:
     if rule == "block":
-        return block_tests(r, g, tokens, [len(tokens)])
+        return block_tests(r, g, torch.tensor(tokens), [len(tokens)])
     return token_tests(r, g, tokens)
 
 
@@ -164,7 +164,7 @@ def test_no_fewer_tokens_are_kept_than_one_by_one(seed: int) -> None:
 
 def oracle_blocks(r, g, tokens, lengths, accept_u, recover_u):
     """The plain loop over one window after another."""
-    verdicts, first = [], 0
+    expected, first = [], 0
     for length in lengths:
         count, carry, p = 0, 1.0, 1.0
         for i in range(length):
@@ -177,13 +177,13 @@ def oracle_blocks(r, g, tokens, lengths, accept_u, recover_u):
             if accept_u[row] < test:
                 count, carry = i + 1, p
         if count == length:
-            verdicts.append(Verdict(length, None))
+            expected.append(Verdict(length, None))
         else:
             row = first + count
             residual = np.maximum(carry * r[row] - g[row], 0)
-            verdicts.append(Verdict(count, oracle_sample(residual, recover_u[row])))
+            expected.append(Verdict(count, oracle_sample(residual, recover_u[row])))
         first += length
-    return verdicts
+    return expected
 
 
 def test_vectorised_equals_the_plain_loop() -> None:
@@ -196,13 +196,12 @@ def test_vectorised_equals_the_plain_loop() -> None:
         tokens = [int(rng.choice(7, p=row)) for row in g]
         accept_u, recover_u = rng.random(count) * 0.999, rng.random(count) * 0.999
         tensors = [torch.tensor(x, dtype=torch.float32) for x in (r, g, accept_u, recover_u)]
-        verdicts = verify_blocks(tensors[0], tensors[1], tokens, lengths, tensors[2], tensors[3])
+        given = (*tensors[:2], tokens, lengths, *tensors[2:])
+        verdicts = decide(verify_blocks, *given)
         assert verdicts == oracle_blocks(r, g, tokens, lengths, accept_u, recover_u)
         stopped |= {verdict.num_accepted for verdict in verdicts}
         if set(lengths) == {1}:
-            assert verdicts == verify(
-                tensors[0], tensors[1], tokens, lengths, tensors[2], tensors[3]
-            )
+            assert verdicts == decide(verify, *given)
     assert stopped >= {0, 1, 2, 3, 4}
 
 
@@ -214,10 +213,10 @@ def test_a_broken_row_is_met_as_often_as_by_tokens() -> None:
         target = good.clone()
         target[2] = torch.tensor(row)
         expected = [Verdict(2, INVALID)]
-        assert verify_blocks(target, good, [0, 1, 0, 1], [4], low, low) == expected
+        assert decide(verify_blocks, target, good, [0, 1, 0, 1], [4], low, low) == expected
         skewed = target.clone()
         skewed[0] = torch.tensor([0.25, 0.75])
-        tests, carry = block_tests(skewed, good, [0, 1, 0, 1], [4])
+        tests, carry = block_tests(skewed, good, torch.tensor([0, 1, 0, 1]), [4])
         assert tests[1:] == [0.5, 0.0, 0.0]
         assert carry.tolist()[:3] == [1.0, 0.5, 1.0]
 
@@ -225,11 +224,11 @@ def test_a_broken_row_is_met_as_often_as_by_tokens() -> None:
 def test_equal_distributions_are_kept_whole_and_disjoint_never() -> None:
     high = torch.full((3,), 1 - 2.0**-24)
     rows = torch.tensor([[0.3, 0.3, 0.4]] * 3)
-    assert verify_blocks(rows, rows, [0, 2, 1], [3], high, high) == [Verdict(3, None)]
+    assert decide(verify_blocks, rows, rows, [0, 2, 1], [3], high, high) == [Verdict(3, None)]
     other = torch.tensor([[0.0, 0.0, 1.0]] * 3)
     mine = torch.tensor([[0.5, 0.5, 0.0]] * 3)
     low = torch.zeros(3)
-    assert verify_blocks(other, mine, [0, 1, 1], [3], low, low) == [Verdict(0, 2)]
+    assert decide(verify_blocks, other, mine, [0, 1, 1], [3], low, low) == [Verdict(0, 2)]
 
 
 @pytest.mark.parametrize("rule", [verify, verify_blocks])
@@ -241,5 +240,5 @@ def test_what_nobody_gives_anything_to_is_never_accepted(rule, before):
     proposal = torch.tensor([before, last] if before else [last])
     tokens = [1] * len(target)
     zeros = torch.zeros(len(target))
-    (verdict,) = rule(target, proposal, tokens, [len(target)], zeros, zeros + 0.7)
+    (verdict,) = decide(rule, target, proposal, tokens, [len(target)], zeros, zeros + 0.7)
     assert verdict == Verdict(0, 2)

@@ -5,7 +5,15 @@ import torch
 from scipy import stats
 
 from server.decoding.rng import exponentials
-from server.decoding.verify import INVALID, Verdict, pick, sample, verify, verify_picks
+from server.decoding.verify import (
+    INVALID,
+    Verdict,
+    pick,
+    sample,
+    verdicts,
+    verify,
+    verify_picks,
+)
 from tests.support.exact import Floats
 
 
@@ -18,9 +26,14 @@ def oracle_sample(probs: Floats, u: float) -> int:
     return int(np.flatnonzero(probs)[-1])
 
 
+def decide(rule, r, g, tokens, lengths, accept_u, recover_u) -> list[Verdict]:
+    decisions = rule(r, g, torch.tensor(tokens), lengths, accept_u, recover_u)
+    return verdicts(decisions.tolist(), lengths)
+
+
 def oracle_verify(r, g, tokens, lengths, accept_u, recover_u):
     """The plain loop: one window after another, one token after another."""
-    verdicts, row = [], 0
+    expected, row = [], 0
     for length in lengths:
         verdict = Verdict(length, None)
         for i in range(row, row + length):
@@ -29,9 +42,9 @@ def oracle_verify(r, g, tokens, lengths, accept_u, recover_u):
                 residual = np.maximum(r[i] - g[i], 0)
                 verdict = Verdict(i - row, oracle_sample(residual, recover_u[i]))
                 break
-        verdicts.append(verdict)
+        expected.append(verdict)
         row += length
-    return verdicts
+    return expected
 
 
 def random_rows(rng: np.random.Generator, count: int, zero_share: float) -> Floats:
@@ -50,22 +63,22 @@ def test_vectorised_equals_the_plain_loop() -> None:
         tokens = [int(rng.choice(7, p=row)) for row in g]
         accept_u, recover_u = rng.random(count) * 0.999, rng.random(count) * 0.999
         tensors = [torch.tensor(x, dtype=torch.float32) for x in (r, g, accept_u, recover_u)]
-        verdicts = verify(tensors[0], tensors[1], tokens, lengths, tensors[2], tensors[3])
-        assert verdicts == oracle_verify(r, g, tokens, lengths, accept_u, recover_u)
+        decided = decide(verify, tensors[0], tensors[1], tokens, lengths, tensors[2], tensors[3])
+        assert decided == oracle_verify(r, g, tokens, lengths, accept_u, recover_u)
 
 
 def test_equal_distributions_always_accept_and_disjoint_never() -> None:
     u = torch.tensor([0.0, 1 - 2.0**-24])
     p = torch.tensor([[0.25, 0.75], [0.25, 0.75]])
-    assert verify(p, p, [0, 1], [2], u, u) == [Verdict(2, None)]
+    assert decide(verify, p, p, [0, 1], [2], u, u) == [Verdict(2, None)]
     other = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     mine = torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert verify(other, mine, [0, 0], [1, 1], u, u) == [Verdict(0, 1), Verdict(0, 1)]
+    assert decide(verify, other, mine, [0, 0], [1, 1], u, u) == [Verdict(0, 1), Verdict(0, 1)]
 
 
 def test_sampling_never_picks_a_token_without_mass() -> None:
     probs = torch.tensor([[0.0, 0.5, 0.5, 0.0, 0.0]]).repeat(2, 1)
-    assert sample(probs, torch.tensor([0.0, 1 - 2.0**-24])) == [1, 2]
+    assert sample(probs, torch.tensor([0.0, 1 - 2.0**-24])).tolist() == [1, 2]
     tiny = torch.full((1, 50000), 1e-9)
     tiny[0, 0], tiny[0, -1] = 1.0, 0.0
     assert sample(tiny, torch.tensor([1 - 2.0**-24]))[0] < 49999
@@ -74,11 +87,11 @@ def test_sampling_never_picks_a_token_without_mass() -> None:
 def test_rows_that_are_no_distribution_are_invalid() -> None:
     rows = torch.tensor([[0.0, 0.0], [torch.nan, 0.5], [0.5, torch.inf], [0.5, 0.5]])
     u = torch.full((4,), 0.3)
-    assert sample(rows, u) == [INVALID, INVALID, INVALID, 0]
+    assert sample(rows, u).tolist() == [INVALID, INVALID, INVALID, 0]
     good = torch.tensor([[0.5, 0.5]] * 4)
-    verdicts = verify(rows, good, [0, 0, 0, 0], [1, 1, 1, 1], u * 3, u)
-    assert [v.recovered for v in verdicts[1:2]] == [INVALID]
-    assert verdicts[0].recovered == INVALID
+    decided = decide(verify, rows, good, [0, 0, 0, 0], [1, 1, 1, 1], u * 3, u)
+    assert [v.recovered for v in decided[1:2]] == [INVALID]
+    assert decided[0].recovered == INVALID
 
 
 def test_picks_follow_the_law() -> None:
@@ -92,7 +105,7 @@ def test_picks_follow_the_law() -> None:
 def test_picks_of_like_distributions_mostly_agree() -> None:
     r, g = torch.tensor([0.5, 0.3, 0.2]), torch.tensor([0.4, 0.4, 0.2])
     noise = exponentials(range(5_000), [5] * 5_000, 3, torch.device("cpu"))
-    picks = [pick(p.expand(5_000, 3), noise) for p in (r, g)]
+    picks = [pick(p.expand(5_000, 3), noise).tolist() for p in (r, g)]
     agreed = np.mean([a == b for a, b in zip(*picks, strict=True)])
     overlap = float(torch.minimum(r, g).sum())
     assert overlap / (2 - overlap) < agreed <= overlap + 0.02
@@ -100,11 +113,17 @@ def test_picks_of_like_distributions_mostly_agree() -> None:
 
 def test_a_broken_row_has_no_pick() -> None:
     rows = torch.tensor([[0.0, 0.0], [torch.nan, 1.0], [0.0, 1.0]])
-    assert pick(rows, torch.ones(3, 2)) == [INVALID, INVALID, 1]
+    assert pick(rows, torch.ones(3, 2)).tolist() == [INVALID, INVALID, 1]
     logits = torch.tensor([[-torch.inf, -torch.inf], [torch.nan, 1.0], [-5.0, -7.0]])
-    assert pick(logits) == [INVALID, INVALID, 0]
+    assert pick(logits).tolist() == [INVALID, INVALID, 0]
 
 
 def test_coupled_windows_end_at_the_first_difference() -> None:
-    verdicts = verify_picks([1, 2, 3, 4, 5, INVALID], [1, 2, 3, 9, 5, 6], [3, 2, 1])
-    assert verdicts == [Verdict(3, None), Verdict(0, 4), Verdict(0, INVALID)]
+    picks, tokens = torch.tensor([[1, 2, 3, 4, 5, INVALID], [1, 2, 3, 9, 5, 6]])
+    lengths = [3, 2, 1]
+    decisions = verify_picks(picks, tokens, lengths)
+    assert verdicts(decisions.tolist(), lengths) == [
+        Verdict(3, None),
+        Verdict(0, 4),
+        Verdict(0, INVALID),
+    ]

@@ -6,6 +6,7 @@
 """
 
 import random
+import warnings
 
 import pytest
 import torch
@@ -200,6 +201,31 @@ def test_only_reading_tokens_waits(directories):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert len(sample(probs, draws)) == 3
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_drafting_waits_for_nothing(directories):
+    """Steps that leave their tokens unread, by torch's own check of waiting."""
+    loaded = load(directories, "cuda")
+    tokenizer = loaded.tokenizer.backend_tokenizer
+    engine = Engine(loaded.runners, tokenizer, frozenset(), EngineLimits(max_sequences=8))
+    decoding = make_decoding("cos", Combination.contrastive(2, 0.1), (4, 0), verification="token")
+    for i in range(3):
+        params = SamplingParams(max_tokens=40, seed=i, ignore_eos=True, top_p=0.9)
+        engine.add(Sequence.start(str(i), [5 + i, 9], params, decoding))
+    num_ahead = 0
+    while engine.has_work:
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if engine.is_ahead:
+            num_ahead += 1
+            assert not [warning for warning in caught if "synchroniz" in str(warning.message)]
+    assert num_ahead > 20
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")

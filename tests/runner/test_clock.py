@@ -3,30 +3,15 @@ import time
 import pytest
 import torch
 
-from server.runner.clock import device_clock, make_stopwatch
+from server.runner.clock import make_timeline
 
 
-def test_models_on_the_cpu_need_no_waiting():
-    assert device_clock([torch.device("cpu"), torch.device("cpu")]) is time.perf_counter
-
-
-def test_waits_for_each_gpu_once(monkeypatch: pytest.MonkeyPatch):
-    waited: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
-    devices = [torch.device("cuda", 1), torch.device("cpu"), torch.device("cuda", 0)]
-    clock = device_clock([*devices, torch.device("cuda", 1)])
-    before = time.perf_counter()
-    assert clock() >= before
-    assert waited == [torch.device("cuda", 0), torch.device("cuda", 1)]
-
-
-def test_a_stopwatch_of_the_cpu_reads_the_clock():
+def test_marks_on_the_cpu_read_the_clock():
     times = iter([3.0, 5.5])
-    watch = make_stopwatch(torch.device("cpu"), lambda: next(times))
-    watch.start()
-    watch.stop()
-    assert watch.seconds() == 2.5
-    assert watch.seconds() == 2.5
+    timeline = make_timeline(torch.device("cpu"), lambda: next(times))
+    start, stop = timeline.mark(), timeline.mark()
+    assert timeline.seconds(start, stop) == 2.5
+    assert timeline.seconds(start, stop) == 2.5
 
 
 class Device:
@@ -64,18 +49,21 @@ class Event:
         return 1000 * (end.time - self.time)
 
 
-def test_a_stopwatch_of_a_gpu_waits_only_when_it_is_read(monkeypatch: pytest.MonkeyPatch):
+def test_marks_on_a_gpu_wait_only_when_they_are_read(monkeypatch: pytest.MonkeyPatch):
     gpus = {torch.device("cuda", 0): Device(), torch.device("cuda", 1): Device()}
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", gpus.__getitem__)
     gpu = gpus[torch.device("cuda", 1)]
-    watch = make_stopwatch(torch.device("cuda", 1), time.perf_counter)
+    timeline = make_timeline(torch.device("cuda", 1), time.perf_counter)
+    gpu.queue.append(8.0)  # of before
+    marks = []
     for seconds in (0.25, 0.5):
-        gpu.queue.append(8.0)  # of before
-        watch.start()
+        marks.append(timeline.mark())
         gpu.queue.append(seconds)
-        watch.stop()
-        gpu.queue.append(16.0)  # enqueued while the device is still at the rest
-        assert watch.seconds() == seconds
-        assert gpu.queue == [16.0]
+    marks.append(timeline.mark())
+    gpu.queue.append(16.0)  # enqueued while the device is still at the rest
+    assert len(gpu.queue) == 7
+    assert timeline.seconds(marks[0], marks[2]) == 0.75
+    assert gpu.queue == [16.0]
+    assert timeline.seconds(marks[0], marks[1]) == 0.25
     assert not gpus[torch.device("cuda", 0)].queue

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from server.cache.drafted import known_ids
 from server.runner.base import Batch
 
 
@@ -74,7 +75,8 @@ class TableRunner:
         rows = []
         for span in batch.spans:
             assert 0 not in span.pages
-            for offset, token in enumerate(span.token_ids):
+            token_ids = known_ids(torch.tensor(span.token_ids), batch.drafted).tolist()
+            for offset, token in enumerate(token_ids):
                 page, place = divmod(span.num_past + offset, self.page_size)
                 self._pages[span.pages[page], place] = token
             length = span.num_past + len(span.token_ids)
