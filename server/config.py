@@ -223,7 +223,8 @@ class EngineConfig(Section):
     run_ahead: Literal["auto", "off", "on"] = Field(
         "auto",
         description="Enqueue drafting and scoring without waiting, and read the drafted tokens "
-        "together with what became of them: auto does with a GPU. The text is the same.",
+        "together with what became of them: auto does where all models are on GPUs. Texts keep "
+        "their law, and greedy and seeded ones every token.",
     )
     compile: Literal["off", "layers"] = Field(
         "off",

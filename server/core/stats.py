@@ -63,9 +63,10 @@ class StepStats:
             attends once for several of them count once.
         num_tokens: tokens fed; num_prefill_tokens of them were prompts or recomputation.
         forward_seconds: the model's forward alone.
-        combine_seconds: from the forward's end until the advance has decided everything: warping,
-            combining, verifying, drawing, proposing, log-probabilities of prompts.
-        step_seconds: the whole step, both included; the rest is planning and text.
+        combine_seconds: of the advance without the forward: warping, combining, verifying, drawing,
+            proposing, log-probabilities of prompts.
+        step_seconds: the whole step, both included; the rest is planning and text, which take no
+            time where the device is still busy with what was enqueued before.
         num_proposed: tokens the model proposed (one a sequence).
         num_bonus: those of them that follow a verification of other models' proposals.
         num_looked_up: tokens that prompt lookup proposed.

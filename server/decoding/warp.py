@@ -18,18 +18,30 @@ from collections.abc import Sequence as Row
 import torch
 from torch import Tensor
 
-from server.cache.on_device import reading_waits, sent, tensor_on
+from server.cache.on_device import sent, tensor_on
 from server.core.sequence import Sequence
 
 Place = tuple[Sequence, int]  # a sequence and a position of it
 
-_HEAD = 1024  # top-p looks at so many tokens first, and sorts the whole row only if it must
+_HEAD = 1024  # top-p looks at so many tokens first, and sorts the whole row only if it has to
 
 
 class Warp:
     """The warps of R rows, to be applied to logits [R, V] of any model or of their mix."""
 
-    def __init__(self, places: Row[Place], eos_token_ids: frozenset[int], device: torch.device):
+    def __init__(
+        self,
+        places: Row[Place],
+        eos_token_ids: frozenset[int],
+        device: torch.device,
+        proposing: bool = False,
+    ):
+        """`proposing`: top-p keeps the most probable tokens only, if it would keep a great many.
+
+        A model may propose from what it likes as long as verification is told, and whether a whole
+        row has to be sorted is known only to who reads from the device.
+        """
+        self._sorts = not proposing
         self._places = places
         self._eos = eos_token_ids
         self._device = device
@@ -47,7 +59,9 @@ class Warp:
         self._is_tempered = any(t != 1.0 for t in temperature)
         self._temperature = tensor_on(device, temperature)[:, None]
         self._min_p = _column([0.0 if p.is_greedy else p.min_p for p in params], 0.0, device)
-        self._top_k = _column([0 if p.is_greedy else p.top_k for p in params], 0, device)
+        top_k = [0 if p.is_greedy else p.top_k for p in params]
+        self._width = max([_HEAD, *top_k])
+        self._top_k = _column(top_k, 0, device)
         self._top_p = _column([1.0 if p.is_greedy else p.top_p for p in params], 1.0, device)
         truncated = [not p.is_greedy and (p.top_k > 0 or p.top_p < 1) for p in params]
         self._is_truncated = tensor_on(device, truncated)[:, None]
@@ -68,11 +82,27 @@ class Warp:
             floor = logits.amax(-1, keepdim=True) + self._min_p.log()
             logits = logits.masked_fill(logits < floor, -torch.inf)
         if self._top_k is not None or self._top_p is not None:
-            # Whether more must be sorted would have to be read.
-            head = logits.shape[-1] if reading_waits(logits.device) else _HEAD
-            threshold = _threshold(logits, self._top_k, self._top_p, self._is_truncated, head)
+            threshold = self._threshold(logits)
             logits = logits.masked_fill(logits < threshold, -torch.inf)
         return logits
+
+    def _threshold(self, logits: Tensor) -> Tensor:
+        """Smallest logit that top-k and top-p keep, [R, 1]; ties at it are kept.
+
+        Looks at the largest logits of each row, and at whole rows only where they keep more.
+        """
+        width = min(self._width, logits.shape[-1])
+        ordered = logits.topk(width).values
+        keep = _keep(logits, ordered, self._top_k, self._top_p)
+        threshold = torch.where(self._is_truncated, _last(ordered, keep), -torch.inf)
+        if width < logits.shape[-1] and self._sorts:
+            rows = (keep[:, -1:] & self._is_truncated).flatten().nonzero().flatten()
+            if len(rows):
+                whole = logits[rows]
+                ordered = whole.sort(descending=True).values
+                keep = _keep(whole, ordered, _pick(self._top_k, rows), _pick(self._top_p, rows))
+                threshold[rows] = _last(ordered, keep)
+        return threshold
 
     def probs(self, logits: Tensor) -> Tensor:
         """Softmax of the warped logits: float32 [R, V]."""
@@ -85,28 +115,9 @@ def depends_on_tokens(sequence: Sequence) -> bool:
     return params.has_penalties or bool(params.bad_words) or sequence.matcher is not None
 
 
-def _threshold(
-    logits: Tensor, top_k: Tensor | None, top_p: Tensor | None, is_truncated: Tensor, width: int
-) -> Tensor:
-    """Smallest logit that top-k and top-p keep, [R, 1]; ties at it are kept.
-
-    Looks at the `width` largest logits of each row, and at whole rows only where they keep more.
-    """
-    vocab_size = logits.shape[-1]
-    width = min(vocab_size, width)
-    if width < vocab_size and top_k is not None:
-        width = min(vocab_size, max(width, int(top_k.max())))
-    ordered = logits.topk(width).values
-    keep = _keep(logits, ordered, top_k, top_p)
-    last = keep.sum(-1, keepdim=True).clamp_min(1) - 1
-    threshold = torch.where(is_truncated, ordered.gather(1, last), -torch.inf)
-    if width < vocab_size:
-        rows = (keep[:, -1:] & is_truncated).flatten().nonzero().flatten()
-        if len(rows):
-            threshold[rows] = _threshold(
-                logits[rows], _pick(top_k, rows), _pick(top_p, rows), is_truncated[rows], vocab_size
-            )
-    return threshold
+def _last(ordered: Tensor, keep: Tensor) -> Tensor:
+    """The last of the `ordered` logits [R, width] that is kept, one at least: [R, 1]."""
+    return ordered.gather(1, keep.sum(-1, keepdim=True).clamp_min(1) - 1)
 
 
 def _keep(logits: Tensor, ordered: Tensor, top_k: Tensor | None, top_p: Tensor | None) -> Tensor:

@@ -23,47 +23,41 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import islice
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from server.cache.drafted import known_ids, stored_ids
-from server.cache.on_device import sent, tensor_on
+from server.cache.on_device import tensor_on
 from server.cache.score_store import ScoreStore
-from server.core.combination import Combination
 from server.core.lookup import LOOKUP
 from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
 from server.core.unread import is_unread, unread
-from server.decoding.combine import combine, log_combined, rank
-from server.decoding.rng import Purpose, exponentials, round_seed, uniforms
+from server.decoding.rng import Purpose
 from server.decoding.strategies import Strategies, is_scored, num_verifiable
 from server.decoding.verify import (
     INVALID,
     Decisions,
-    pick,
-    sample,
     verify,
     verify_blocks,
     verify_picks,
 )
-from server.decoding.warp import Place, Warp, depends_on_tokens
+from server.decoding.warp import Place, depends_on_tokens
+from server.engine.distributions import Distributions, grouped
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.laps import Laps, Timer
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
 from server.runner.base import Batch, ModelRunner, Span
+from server.runner.plan import num_attended
 
 logger = logging.getLogger(__name__)
 
-Key = TypeVar("Key")
-Item = TypeVar("Item")
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
-Origin = tuple[int, bool]  # of a pending token: its proposer, and whether from the shortlist
 Rule = Literal["coupled", "block", "token"]
 
 MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
@@ -121,7 +115,9 @@ class Advancer:
         self._store = scores
         self._scores = Scores(runners, scores, clock)
         self._strategies = strategies
-        self._eos = eos_token_ids
+        self._distributions = Distributions(
+            self._scores, strategies, eos_token_ids, len(runners), runners[0].vocab_size
+        )
         self._num_draws = 0
         self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step
         self._device = self._scores.device
@@ -152,7 +148,7 @@ class Advancer:
                 outcome.num_verified[sequence] = sequence.num_verified - start
         self._report(before, outcome)
         laps.head_seconds = self._scores.head_seconds
-        self.timer.decide(laps)
+        self.timer.mark_decided(laps)
         return outcome
 
     def _decide(
@@ -206,35 +202,28 @@ class Advancer:
         defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
         stats.num_tokens = batch.num_tokens
         stats.num_past = self._num_past(plan.model, decoding)
-        self.timer.mark_forward(plan.model, outcome.laps)
+        self.timer.start_forward(plan.model, outcome.laps)
         self._scores.forward(plan.model, batch, places, defer)
-        self.timer.mark_forward(plan.model, outcome.laps)
+        self.timer.stop_forward(plan.model, outcome.laps)
 
     def _num_past(self, model: int, spans: Iterable[Span]) -> int:
-        """Tokens before those of the spans; on a CPU what several begin with counts once.
-
-        There it is attended together (`runner.plan`), and costs hardly more than for one of them.
-        """
+        """Tokens before those of the spans; those that are attended once for several count once."""
         runner = self._runners[model]
-        if runner.device.type != "cpu":
-            return sum(span.num_past for span in spans)
-        whole: set[int] = set()
-        rest = 0
-        for span in spans:
-            whole.update(span.pages[: span.num_past // runner.page_size])
-            rest += span.num_past % runner.page_size
-        return len(whole) * runner.page_size + rest
+        return num_attended(list(spans), runner.page_size, runner.device)
 
     def _drafted_for(self, plan: StepPlan, spans: Iterable[Span]) -> Tensor | None:
         """Ids of unread tokens on the model's device, if any are to be fed."""
+        if not self.runs_ahead:
+            return None
         if not any(is_unread(token_id) for span in spans for token_id in span.token_ids):
             return None
-        return self._drafted.to(self._runners[plan.model].device, non_blocking=True)
+        device = self._runners[plan.model].device
+        # A CPU would read the copy before it is there.
+        return self._drafted.to(device, non_blocking=device.type == "cuda")
 
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
             if sequence.scores_prompt:
-                outcome.has_read = True
                 with _guarding(sequence, outcome):
                     self._score_prompt(sequence, outcome)
 
@@ -247,6 +236,7 @@ class Advancer:
         for start in range(first, end, _PROMPT_ROWS):
             positions = range(start, min(end, start + _PROMPT_ROWS))
             entries += self._prompt_logprobs(sequence, positions)
+        outcome.has_read |= bool(entries)
         if any(math.isnan(entry.logprob) for entry in entries):
             outcome.failed.add(sequence)
             return
@@ -261,7 +251,8 @@ class Advancer:
         num_top = sequence.params.prompt_logprobs
         assert num_top is not None
         places = [(sequence, position) for position in positions]
-        logprobs = log_combined(partial(self._read_of, places), sequence.decoding.combination)
+        combination = sequence.decoding.combination
+        logprobs = self._distributions.prompt_logprobs(places, combination)
         tokens = sequence.token_ids[positions.start : positions.stop]
         entries = _token_logprobs(logprobs, tokens, num_top)
         chosen = tensor_on(logprobs.device, [entry.logprob for entry in entries])
@@ -278,7 +269,7 @@ class Advancer:
         if not windows:
             return set()
         outcome.stats.tails += [s.num_pending for s, _ in windows]
-        groups = _split(windows, lambda window: _rule(window[0]))
+        groups = grouped(windows, lambda window: _rule(window[0]))
         decisions = [self._decisions(rule, group) for rule, group in groups]
         # All groups are enqueued; here the host waits for them.
         verdicts = self._read_decisions([sequence for sequence, _ in windows], decisions)
@@ -296,20 +287,20 @@ class Advancer:
         lengths = [count for _, count in windows]
         tokens = self._tokens(places)
         if rule == "coupled":
-            return verify_picks(self._pick_target(places), tokens, lengths)
+            return verify_picks(self._distributions.picked(places), tokens, lengths)
         return (verify_blocks if rule == "block" else verify)(
-            self._target(places),
-            self._proposal(places),
+            self._distributions.target(places),
+            self._distributions.proposal(places),
             tokens,
             lengths,
-            self._uniforms(places, Purpose.ACCEPT),
-            self._uniforms(places, Purpose.RECOVER),
+            self._distributions.uniforms(places, Purpose.ACCEPT),
+            self._distributions.uniforms(places, Purpose.RECOVER),
         )
 
     def _tokens(self, places: list[Place]) -> Tensor:
         """Ids of the pending tokens at `places`, int64 on the device, unread ones included."""
         ids = tensor_on(self._device, [s.token_ids[position] for s, position in places])
-        return known_ids(ids, self._drafted if any(s.has_unread for s, _ in places) else None)
+        return known_ids(ids, self._drafted) if self.runs_ahead else ids
 
     @torch.inference_mode()
     def read_tail(self, sequence: Sequence) -> None:
@@ -330,13 +321,13 @@ class Advancer:
 
         The same copy brings the ids of what is unread in `sequences`.
         """
-        unread = [sequence for sequence in sequences if sequence.has_unread]
+        drafted = [s for s in sequences if s.has_unread] if self.runs_ahead else []
         decided = torch.cat(list(decisions)).flatten()
-        if not unread:
+        if not drafted:
             return _pairs(decided.tolist())
-        read: list[int] = torch.cat([decided, self._stored(unread)]).tolist()
+        read: list[int] = torch.cat([decided, self._stored(drafted)]).tolist()
         rest = iter(read[len(decided) :])
-        for sequence in unread:
+        for sequence in drafted:
             sequence.read(list(islice(rest, sequence.num_pending)))
         return _pairs(read[: len(decided)])
 
@@ -367,12 +358,9 @@ class Advancer:
         ready = [s for s in sequences if s not in outcome.failed and self._may_draw(s)]
         if not ready:
             return
-        for is_coupled, group in _split(ready, lambda sequence: sequence.params.is_coupled):
+        for is_coupled, group in grouped(ready, lambda sequence: sequence.params.is_coupled):
             places = [(sequence, len(sequence)) for sequence in group]
-            if is_coupled:
-                tokens = self._pick_target(places)
-            else:
-                tokens = sample(self._target(places), self._uniforms(places, Purpose.DRAW))
+            tokens = self._distributions.drawn(places, is_coupled)
             outcome.has_read = True
             for sequence, token_id in zip(group, tokens.tolist(), strict=True):
                 if token_id == INVALID:
@@ -417,17 +405,7 @@ class Advancer:
         sequence = candidates[self._num_draws // _PROBE_PERIOD % len(candidates)]
         place = (sequence, len(sequence) - 1)
         for model in sequence.decoding.combination.scorers:
-            chooser.add(sequence, model, self._overlap(model, place))
-
-    def _overlap(self, model: int, place: Place) -> float:
-        """How probably a token of `model` is accepted at a decided place."""
-        sequence, position = place
-        only = Combination.only(len(self._runners), model)
-        if sequence.params.is_coupled:
-            return float(self._pick([place], lambda place: only) == sequence.token_ids[position])
-        warp = Warp([place], self._eos, self._device)
-        proposal = warp.probs(self._scores.read(model, [place]))
-        return float(torch.minimum(proposal, self._target([place])).sum())
+            chooser.add(sequence, model, self._distributions.overlap(model, place))
 
     def _look_up(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         """Propose what has followed before, once for each number of verified tokens."""
@@ -470,21 +448,15 @@ class Advancer:
         self, model: int, sequences: list[Sequence], outcome: Outcome
     ) -> Iterator[tuple[Sequence, int]]:
         """The token that `model` proposes to each sequence, from its own distribution alone."""
-        only = Combination.only(len(self._runners), model)
 
         def key(sequence: Sequence) -> tuple[bool, bool, bool]:
             is_short = self._proposes_short(sequence, model)
             is_ahead = self.runs_ahead and not is_short and not depends_on_tokens(sequence)
             return sequence.params.is_coupled, is_short, is_ahead
 
-        for (is_coupled, is_short, is_ahead), group in _split(sequences, key):
+        for (is_coupled, is_short, is_ahead), group in grouped(sequences, key):
             places = [(sequence, len(sequence)) for sequence in group]
-            if is_coupled:
-                tokens = self._pick(places, lambda place: only, is_short)
-            else:
-                warp = Warp(places, self._eos, self._device)
-                proposal = warp.probs(self._own_scores((model, is_short), places))
-                tokens = sample(proposal, self._uniforms(places, Purpose.PROPOSE))
+            tokens = self._distributions.proposed(model, places, is_coupled, is_short)
             if is_ahead:
                 ids = self._leave_unread(places, tokens)
             else:
@@ -511,51 +483,6 @@ class Advancer:
             sequence
         ).may_propose(sequence, model)
 
-    def _target(self, places: list[Place]) -> Tensor:
-        """The target r of each place, float32 [len(places), V]."""
-
-        def evaluate(combination: Combination, group: list[Place]) -> Tensor:
-            warp = Warp(group, self._eos, self._device)
-            return combine(partial(self._read_of, group), combination, warp)
-
-        return self._by_key(places, self._combination, evaluate)
-
-    def _proposal(self, places: list[Place]) -> Tensor:
-        """What the pending token of each place was drawn from (g), float32 [len(places), V]."""
-
-        def evaluate(origin: Origin, group: list[Place]) -> Tensor:
-            if origin[0] == LOOKUP:
-                return self._one_hot([sequence.token_ids[position] for sequence, position in group])
-            warp = Warp(group, self._eos, self._device)
-            return warp.probs(self._own_scores(origin, group))
-
-        return self._by_key(places, _origin, evaluate)
-
-    def _one_hot(self, token_ids: list[int]) -> Tensor:
-        """float32 [len(token_ids), V]."""
-        tokens = tensor_on(self._device, token_ids)[:, None]
-        rows = torch.zeros(len(token_ids), self._runners[0].vocab_size, device=self._device)
-        return rows.scatter_(1, tokens, 1.0)
-
-    def _own_scores(self, origin: Origin, places: list[Place]) -> Tensor:
-        """Raw scores that tokens of this origin are drawn from, float32 [len(places), V].
-
-        Where the request allows no token of the shortlist, the whole vocabulary it is: that too is
-        settled before a token is drawn.
-        """
-        model, from_shortlist = origin
-        if not from_shortlist:
-            return self._scores.read(model, places)
-        listed = self._scores.read_shortlist(model, places)
-        warped = Warp(places, self._eos, self._device)(listed)
-        is_empty = warped.amax(-1, keepdim=True) == -torch.inf
-        if not is_empty.any():
-            return listed
-        return torch.where(is_empty, self._scores.read(model, places), listed)
-
-    def _own_of(self, from_shortlist: bool, places: list[Place], model: int) -> Tensor:
-        return self._own_scores((model, from_shortlist), places)
-
     def _drafts_short(self, sequence: Sequence, model: int) -> bool:
         """Does `model` propose from its shortlist?
 
@@ -577,62 +504,6 @@ class Advancer:
     def _defers(self, sequence: Sequence, model: int) -> bool:
         return self._drafts_short(sequence, model) or any(sequence.shortlisted)
 
-    def _pick_target(self, places: list[Place]) -> Tensor:
-        """The token of each place of coupled sequences, int64 [len(places)]."""
-        return self._pick(places, self._combination)
-
-    def _pick(
-        self,
-        places: list[Place],
-        combine_by: Callable[[Place], Combination],
-        from_shortlist: bool = False,
-    ) -> Tensor:
-        """The pick of a combination for each place of coupled sequences, int64 [len(places)]."""
-
-        def key(place: Place) -> tuple[bool, Combination]:
-            return place[0].params.is_greedy, combine_by(place)
-
-        def evaluate(how: tuple[bool, Combination], group: list[Place]) -> Tensor:
-            is_greedy, combination = how
-            warp = Warp(group, self._eos, self._device)
-            scores = partial(self._own_of, from_shortlist, group)
-            if is_greedy:
-                return pick(rank(scores, combination, warp))
-            return pick(combine(scores, combination, warp), self._noise(group))
-
-        return self._by_key(places, key, evaluate)
-
-    def _noise(self, places: list[Place]) -> Tensor:
-        """float32 [len(places), V], the same for everyone who picks a token there."""
-        seeds = [sequence.params.seed for sequence, _ in places]
-        positions = [position for _, position in places]
-        return exponentials(seeds, positions, self._runners[0].vocab_size, self._device)
-
-    def _by_key(
-        self,
-        places: list[Place],
-        key: Callable[[Place], Key],
-        evaluate: Callable[[Key, list[Place]], Tensor],
-    ) -> Tensor:
-        """Evaluate places that share a key together, and put the rows back in order."""
-        groups = _split(list(range(len(places))), lambda row: key(places[row]))
-        if len(groups) == 1:
-            return evaluate(groups[0][0], places)
-        parts = [evaluate(k, [places[row] for row in rows]) for k, rows in groups]
-        order = torch.tensor([row for _, rows in groups for row in rows])
-        return torch.cat(parts).index_select(0, sent(order.argsort(), self._device))
-
-    def _combination(self, place: Place) -> Combination:
-        sequence, position = place
-        return self._strategies.of(sequence).target(sequence, position)
-
-    def _read_of(self, places: list[Place], model: int) -> Tensor:
-        return self._scores.read(model, places)
-
-    def _uniforms(self, places: list[Place], purpose: Purpose) -> Tensor:
-        seeds = [round_seed(s.params.seed, s.num_rejections) for s, _ in places]
-        return uniforms(seeds, [position for _, position in places], purpose, self._device)
-
     def _report(self, before: dict[Sequence, int], outcome: Outcome) -> None:
         """Log-probabilities of newly verified tokens; their scores are still in the store."""
         for sequence, count in outcome.num_verified.items():
@@ -646,11 +517,7 @@ class Advancer:
         self, sequence: Sequence, start: int, count: int, num_top: int
     ) -> list[TokenLogprob]:
         places = [(sequence, position) for position in range(start, start + count)]
-        logprobs = self._by_key(
-            places,
-            self._combination,
-            lambda combination, group: log_combined(partial(self._read_of, group), combination),
-        )
+        logprobs = self._distributions.target_logprobs(places)
         return _token_logprobs(logprobs, sequence.token_ids[start : start + count], num_top)
 
 
@@ -662,14 +529,6 @@ def _guarding(sequence: Sequence, outcome: Outcome) -> Iterator[None]:
     except Exception as error:
         logger.exception("sequence %s is broken", sequence.id)
         outcome.broken[sequence] = "out_of_memory" if is_out_of_memory(error) else "internal"
-
-
-def _split(items: list[Item], key: Callable[[Item], Key]) -> list[tuple[Key, list[Item]]]:
-    """Items by key, in order of first appearance."""
-    groups: dict[Key, list[Item]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.items())
 
 
 def _pairs(numbers: list[int]) -> Iterator[list[int]]:
@@ -714,12 +573,6 @@ def _allowed(sequence: Sequence, token_ids: list[int]) -> list[int]:
 
 def _places(windows: list[Window]) -> list[Place]:
     return [(s, s.num_verified + offset) for s, count in windows for offset in range(count)]
-
-
-def _origin(place: Place) -> Origin:
-    sequence, position = place
-    offset = position - sequence.num_verified
-    return sequence.proposers[offset], sequence.shortlisted[offset]
 
 
 def _num_prefill(sequence: Sequence, model: int, start: int, end: int) -> int:

@@ -172,8 +172,13 @@ class Controller:
         costs = self._group(sequence).lookup
         return 0 if costs is None else costs.best_length(rate, num_found)
 
-    def observe(self, stats: StepStats, running: Iterable[Sequence], batch: int) -> None:
-        """Learn from one step, `batch` sequences decoding; choose anew from time to time."""
+    def observe(
+        self, stats: StepStats, running: Iterable[Sequence], batch: int, is_last: bool = True
+    ) -> None:
+        """Learn from one step, `batch` sequences decoding; choose anew from time to time.
+
+        `is_last`: sequences are as the step left them; else later steps have changed them since.
+        """
         self._known.clear()
         interval = self._interval
         interval.num_steps += 1
@@ -187,7 +192,7 @@ class Controller:
             interval.num_tokens[batch] = interval.num_tokens.get(batch, 0) + count
         changed = batch != self._batch and interval.num_steps >= _BATCH_PERIOD
         is_due = interval.num_steps >= _PERIOD or changed
-        if interval.is_pure and not is_due:
+        if not is_due and (interval.is_pure or not is_last):
             return
         members: dict[int, list[Sequence]] = {}
         groups: dict[int, _Group] = {}
@@ -215,7 +220,8 @@ class Controller:
                 self._interval.seconds = interval.seconds
                 self._interval.num_tokens = interval.num_tokens
         self._interval.is_pure = (
-            is_alone
+            is_last
+            and is_alone
             and len(groups) == 1
             and all(_follow(group, members[key]) for key, group in groups.items())
         )

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 class EngineLimits:
     """Sizes of an engine; see `EngineConfig` and `DecodingConfig` for their meaning.
 
-    `runs_ahead`: None for wherever a GPU works beside the host.
+    `runs_ahead`: None for wherever all models work beside the host, on GPUs.
     """
 
     max_sequences: int = 64
@@ -128,7 +128,7 @@ class Engine:
         )
         runs_ahead = limits.runs_ahead
         if runs_ahead is None:
-            runs_ahead = any(runner.device.type == "cuda" for runner in runners)
+            runs_ahead = all(runner.device.type == "cuda" for runner in runners)
         self._advancer = Advancer(runners, scores, strategies, eos_token_ids, clock, runs_ahead)
         self.scheduler = Scheduler(
             [PagePool(runner.num_pages, runner.page_size) for runner in runners],
@@ -141,7 +141,7 @@ class Engine:
             prefix_cache=limits.prefix_cache,
             before_preemption=self._advancer.read_tail,
         )
-        self._run_ahead: list[_Step] = []  # since the host last knew that the devices were done
+        self._unobserved: list[_Step] = []  # steps that the host has not waited for
         self._texts: dict[Sequence, TextStream] = {}
         self._sequences: dict[str, Sequence] = {}
         self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
@@ -163,7 +163,7 @@ class Engine:
     @property
     def is_ahead(self) -> bool:
         """The last steps were enqueued, and the host has not waited for them."""
-        return bool(self._run_ahead)
+        return bool(self._unobserved)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has validated it against this engine's limits."""
@@ -183,7 +183,7 @@ class Engine:
         if sequence is not None:
             self._release(sequence, sequence.num_verified)
             if not self.has_work:
-                self._close_run()
+                self._observe_all()
 
     def step(self) -> list[TokenDelta]:
         """One advance of one model; returns what it added to whom."""
@@ -191,7 +191,7 @@ class Engine:
         plan = self.scheduler.plan()
         broken = self._fail_broken()
         if plan is None:
-            self._close_run()
+            self._observe_all()
             return broken
         return broken + self._run(plan, started)
 
@@ -235,6 +235,7 @@ class Engine:
     def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
         """A forward did not fit into memory: undo the step, and make the next ones smaller."""
         logger.warning("a forward over %d tokens ran out of memory", sum(plan.num_tokens))
+        self._observe_all()
         free_cached_memory()
         self._count("memory_pressure")
         for sequence, before in zip(plan.sequences, seen, strict=True):
@@ -388,24 +389,22 @@ class Engine:
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages_used()
         step.outcome.laps.started = started
-        self._run_ahead.append(step)
+        self._unobserved.append(step)
         # A cycle reads once at least; prompts are long, and who arrives waits for what is enqueued.
-        goes_on = not step.outcome.has_read and not stats.num_prefill_tokens
-        if not (self._advancer.runs_ahead and goes_on and len(self._run_ahead) < _LONGEST_RUN):
-            self._close_run()
+        waits = step.outcome.has_read or stats.num_prefill_tokens or not self.has_work
+        if waits or not self._advancer.runs_ahead or len(self._unobserved) >= _LONGEST_RUN:
+            self._observe_all()
 
-    def _close_run(self) -> None:
-        """Observe the steps whose seconds are not yet known, once the devices are done."""
-        run, self._run_ahead = self._run_ahead, []
-        if not run:
-            return
-        if not run[-1].outcome.has_read:
-            self._advancer.timer.wait()
-        self._advancer.timer.close([(step.outcome.laps, step.outcome.stats) for step in run])
-        for step in run:
-            self._observe(step.outcome.stats, step.decoding, step.batch)
+    def _observe_all(self) -> None:
+        """Observe the steps that the host has not waited for; waits for them."""
+        steps, self._unobserved = self._unobserved, []
+        if steps:
+            self._advancer.timer.close([(step.outcome.laps, step.outcome.stats) for step in steps])
+        for step in steps:
+            self._observe(step, is_last=step is steps[-1])
 
-    def _observe(self, stats: StepStats, decoding: Row[Sequence], batch: int) -> None:
+    def _observe(self, step: _Step, is_last: bool) -> None:
+        stats, decoding, batch = step.outcome.stats, step.decoding, step.batch
         if self.costs is not None:
             stats.prefill_seconds = self.costs.prefill_seconds(stats)
         for sequence in decoding:
@@ -415,7 +414,7 @@ class Engine:
             self.costs.observe(stats)
         # What a window took says nothing of what was chosen.
         if self.controller is not None and not self._strategies.is_shadowing:
-            self.controller.observe(stats, self.scheduler.running, batch)
+            self.controller.observe(stats, self.scheduler.running, batch, is_last)
         if self.shadow is not None:
             self.shadow.observe(stats, self.scheduler.running, batch)
         if self.on_step is not None:

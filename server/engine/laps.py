@@ -45,6 +45,7 @@ class Timer:
         """`devices` [num_models] are the models'; scores meet on `meeting`."""
         self._meeting = make_timeline(meeting, clock)
         self._models = [make_timeline(device, clock) for device in devices]
+        self._is_elsewhere = [device != meeting for device in devices]
         self._clock = clock
 
     def begin(self) -> Laps:
@@ -52,36 +53,36 @@ class Timer:
         now = self._clock()
         return Laps(started=now, fed=now, begun=self._meeting.mark())
 
-    def mark_forward(self, model: int, laps: Laps) -> None:
-        """Before and after the forward of `model`."""
+    def start_forward(self, model: int, laps: Laps) -> None:
+        """Before the forward of `model`."""
         laps.forward.append(self._models[model].mark())
 
-    def decide(self, laps: Laps) -> None:
+    def stop_forward(self, model: int, laps: Laps) -> None:
+        """After it. Models on several devices take turns, or steps would overlap."""
+        mark = self._models[model].mark()
+        laps.forward.append(mark)
+        if self._is_elsewhere[model]:
+            self._meeting.follow(mark)
+
+    def mark_decided(self, laps: Laps) -> None:
         """All of the step is decided or enqueued."""
         laps.decided = self._clock()
 
-    def wait(self) -> None:
-        """Until the device where scores meet has done all it was asked."""
-        now = self._meeting.mark()
-        self._meeting.seconds(now, now)
-
     def close(self, run: Row[tuple[Laps, StepStats]]) -> None:
-        """Fill in the seconds of steps in a row, which now are known to be done."""
-        ended = self._clock()
-        first, last = run[0][0], run[-1][0]
-        left = ended - first.started
+        """Fill in the seconds of steps in a row; waits until their forwards are done."""
+        asked = self._clock()
+        for laps, stats in run:
+            start, stop = laps.forward
+            forward = self._models[stats.model].seconds(start, stop)
+            stats.forward_seconds = forward + laps.head_seconds
         for (laps, stats), (following, _) in pairwise(run):
-            stats.step_seconds = self._meeting.seconds(laps.begun, following.begun)
-            left -= stats.step_seconds
-            self._divide(laps, stats, outside=0.0)
-        run[-1][1].step_seconds = left
+            seconds = self._meeting.seconds(laps.begun, following.begun)
+            stats.step_seconds = max(seconds, stats.forward_seconds)
+            stats.combine_seconds = stats.step_seconds - stats.forward_seconds
+        (first, _), (last, stats) = run[0], run[-1]
+        left = self._clock() - first.started - sum(stats.step_seconds for _, stats in run[:-1])
+        stats.step_seconds = max(left, stats.forward_seconds)
         # What the host does beside a device that is busy with earlier steps takes no time.
-        planning = last.fed - last.started if len(run) == 1 else 0.0
-        self._divide(last, run[-1][1], outside=planning + ended - last.decided)
-
-    def _divide(self, laps: Laps, stats: StepStats, outside: float) -> None:
-        """A step's seconds into forward and decisions; `outside` belongs to neither."""
-        start, stop = laps.forward
-        forward = self._models[stats.model].seconds(start, stop) + laps.head_seconds
-        stats.forward_seconds = forward
-        stats.combine_seconds = max(0.0, stats.step_seconds - forward - outside)
+        outside = asked - last.decided + (last.fed - last.started if len(run) == 1 else 0.0)
+        rest = stats.step_seconds - stats.forward_seconds - outside
+        stats.combine_seconds = max(0.0, rest)

@@ -17,6 +17,10 @@ class Timeline(Protocol):
         """After all that the device was asked so far; does not wait."""
         ...
 
+    def follow(self, mark: Mark) -> None:
+        """Let the device begin what it is asked from now on after `mark` on another one."""
+        ...
+
     def seconds(self, start: Mark, stop: Mark) -> float:
         """From one mark to another; waits until the device has come to the latter."""
         ...
@@ -37,6 +41,9 @@ class HostTimeline:
         """See Timeline.mark."""
         return self._clock()
 
+    def follow(self, mark: Mark) -> None:
+        """See Timeline.follow; a CPU waits where it reads what another device has made."""
+
     def seconds(self, start: Mark, stop: Mark) -> float:
         """See Timeline.seconds."""
         assert isinstance(start, float)
@@ -55,6 +62,11 @@ class CudaTimeline:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
         return event
+
+    def follow(self, mark: Mark) -> None:
+        """See Timeline.follow; what a CPU was asked is done already."""
+        if not isinstance(mark, float):
+            torch.cuda.current_stream(self._device).wait_event(mark)
 
     def seconds(self, start: Mark, stop: Mark) -> float:
         """See Timeline.seconds."""

@@ -292,6 +292,18 @@ def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan
     )
 
 
+def num_attended(spans: Sequence[Span], page_size: int, device: torch.device) -> int:
+    """Tokens consumed before the spans, those that are attended once for several counted once."""
+    total = sum(span.num_past for span in spans)
+    if device.type != "cpu" or len(spans) < 2:
+        return total
+    alike = sorted(spans, key=lambda span: _place(span, page_size))
+    for num_tokens, members in groupby(alike, key=lambda span: len(span.token_ids)):
+        for together, num_shared in _split(list(members), num_tokens, page_size, device):
+            total -= (len(together) - 1) * num_shared * page_size
+    return total
+
+
 def _slots(span: Span, page_size: int) -> list[int]:
     positions = range(span.num_past, span.num_past + len(span.token_ids))
     return [span.pages[p // page_size] * page_size + p % page_size for p in positions]

@@ -9,6 +9,7 @@ import torch
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
+from server.decoding import warp
 from server.decoding.warp import Warp
 from tests.support.exact import softmax, warped
 
@@ -71,3 +72,17 @@ def test_min_tokens_masks_every_way_to_stop() -> None:
     ignoring = place([1], [2], min_tokens=2, ignore_eos=True, stop_token_ids=frozenset({5}))
     masked = Warp([early, late, ignoring], EOS, CPU)(torch.zeros(3, 6)).isinf()
     assert masked[:, [3, 5]].tolist() == [[True, True], [False, False], [False, True]]
+
+
+def test_what_is_proposed_comes_from_the_head_of_a_flat_row(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(warp, "_HEAD", 3)
+    logits = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1], [9.0, 5.0, 0.0, 0.0, 0.0]])
+    places = [place([1], [], top_p=0.95), place([1], [], top_p=0.95, top_k=4)]
+    allowed = Warp(places, EOS, CPU)(logits).isfinite()
+    proposed = Warp(places, EOS, CPU, proposing=True)(logits).isfinite()
+    assert allowed.sum(-1).tolist() == [5, 1]
+    assert proposed.tolist() == [[True] * 4 + [False], [True] + [False] * 4]
+    alone = Warp(places[:1], EOS, CPU, proposing=True)(logits[:1]).isfinite()
+    assert alone.tolist() == [[True] * 3 + [False] * 2]

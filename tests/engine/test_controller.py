@@ -13,7 +13,7 @@ from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.decoding.profile import Chain
 from server.decoding.strategies import SharedCoins, Strategies
-from server.engine import advance
+from server.engine import distributions
 from server.engine.controller import Controller, make_choices
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
@@ -149,7 +149,7 @@ def test_law_where_choices_depend_on_dropped_proposals(
 
     monkeypatch.setattr(Sequence, "recover", note)
     if not is_fresh:
-        monkeypatch.setattr(advance, "round_seed", lambda seed, num_rejections: seed)
+        monkeypatch.setattr(distributions, "round_seed", lambda seed, num_rejections: seed)
     engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, max_gamma=4)
     engine._strategies.chooser = chooser
     params = [SamplingParams(max_tokens=4, seed=s) for s in range(2000)]

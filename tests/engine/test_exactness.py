@@ -17,7 +17,8 @@ import pytest
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
-from server.engine import advance
+from server.decoding import warp
+from server.engine import distributions
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
 from tests.support.exact import chi_square_z, exact_law
 from tests.support.table_lm import TableLM
@@ -127,7 +128,7 @@ def test_a_block_needs_new_uniforms_after_a_rejection(monkeypatch: pytest.Monkey
     lms = [TableLM(seed=51 + k, vocab_size=2, spread=2.0) for k in range(2)]
     combination = COMBINATIONS["contrastive-2"]
     long = {"max_tokens": 7}
-    monkeypatch.setattr(advance, "round_seed", lambda seed, num_rejections: seed)
+    monkeypatch.setattr(distributions, "round_seed", lambda seed, num_rejections: seed)
     with pytest.raises(AssertionError):
         check_law(lms, make_decoding("speculative", combination, 6), long)
     check_law(lms, make_decoding("speculative", combination, 6, verification="token"), long)
@@ -138,6 +139,19 @@ def test_a_block_needs_new_uniforms_after_a_rejection(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
 def test_law_under_every_warp(name: str, warp: str, schedule: str) -> None:
     check_law(make_lms(2), decoding_of(schedule, COMBINATIONS[name]), dict(WARPS[warp]))
+
+
+@pytest.mark.parametrize("is_seeded", [False, True])
+@pytest.mark.parametrize("schedule", ["speculative-3", "cos-each-2", "mixture"])
+def test_law_of_proposals_from_the_head(
+    schedule: str, is_seeded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Top-p keeps two or three of three tokens, and proposals are always the best one."""
+    monkeypatch.setattr(warp, "_HEAD", 1)
+    weighted = COMBINATIONS["weighted-2"]
+    mixture = make_decoding("mixture", weighted, **MIXTURES["kappa-2"])
+    decoding = mixture if schedule == "mixture" else decoding_of(schedule, weighted)
+    check_law(make_lms(2), decoding, {"top_p": 0.9, "is_seeded": is_seeded})
 
 
 @pytest.mark.parametrize("schedule", ["speculative-3", "cos-each-2"])

@@ -19,8 +19,8 @@ from server.core.sampling_params import DecodingParams, LookupParams, SamplingPa
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine import advance
-from server.engine.advance import Advancer
 from server.engine.controller import make_choices
+from server.engine.distributions import Distributions
 from server.engine.engine import Engine
 from server.engine.lookup_costs import LookupCosts
 from tests.engine.test_controller import auto, capricious, controller, make_costs
@@ -143,10 +143,10 @@ def test_law_under_the_real_controller() -> None:
 def test_a_wrong_proposal_law_is_noticed(monkeypatch: pytest.MonkeyPatch, eager: None) -> None:
     """As if guesses had been drawn evenly from the vocabulary."""
 
-    def even(self: Advancer, token_ids: list[int]) -> Tensor:
+    def even(self: Distributions, token_ids: list[int]) -> Tensor:
         return torch.full((len(token_ids), 3), 1 / 3)
 
-    monkeypatch.setattr(Advancer, "_one_hot", even)
+    monkeypatch.setattr(Distributions, "_one_hot", even)
     with pytest.raises(AssertionError):
         check_law(with_lookup(decoding_of("standard", WEIGHTED)))
 

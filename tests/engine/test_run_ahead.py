@@ -16,7 +16,7 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.decoding import verify, warp
+from server.decoding import verify
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
 from server.runner.loader import load_models
@@ -45,6 +45,7 @@ REQUESTS: tuple[dict[str, Any], ...] = (
     {"frequency_penalty": 0.6},
     {"bad_words": ((3, 4), (5,))},
     {"min_tokens": 6, "logit_bias": ((2, 1.5),)},
+    {"prompt_logprobs": 1},
 )
 
 
@@ -83,8 +84,7 @@ def texts(
 @pytest.fixture
 def reading_waits(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """What a GPU is asked, asked of the CPU; undone by the returned one."""
-    for module in (verify, warp):
-        monkeypatch.setattr(module, "reading_waits", lambda device: True)
+    monkeypatch.setattr(verify, "reading_waits", lambda device: True)
     return monkeypatch
 
 
@@ -98,8 +98,7 @@ def test_texts_are_those_of_reading_each_token(
         later: list[StepStats] = []
         made = texts(DECODINGS[name], True, later, **limits)
         with reading_waits.context() as context:
-            for module in (verify, warp):
-                context.setattr(module, "reading_waits", lambda device: False)
+            context.setattr(verify, "reading_waits", lambda device: False)
             assert made == texts(DECODINGS[name], False, at_once, **limits)
         counted = [
             [(s.model, s.num_tokens, s.num_proposed, s.tails, s.num_drawn) for s in steps]
@@ -173,6 +172,28 @@ def test_aborting_while_the_host_is_ahead_leaves_nothing_behind() -> None:
             engine.abort(alive.pop(rng.randrange(len(alive))))
     assert engine.scheduler.pages_used() == (0, 0)
     assert len(steps) == num_steps
+
+
+class TooLarge(TableRunner):
+    """Its forwards do not fit into memory once it has run for a while."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        if self.num_forwards > 5:
+            raise MemoryError
+        return super().forward(batch)
+
+
+def test_steps_are_observed_before_the_engine_idles() -> None:
+    """Else the next request's arrival would seem to be part of them."""
+    steps: list[StepStats] = []
+    runners = [TableRunner(TableLM(1, 9)), TooLarge(TableLM(2, 9))]
+    limits = EngineLimits(runs_ahead=True)
+    engine = Engine(runners, DigitDecoder(), frozenset(), limits, on_step=steps.append)
+    engine.add(Sequence.start("s", [1], SamplingParams(max_tokens=40), DECODINGS["cos"]))
+    last = [engine.step() for _ in iter(lambda: engine.has_work, False)][-1]
+    assert last[0].finish_reason == "error"
+    assert not engine.is_ahead
+    assert sum(step.num_proposed for step in steps) == sum(r.num_forwards for r in runners)
 
 
 @pytest.fixture

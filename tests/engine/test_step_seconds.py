@@ -48,12 +48,12 @@ class Host:
         self.now += 0.125
         laps = self.timer.begin()
         laps.started = started
-        self.timer.mark_forward(0, laps)
+        self.timer.start_forward(0, laps)
         self.gpu.queue.append(forward)
-        self.timer.mark_forward(0, laps)
+        self.timer.stop_forward(0, laps)
         self.gpu.queue.append(rest)
         self.now += 0.125
-        self.timer.decide(laps)
+        self.timer.mark_decided(laps)
         return laps, StepStats(0)
 
 
@@ -62,11 +62,11 @@ def test_steps_that_were_enqueued_share_what_all_of_them_took(gpu: Device) -> No
     host = Host(gpu)
     run = [host.enqueue(forward, rest) for forward, rest in ((2.0, 0.5), (3.0, 0.25), (4.0, 1.0))]
     assert gpu.now == 0.0
-    host.timer.wait()
-    assert gpu.now == 10.75
-    host.now = run[-1][0].decided = 11.0  # it began late, and the host has waited
-    host.now += 0.5  # for the text
+    # The device began late; the host reads what the last step has decided, then writes text.
+    host.now = run[-1][0].decided = 11.0
+    host.now += 0.5
     host.timer.close(run)
+    assert gpu.now == 9.75  # nobody waits for what came after the last forward
     assert [stats.step_seconds for _, stats in run] == [2.5, 3.25, 11.5 - 5.75]
     assert [stats.forward_seconds for _, stats in run] == [2.0, 3.0, 4.0]
     assert [stats.combine_seconds for _, stats in run] == [0.5, 0.25, 11.0 - 5.75 - 4.0]
@@ -75,10 +75,39 @@ def test_steps_that_were_enqueued_share_what_all_of_them_took(gpu: Device) -> No
 def test_a_step_alone_is_charged_what_the_host_saw(gpu: Device) -> None:
     host = Host(gpu)
     laps, stats = host.enqueue(2.0, 0.5)
-    host.timer.wait()
     host.now = laps.decided = 3.0
     host.now += 0.25
     host.timer.close([(laps, stats)])
     assert stats.step_seconds == 3.25
     assert stats.forward_seconds == 2.0
     assert stats.combine_seconds == 3.0 - 0.125 - 2.0
+
+
+def test_no_step_takes_less_than_its_forward(gpu: Device) -> None:
+    """Clocks of host and device differ by a little, and nobody may count a negative rest."""
+    host = Host(gpu)
+    run = [host.enqueue(2.0, 0.5), host.enqueue(4.0, 0.0)]
+    host.now = run[-1][0].decided = 6.25
+    host.timer.close(run)
+    assert [stats.step_seconds for _, stats in run] == [2.5, 4.0]
+    assert [stats.combine_seconds for _, stats in run] == [0.5, 0.0]
+
+
+def test_models_on_several_devices_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
+    streams = {device: Device() for device in devices}
+    followed: list[tuple[Device, object]] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", streams.__getitem__)
+    monkeypatch.setattr(
+        Device, "wait_event", lambda self, event: followed.append((self, event)), raising=False
+    )
+    timer = Timer(devices[1], devices, lambda: 0.0)
+    for model in (0, 1):
+        laps = timer.begin()
+        timer.start_forward(model, laps)
+        timer.stop_forward(model, laps)
+        if model == 0:
+            expected: list[tuple[Device, object]] = [(streams[devices[1]], laps.forward[1])]
+            assert followed == expected
+    assert len(followed) == 1
