@@ -17,8 +17,3 @@ def unread(row: int) -> int:
 def is_unread(token_id: int) -> bool:
     """Does it stand for an id that the host does not know?"""
     return token_id <= _FIRST
-
-
-def row_of(token_id: int) -> int:
-    """The row that `token_id`, which is unread, stands for."""
-    return _FIRST - token_id

@@ -28,7 +28,7 @@ the same noise, and a proposal is accepted iff it is that token. So the text dep
 on r alone, not on who proposed how many tokens; the price is that fewer proposals are accepted than
 min(1, r / g) would. Greedy decoding is this without noise.
 
-All but `verify_blocks` leave their results on the device and read nothing back from it.
+Results stay on the device; on a GPU nothing is read back from it but by `block_tests`.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ class Verdict:
 
 
 def verdicts(decisions: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[Verdict]:
-    """Of windows with `lengths` rows; `decisions` as read from the device."""
+    """Of windows with `lengths` rows; `decisions`, as read, may be of longer windows."""
     return [
-        Verdict(count, recovered if count < length else None)
+        Verdict(min(count, length), recovered if count < length else None)
         for (count, recovered), length in zip(decisions, lengths, strict=True)
     ]
 

@@ -36,10 +36,11 @@ class Warp:
         device: torch.device,
         proposing: bool = False,
     ):
-        """`proposing`: top-p keeps the most probable tokens only, if it would keep a great many.
+        """`proposing`: where top-p would keep a great many tokens, it keeps the most probable ones.
 
         A model may propose from what it likes as long as verification is told, and whether a whole
-        row has to be sorted is known only to who reads from the device.
+        row has to be sorted is known only to who reads from the device. What is kept of a row
+        never depends on the other rows.
         """
         self._sorts = not proposing
         self._places = places
@@ -94,6 +95,9 @@ class Warp:
         width = min(self._width, logits.shape[-1])
         ordered = logits.topk(width).values
         keep = _keep(logits, ordered, self._top_k, self._top_p)
+        if not self._sorts and self._top_k is not None:
+            # Another row's top-k may have widened the head.
+            keep &= torch.arange(width, device=keep.device) < self._top_k.clamp_min(_HEAD)
         threshold = torch.where(self._is_truncated, _last(ordered, keep), -torch.inf)
         if width < logits.shape[-1] and self._sorts:
             rows = (keep[:, -1:] & self._is_truncated).flatten().nonzero().flatten()

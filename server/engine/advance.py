@@ -42,6 +42,7 @@ from server.decoding.strategies import Strategies, is_scored, num_verifiable
 from server.decoding.verify import (
     INVALID,
     Decisions,
+    verdicts,
     verify,
     verify_blocks,
     verify_picks,
@@ -80,7 +81,8 @@ class Outcome:
         broken: sequences in whose path an error was raised.
         ran_out: of memory, after the forward.
         has_read: the host has waited for what the device decided after the forward.
-        stats: counts for metrics; its seconds are known to `laps`.
+        stats: counts for metrics, without seconds.
+        laps: what will say them.
     """
 
     stats: StepStats
@@ -201,15 +203,11 @@ class Advancer:
         batch = Batch(tuple(spans), self._drafted_for(plan, spans))
         defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
         stats.num_tokens = batch.num_tokens
-        stats.num_past = self._num_past(plan.model, decoding)
+        runner = self._runners[plan.model]
+        stats.num_past = num_attended(decoding, runner.page_size, runner.device)
         self.timer.start_forward(plan.model, outcome.laps)
         self._scores.forward(plan.model, batch, places, defer)
         self.timer.stop_forward(plan.model, outcome.laps)
-
-    def _num_past(self, model: int, spans: Iterable[Span]) -> int:
-        """Tokens before those of the spans; those that are attended once for several count once."""
-        runner = self._runners[model]
-        return num_attended(list(spans), runner.page_size, runner.device)
 
     def _drafted_for(self, plan: StepPlan, spans: Iterable[Span]) -> Tensor | None:
         """Ids of unread tokens on the model's device, if any are to be fed."""
@@ -272,14 +270,13 @@ class Advancer:
         groups = grouped(windows, lambda window: _rule(window[0]))
         decisions = [self._decisions(rule, group) for rule, group in groups]
         # All groups are enqueued; here the host waits for them.
-        verdicts = self._read_decisions([sequence for sequence, _ in windows], decisions)
+        read = self._read_decisions([sequence for sequence, _ in windows], decisions)
         outcome.has_read = True
-        for sequence, count in (window for _, group in groups for window in group):
-            decided = next(verdicts)
-            # Shorter where a proposer turned out to have had nothing to propose.
-            length = min(count, sequence.num_pending)
-            accepted = min(decided[0], length)
-            self._apply(sequence, accepted, decided[1] if accepted < length else None, outcome)
+        decided = [window for _, group in groups for window in group]
+        # Shorter where a proposer turned out to have had nothing to propose.
+        lengths = [min(count, sequence.num_pending) for sequence, count in decided]
+        for (sequence, _), verdict in zip(decided, verdicts(read, lengths), strict=True):
+            self._apply(sequence, verdict.num_accepted, verdict.recovered, outcome)
         return {sequence for sequence, _ in windows}
 
     def _decisions(self, rule: Rule, windows: list[Window]) -> Decisions:
@@ -287,7 +284,7 @@ class Advancer:
         lengths = [count for _, count in windows]
         tokens = self._tokens(places)
         if rule == "coupled":
-            return verify_picks(self._distributions.picked(places), tokens, lengths)
+            return verify_picks(self._distributions.pick_target(places), tokens, lengths)
         return (verify_blocks if rule == "block" else verify)(
             self._distributions.target(places),
             self._distributions.proposal(places),
@@ -316,8 +313,8 @@ class Advancer:
 
     def _read_decisions(
         self, sequences: Iterable[Sequence], decisions: Row[Decisions]
-    ) -> Iterator[list[int]]:
-        """Tokens accepted and the recovered one of each window; one copy from the device.
+    ) -> list[list[int]]:
+        """What was decided of each window, in one copy from the device.
 
         The same copy brings the ids of what is unread in `sequences`.
         """
@@ -360,7 +357,7 @@ class Advancer:
             return
         for is_coupled, group in grouped(ready, lambda sequence: sequence.params.is_coupled):
             places = [(sequence, len(sequence)) for sequence in group]
-            tokens = self._distributions.drawn(places, is_coupled)
+            tokens = self._distributions.draw(places, is_coupled)
             outcome.has_read = True
             for sequence, token_id in zip(group, tokens.tolist(), strict=True):
                 if token_id == INVALID:
@@ -456,7 +453,7 @@ class Advancer:
 
         for (is_coupled, is_short, is_ahead), group in grouped(sequences, key):
             places = [(sequence, len(sequence)) for sequence in group]
-            tokens = self._distributions.proposed(model, places, is_coupled, is_short)
+            tokens = self._distributions.propose(model, places, is_coupled, is_short)
             if is_ahead:
                 ids = self._leave_unread(places, tokens)
             else:
@@ -487,8 +484,8 @@ class Advancer:
         """Does `model` propose from its shortlist?
 
         Its full scores are computed anyway when its proposals are verified: the shortlist pays
-        where several proposals are verified together. A mixture takes what model 0 proposes at its
-        own positions unseen, if that was drawn from all of its distribution.
+        where several proposals are verified together. A mixture keeps all that model 0 proposes at
+        its own positions if that is drawn from all of its distribution.
         """
         decoding = sequence.schedule
         return (
@@ -531,8 +528,8 @@ def _guarding(sequence: Sequence, outcome: Outcome) -> Iterator[None]:
         outcome.broken[sequence] = "out_of_memory" if is_out_of_memory(error) else "internal"
 
 
-def _pairs(numbers: list[int]) -> Iterator[list[int]]:
-    return (numbers[i : i + 2] for i in range(0, len(numbers), 2))
+def _pairs(numbers: list[int]) -> list[list[int]]:
+    return [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
 
 
 def _rule(sequence: Sequence) -> Rule:

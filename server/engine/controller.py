@@ -177,7 +177,8 @@ class Controller:
     ) -> None:
         """Learn from one step, `batch` sequences decoding; choose anew from time to time.
 
-        `is_last`: sequences are as the step left them; else later steps have changed them since.
+        `is_last`: sequences are as the step left them; else later steps, of which it is told next,
+        have changed them since. Intervals do not end between such steps.
         """
         self._known.clear()
         interval = self._interval
@@ -190,9 +191,11 @@ class Controller:
             interval.seconds += self._costs.price(stats) / self._costs.slowness
             count = sum(delivery.num_decoded for delivery in stats.deliveries)
             interval.num_tokens[batch] = interval.num_tokens.get(batch, 0) + count
+        if not is_last:
+            return
         changed = batch != self._batch and interval.num_steps >= _BATCH_PERIOD
         is_due = interval.num_steps >= _PERIOD or changed
-        if not is_due and (interval.is_pure or not is_last):
+        if interval.is_pure and not is_due:
             return
         members: dict[int, list[Sequence]] = {}
         groups: dict[int, _Group] = {}
@@ -220,8 +223,7 @@ class Controller:
                 self._interval.seconds = interval.seconds
                 self._interval.num_tokens = interval.num_tokens
         self._interval.is_pure = (
-            is_last
-            and is_alone
+            is_alone
             and len(groups) == 1
             and all(_follow(group, members[key]) for key, group in groups.items())
         )

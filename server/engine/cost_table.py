@@ -4,10 +4,8 @@
 forward takes is its first timing, and what texts longer than those add to it, times factors: the
 machine's speed, which changes within seconds and slows every shape alike; the model's; what the
 first timing missed for so many sequences; and, for several tokens of each, what it missed for
-these. A step that took longer than expected says nothing of which of them is to blame, so the least
-certain is blamed most: the machine by default, but a shape that nobody has seen lately before the
-machine that was watched a moment ago. So one way of decoding is compared with another by what both
-took when they took turns, not by how fast the machine was at the time.
+these (`factors`). One way of decoding is compared with another by what both took when they took
+turns, not by how fast the machine was at the time.
 
 Estimates of standard decoding are multiplied by measured over expected seconds of the last steps,
 whatever these were: they add up to what was measured, outliers included, and do not depend on when
@@ -23,6 +21,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from server.core.stats import Delivery, StepStats
+from server.engine.factors import Factors
 
 # Seconds of steps after which measured over expected ones has forgotten 63 % of what came before.
 _CHARGE_MEMORY = 1.0
@@ -35,14 +34,15 @@ _OUTLIER = 4.0  # one step counts for at most so many times what was expected
 # Factors are known to these relative deviations; variances are the squares.
 _NOISE = 0.1  # of one step
 _SURPRISE = 3.0  # deviations that one step counts for at most
-_MACHINE = 0.3  # since it was timed
-_MACHINE_PACE = 0.04  # in a second
+_MACHINE = 0.3  # not seen for long; drifts by 0.04 in a second
 _MODEL = 0.03
 _TIMED = 0.05  # forwards of one token of each sequence, as first timed
 _ROUND = 0.1  # those not seen for long
 _SHAPE = 0.1  # those of more, beside them
-_DOUBT_SECONDS = 60.0  # until what was not seen is as uncertain as at first
-_GRUDGE = 120.0  # until what was learnt of several tokens is forgotten, if not seen again
+_MEMORY = 120.0  # seconds of steps until 63 % of what was learnt is forgotten, if not seen again
+
+Name = tuple[int, ...]  # of a factor
+_MACHINE_NAME: Name = ()
 
 _LEAST = 0.25  # of its first timing, that a forward over shorter sequences takes
 
@@ -117,54 +117,17 @@ class Ratio:
         self._expected = self._expected * kept + expected
 
 
-@dataclass(slots=True)
-class _Factor:
-    """A factor of seconds, in logarithms.
-
-    Attributes:
-        prior: variance of what nobody has seen.
-        mean, variance: as of `seen_at`, seconds of steps.
-        is_forgotten: whether it goes back to 1 if it is not seen for long.
-    """
-
-    prior: float
-    mean: float = 0.0
-    variance: float = -1.0
-    seen_at: float = 0.0
-    is_forgotten: bool = False
-
-    def __post_init__(self) -> None:
-        if self.variance < 0:
-            self.variance = self.prior
-
-    def at(self, now: float) -> tuple[float, float]:
-        """(mean, variance) now."""
-        unseen = now - self.seen_at
-        if self.is_forgotten and unseen > _GRUDGE:
-            return 0.0, self.prior
-        return self.mean, min(self.prior, self.variance + self.prior * unseen / _DOUBT_SECONDS)
-
-    def correct(self, now: float, surprise: float, total: float) -> None:
-        """Take the share of a surprise that is due to it, `total` being the variance of all."""
-        mean, variance = self.at(now)
-        blame = variance / total
-        self.mean = mean + blame * surprise
-        self.variance = variance * (1 - blame)
-        self.seen_at = now
-
-
 class CostTable:
     """Seconds of forwards and of steps; read and corrected on the engine thread."""
 
     def __init__(self, timings: Timings) -> None:
         self.timings = timings
         num_models = len(timings.forward_seconds)
-        self._now = 0.0  # seconds of steps so far
         self._context = float(timings.context)  # of a decoding sequence in the last step
-        self._machine = _Factor(_MACHINE_PACE**2 * _DOUBT_SECONDS, variance=_MACHINE**2)
-        self._models = [_Factor(_MODEL**2) for _ in range(num_models)]
-        self._rounds: dict[tuple[int, int], _Factor] = {}
-        self._shapes: dict[tuple[int, int, int], _Factor] = {}
+        self._factors = Factors(_MEMORY, _NOISE**2, _SURPRISE)
+        self._factors.add(_MACHINE_NAME, _MACHINE**2, _MACHINE**2)
+        for model in range(num_models):
+            self._factors.add((model,), _MODEL**2, _MODEL**2)
         self._charge = Ratio(_CHARGE_MEMORY, _CHARGE_PRIOR)
         self._rest_factors = {
             kind: Ratio(_REST_MEMORY, _REST_PRIOR) for kind in ("draw", "verify", "propose")
@@ -175,28 +138,25 @@ class CostTable:
     @property
     def slowness(self) -> float:
         """How much slower the machine is now than when its models were timed."""
-        return math.exp(self._machine.mean)
+        return self._factors.value([_MACHINE_NAME])
 
     def load(self, model: int) -> float:
         """How much slower the model's forwards are now than when they were timed."""
-        return self.slowness * math.exp(self._models[model].mean)
+        return self._factors.value([_MACHINE_NAME, (model,)])
 
     def forward_seconds(self, model: int, batch: float, tokens: float) -> float:
         """One forward of `tokens` tokens of each of `batch` sequences, all of them scored.
 
         The sequences are as long as those of the last step.
         """
-        factors = self._factors(model, batch, tokens)
-        mean = sum(factor.at(self._now)[0] for factor in factors)
-        return self._timed(model, batch, tokens) * math.exp(mean)
+        return self._timed(model, batch, tokens) * self._factors.value(_names(model, batch, tokens))
 
     def doubt(self, model: int, batch: float, tokens: float) -> float:
         """Relative deviation of `forward_seconds`, the machine's and the model's speed aside.
 
         Of several tokens, beside forwards of one.
         """
-        _, variance = self._factors(model, batch, tokens)[-1].at(self._now)
-        return math.sqrt(variance)
+        return self._factors.doubt(self._known_names(model, batch, tokens))
 
     def rest_seconds(
         self,
@@ -263,7 +223,7 @@ class CostTable:
 
     def observe(self, stats: StepStats) -> None:
         """Learn from one step; those that read prompts say nothing about decoding."""
-        self._now += stats.step_seconds
+        self._factors.pass_time(stats.step_seconds)
         if stats.num_decoding:
             self._context = stats.num_past / stats.num_decoding
         if stats.num_prefill_tokens or not stats.num_sequences:
@@ -273,24 +233,9 @@ class CostTable:
         tokens = stats.num_tokens / batch
         timed = self._timed(model, batch, tokens)
         if timed > 0 and stats.forward_seconds > 0:
-            factors = self._factors(model, batch, tokens)
-            self._correct(math.log(stats.forward_seconds / timed), factors)
+            names = self._known_names(model, batch, tokens)
+            self._factors.observe(names, stats.forward_seconds / timed)
         self._observe_rest(stats)
-
-    def _correct(self, measured: float, factors: Row[_Factor]) -> None:
-        """`measured` is the logarithm of the product of `factors`, and noise.
-
-        Forwards of several tokens leave the factor of one token alone: they cannot tell it from
-        their own, and it would seem to be known.
-        """
-        known = [factor.at(self._now) for factor in factors]
-        blamed = [0, 1, len(factors) - 1]
-        total = sum(known[index][1] for index in blamed) + _NOISE**2
-        limit = _SURPRISE * math.sqrt(total)
-        surprise = measured - sum(mean for mean, _ in known)
-        surprise = min(limit, max(-limit, surprise))
-        for index in blamed:
-            factors[index].correct(self._now, surprise, total)
 
     def _observe_rest(self, stats: StepStats) -> None:
         parts = {
@@ -358,18 +303,25 @@ class CostTable:
     def _timed_one(self, model: int, batch: float) -> float:
         return _interpolate(self.timings.batches, self.timings.forward_seconds[model], batch)
 
-    def _factors(self, model: int, batch: float, tokens: float) -> list[_Factor]:
-        """The machine's, the model's, and one or two of the shape, the last its very own.
+    def _known_names(self, model: int, batch: float, tokens: float) -> list[Name]:
+        """Factors of a forward's seconds, all of them in the filter."""
+        names = _names(model, batch, tokens)
+        self._factors.add(names[2], _ROUND**2, _TIMED**2)
+        if len(names) > 3:
+            self._factors.add(names[3], _SHAPE**2, _SHAPE**2)
+        return names
 
-        Shapes are about the same by powers of two of sequences and of tokens.
-        """
-        place = (model, round(math.log2(max(1.0, batch))))
-        factors = [self._machine, self._models[model]]
-        factors.append(self._rounds.setdefault(place, _Factor(_ROUND**2, variance=_TIMED**2)))
-        if length := round(math.log2(max(1.0, tokens))):
-            shape = _Factor(_SHAPE**2, is_forgotten=True)
-            factors.append(self._shapes.setdefault((*place, length), shape))
-        return factors
+
+def _names(model: int, batch: float, tokens: float) -> list[Name]:
+    """The machine's, the model's, and one or two of the shape, the last its very own.
+
+    Shapes are about the same by powers of two of sequences and of tokens.
+    """
+    size = round(math.log2(max(1.0, batch)))
+    names = [_MACHINE_NAME, (model,), (model, size)]
+    if length := round(math.log2(max(1.0, tokens))):
+        names.append((model, size, length))
+    return names
 
 
 def _extrapolate(curve: dict[int, float], batch: float) -> float:

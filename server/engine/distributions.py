@@ -25,7 +25,10 @@ Origin = tuple[int, bool]  # of a pending token: its proposer, and whether from 
 
 
 class Distributions:
-    """Of places that have been scored; all tensors are on `device`, and nothing is read from it.
+    """Of places that have been scored; tensors are on `device`.
+
+    They are not read there, but by `overlap`, and where a target with top-p may need a whole row
+    sorted or a shortlist may be empty.
 
     A place is *coupled* where its sequence's proposals and targets share their randomness
     (`decoding.verify`).
@@ -76,23 +79,23 @@ class Distributions:
 
         return self._by_key(places, _origin, evaluate)
 
-    def drawn(self, places: list[Place], is_coupled: bool) -> Tensor:
+    def draw(self, places: list[Place], is_coupled: bool) -> Tensor:
         """A token of each place from its target, int64 [len(places)]; see `verify.sample`."""
         if is_coupled:
-            return self.picked(places)
+            return self.pick_target(places)
         return sample(self.target(places), self.uniforms(places, Purpose.DRAW))
 
-    def proposed(
+    def propose(
         self, model: int, places: list[Place], is_coupled: bool, from_shortlist: bool
     ) -> Tensor:
-        """A token of each place from the distribution of `model` alone, as `drawn`."""
+        """A token of each place from the distribution of `model` alone, as `draw`."""
         origin = model, from_shortlist
         if is_coupled:
             return self._own_picks(origin, places)
         probs = self._warp(places, proposing=True).probs(self._own_scores(origin, places))
         return sample(probs, self.uniforms(places, Purpose.PROPOSE))
 
-    def picked(self, places: list[Place]) -> Tensor:
+    def pick_target(self, places: list[Place]) -> Tensor:
         """The token of each coupled place by its target, int64 [len(places)]."""
 
         def key(place: Place) -> tuple[bool, Combination]:

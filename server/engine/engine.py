@@ -222,7 +222,8 @@ class Engine:
         ]
         outcome.stats.num_preempted = plan.num_preempted
         outcome.stats.num_cached = plan.num_cached
-        self._count_step(_Step(outcome, decoding, batch), started)
+        ends = any(delta.finish_reason is not None for delta in deltas)
+        self._count_step(_Step(outcome, decoding, batch), started, ends)
         return deltas
 
     def _fail_broken(self) -> list[TokenDelta]:
@@ -382,8 +383,11 @@ class Engine:
         seconds = delivery.num_decoded * token_seconds[scorers]
         sequence.stats.baseline_seconds = (sequence.stats.baseline_seconds or 0.0) + seconds
 
-    def _count_step(self, step: _Step, started: float) -> None:
-        """Observe it, now or when the host next knows what the devices have done."""
+    def _count_step(self, step: _Step, started: float, ends: bool) -> None:
+        """Observe it, now or when the host next knows what the devices have done.
+
+        Now where it `ends` a sequence, whose seconds are then told to the client.
+        """
         stats = step.outcome.stats
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
@@ -391,7 +395,7 @@ class Engine:
         step.outcome.laps.started = started
         self._unobserved.append(step)
         # A cycle reads once at least; prompts are long, and who arrives waits for what is enqueued.
-        waits = step.outcome.has_read or stats.num_prefill_tokens or not self.has_work
+        waits = step.outcome.has_read or stats.num_prefill_tokens or ends or not self.has_work
         if waits or not self._advancer.runs_ahead or len(self._unobserved) >= _LONGEST_RUN:
             self._observe_all()
 

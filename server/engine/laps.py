@@ -22,7 +22,7 @@ class Laps:
 
     Attributes:
         started, fed, decided: readings of the host's clock in seconds: before planning, before the
-            forward, and when everything the step decides was decided or enqueued.
+            tensors of the forward are made, and when all the step decides was decided or enqueued.
         begun: mark before the forward, on the device where scores meet.
         forward: marks around the forward, on its model's device.
         head_seconds: of deferred scores, which belong to no other forward.
@@ -49,16 +49,18 @@ class Timer:
         self._clock = clock
 
     def begin(self) -> Laps:
-        """Before a forward; nothing of the step was planned before that should be counted."""
+        """Before a step's tensors are made; `started` is for who has planned it to set."""
         now = self._clock()
         return Laps(started=now, fed=now, begun=self._meeting.mark())
 
     def start_forward(self, model: int, laps: Laps) -> None:
-        """Before the forward of `model`."""
+        """Before the forward of `model`. Models on several devices take turns, or steps overlap."""
+        if self._is_elsewhere[model]:
+            self._models[model].follow(laps.begun)
         laps.forward.append(self._models[model].mark())
 
     def stop_forward(self, model: int, laps: Laps) -> None:
-        """After it. Models on several devices take turns, or steps would overlap."""
+        """After it."""
         mark = self._models[model].mark()
         laps.forward.append(mark)
         if self._is_elsewhere[model]:
@@ -82,7 +84,8 @@ class Timer:
         (first, _), (last, stats) = run[0], run[-1]
         left = self._clock() - first.started - sum(stats.step_seconds for _, stats in run[:-1])
         stats.step_seconds = max(left, stats.forward_seconds)
-        # What the host does beside a device that is busy with earlier steps takes no time.
-        outside = asked - last.decided + (last.fed - last.started if len(run) == 1 else 0.0)
+        # What the host plans beside a device that is busy with earlier steps takes no time; what it
+        # planned before the first of them is in the time that is left.
+        outside = first.fed - first.started + asked - last.decided
         rest = stats.step_seconds - stats.forward_seconds - outside
         stats.combine_seconds = max(0.0, rest)

@@ -78,11 +78,14 @@ def test_what_is_proposed_comes_from_the_head_of_a_flat_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warp, "_HEAD", 3)
-    logits = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1], [9.0, 5.0, 0.0, 0.0, 0.0]])
-    places = [place([1], [], top_p=0.95), place([1], [], top_p=0.95, top_k=4)]
-    allowed = Warp(places, EOS, CPU)(logits).isfinite()
-    proposed = Warp(places, EOS, CPU, proposing=True)(logits).isfinite()
-    assert allowed.sum(-1).tolist() == [5, 1]
-    assert proposed.tolist() == [[True] * 4 + [False], [True] + [False] * 4]
-    alone = Warp(places[:1], EOS, CPU, proposing=True)(logits[:1]).isfinite()
-    assert alone.tolist() == [[True] * 3 + [False] * 2]
+    logits = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1]]).repeat(3, 1)
+    places = [
+        place([1], [], top_p=0.95),
+        place([1], [], top_k=4),
+        place([1], [], top_p=0.95, top_k=2),
+    ]
+    assert Warp(places, EOS, CPU)(logits).isfinite().sum(-1).tolist() == [5, 4, 2]
+    for rows in ([0, 1, 2], [0], [1], [2], [2, 0]):
+        warp_of_rows = Warp([places[row] for row in rows], EOS, CPU, proposing=True)
+        kept = warp_of_rows(logits[rows]).isfinite().sum(-1).tolist()
+        assert kept == [(3, 4, 2)[row] for row in rows]

@@ -193,7 +193,7 @@ def test_steps_are_observed_before_the_engine_idles() -> None:
     last = [engine.step() for _ in iter(lambda: engine.has_work, False)][-1]
     assert last[0].finish_reason == "error"
     assert not engine.is_ahead
-    assert sum(step.num_proposed for step in steps) == sum(r.num_forwards for r in runners)
+    assert len(steps) == sum(runner.num_forwards for runner in runners)
 
 
 @pytest.fixture

@@ -1,0 +1,79 @@
+"""Factors of seconds that are only ever seen as products: a Kalman filter over their logarithms.
+
+A step that took longer than expected says nothing of which factor is to blame. The filter keeps
+what is known of sums of them as well as of each: two kinds of steps that share a factor and take
+turns tell what the one takes beside the other, however fast the machine is meanwhile. Between
+observations every factor drifts, back to what it was at first if it is not seen for long (an
+Ornstein-Uhlenbeck process).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence as Row
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Factors:
+    """Named factors, 1 at first; all variances are of logarithms."""
+
+    def __init__(self, memory: float, noise: float, surprise: float) -> None:
+        """Make one without factors.
+
+        Args:
+            memory: seconds after which a factor that is not seen has lost 63 % of what was learnt.
+            noise: variance of one observation.
+            surprise: standard deviations that one observation counts for at most.
+        """
+        self._memory = memory
+        self._noise = noise
+        self._surprise = surprise
+        self._index: dict[Hashable, int] = {}
+        self._priors: NDArray[np.float64] = np.zeros(0)
+        self._means: NDArray[np.float64] = np.zeros(0)
+        self._covariance: NDArray[np.float64] = np.zeros((0, 0))
+
+    def add(self, name: Hashable, prior: float, variance: float) -> None:
+        """Know a factor from now on, if it is new: its `variance` now, and unseen for long."""
+        if name in self._index:
+            return
+        size = len(self._index)
+        self._index[name] = size
+        self._priors = np.append(self._priors, prior)
+        self._means = np.append(self._means, 0.0)
+        covariance = np.zeros((size + 1, size + 1))
+        covariance[:size, :size] = self._covariance
+        covariance[size, size] = variance
+        self._covariance = covariance
+
+    def value(self, names: Row[Hashable]) -> float:
+        """Their product; of those that nobody has added, 1."""
+        return math.exp(
+            sum(self._means[i] for name in names if (i := self._index.get(name, -1)) >= 0)
+        )
+
+    def doubt(self, names: Row[Hashable]) -> float:
+        """Standard deviation of the last of `names`, all added, if the others were known."""
+        chosen = [self._index[name] for name in names]
+        block = self._covariance[np.ix_(chosen, chosen)]
+        return math.sqrt(1 / np.linalg.inv(block)[-1, -1])
+
+    def pass_time(self, seconds: float) -> None:
+        """Nothing was seen for so long."""
+        kept = math.exp(-seconds / self._memory)
+        self._means *= kept
+        self._covariance *= kept**2
+        self._covariance[np.diag_indices_from(self._covariance)] += self._priors * (1 - kept**2)
+
+    def observe(self, names: Row[Hashable], measured: float) -> None:
+        """The product of `names`, all added, was seen to be `measured`, above 0."""
+        chosen = [self._index[name] for name in names]
+        shared = self._covariance[:, chosen].sum(axis=1)
+        total = float(shared[chosen].sum()) + self._noise
+        limit = self._surprise * math.sqrt(total)
+        surprise = math.log(measured) - float(self._means[chosen].sum())
+        surprise = min(limit, max(-limit, surprise))
+        self._means += shared * (surprise / total)
+        self._covariance -= np.outer(shared, shared) / total
