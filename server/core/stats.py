@@ -59,8 +59,8 @@ class StepStats:
     Attributes:
         model: index of the model that ran.
         num_sequences: sequences it ran over, and how many of them were decoding.
-        num_past: tokens that the model had read of the decoding ones before, in all; those that it
-            attends once for several of them count once.
+        num_past: tokens that the model had read of the decoding ones before, in all; num_attended
+            of them, those that it attends once for several counted once.
         num_tokens: tokens fed; num_prefill_tokens of them were prompts or recomputation.
         forward_seconds: the model's forward alone.
         combine_seconds: of the advance without the forward: warping, combining, verifying, drawing,
@@ -91,6 +91,7 @@ class StepStats:
     num_sequences: int = 0
     num_decoding: int = 0
     num_past: int = 0
+    num_attended: int = 0
     num_tokens: int = 0
     num_prefill_tokens: int = 0
     forward_seconds: float = 0.0

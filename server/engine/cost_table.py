@@ -117,13 +117,36 @@ class Ratio:
         self._expected = self._expected * kept + expected
 
 
+@dataclass(slots=True)
+class _Context:
+    """Tokens that decoding sequences stand on, as of the last step.
+
+    Attributes:
+        own: of each of them.
+        shared: that all begin with, and that are attended once.
+    """
+
+    own: float
+    shared: float = 0.0
+
+    def observe(self, stats: StepStats) -> None:
+        """A step with decoding sequences; one alone does not say what it would share."""
+        if stats.num_decoding > 1:
+            self.shared = (stats.num_past - stats.num_attended) / (stats.num_decoding - 1)
+        self.own = max(0.0, stats.num_past / stats.num_decoding - self.shared)
+
+    def attended(self, batch: float) -> float:
+        """Tokens that `batch` such sequences attend to."""
+        return batch * self.own + self.shared
+
+
 class CostTable:
     """Seconds of forwards and of steps; read and corrected on the engine thread."""
 
     def __init__(self, timings: Timings) -> None:
         self.timings = timings
         num_models = len(timings.forward_seconds)
-        self._context = float(timings.context)  # of a decoding sequence in the last step
+        self._context = _Context(float(timings.context))
         self._factors = Factors(_MEMORY, _NOISE**2, _SURPRISE)
         self._factors.add(_MACHINE_NAME, _MACHINE**2, _MACHINE**2)
         for model in range(num_models):
@@ -225,7 +248,7 @@ class CostTable:
         """Learn from one step; those that read prompts say nothing about decoding."""
         self._factors.pass_time(stats.step_seconds)
         if stats.num_decoding:
-            self._context = stats.num_past / stats.num_decoding
+            self._context.observe(stats)
         if stats.num_prefill_tokens or not stats.num_sequences:
             return
         self._charge.add(stats.step_seconds, self.price(stats))
@@ -278,7 +301,8 @@ class CostTable:
         if not self.timings.past_seconds:
             return 0.0
         one, each = self.timings.past_seconds[model]
-        return batch * (self._context - self.timings.context) * (one + each * max(0.0, more))
+        longer = self._context.attended(batch) - batch * self.timings.context
+        return longer * (one + each * max(0.0, more))
 
     def _extra(self, model: int, batch: float, more: float) -> float:
         """What `more` tokens of each sequence add to a forward of one."""

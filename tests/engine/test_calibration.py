@@ -261,12 +261,15 @@ def test_nobody_finds_the_contexts_that_were_never_read() -> None:
     engine.scheduler.check_integrity()
 
 
-def stepped(model: int, tokens: int, past: int, seconds: float, batch: int = 4) -> StepStats:
+def stepped(
+    model: int, tokens: int, past: int, seconds: float, batch: int = 4, shared: int = 0
+) -> StepStats:
     return StepStats(
         model,
         num_sequences=batch,
         num_decoding=batch,
         num_past=past * batch,
+        num_attended=past * batch - shared * (batch - 1),
         num_tokens=tokens * batch,
         forward_seconds=seconds,
         step_seconds=seconds,
@@ -298,6 +301,33 @@ def test_longer_texts_are_not_taken_for_a_slower_machine() -> None:
             assert costs.forward_seconds(0, 4, tokens) == pytest.approx(real(tokens, past))
     costs.observe(stepped(0, 1, 0, 0.01))
     assert costs.forward_seconds(0, 4, 1) > 0
+
+
+def test_what_texts_share_is_counted_once_whatever_their_number() -> None:
+    """A step of one of them stands on as many tokens, and says nothing of the others' price."""
+    shapes = {(batch, 1): 0.01 * batch for batch in (1, 4)}
+    timings = Timings(
+        (1, 4),
+        ((0.01, 0.04),),
+        (0.0, 0.0),
+        (0.0, 0.0),
+        span_seconds=(shapes,),
+        context=100,
+        past_seconds=((2e-5, 0.0),),
+    )
+    costs = CostTable(timings)
+
+    def real(batch: int, shared: int) -> float:
+        return 0.01 * batch + (batch * (600 - shared) + shared - batch * 100) * 2e-5
+
+    for shared in (500, 0):
+        for batch in (4, 1, 4, 1):
+            costs.observe(
+                stepped(0, 1, 600, real(batch, shared), batch, shared if batch > 1 else 0)
+            )
+            assert costs.slowness == pytest.approx(1)
+            assert costs.forward_seconds(0, 4, 1) == pytest.approx(real(4, shared))
+            assert costs.forward_seconds(0, 1, 1) == pytest.approx(real(1, shared))
 
 
 def test_what_a_token_of_the_past_takes_is_timed() -> None:

@@ -183,23 +183,3 @@ def test_random_arrivals_aborts_and_preemptions(name: str) -> None:
             params = sequence.params
             alone = Sequence.start("s", prompts[sequence.id], params, sequence.decoding)
             assert tuple(made[sequence.id]) == text(new_engine(name, prefix_cache=False), alone)
-
-
-def test_what_several_begin_with_counts_once_among_what_was_read() -> None:
-    """Three whole pages of SYSTEM are held by all four, the rest by each alone."""
-    for prefix_cache in (True, False):
-        steps: list[StepStats] = []
-        engine = new_engine("standard", steps, prefix_cache=prefix_cache)
-        sequences = [start(f"s{i}", [*SYSTEM, i], "standard", max_tokens=9) for i in range(4)]
-        past: list[int] = []
-
-        def note(sequences: list[Sequence] = sequences, past: list[int] = past) -> None:
-            past.append(sum(len(s) for s in sequences))
-
-        run(engine, sequences, note)
-        together = [i for i, s in enumerate(steps) if s.num_decoding == s.num_running == 4]
-        assert len(together) > 4
-        for i in together:
-            # What is fed comes before the token that the step may have drawn.
-            before = past[i] - 4 - steps[i].num_drawn
-            assert steps[i].num_past == before - (3 * 12 if prefix_cache else 0)

@@ -111,6 +111,10 @@ def test_who_is_together(calls):
     other = Span([1, *range(50, 57)], 25, [0], 1)
     _, sizes = attend([longer, other, *alike], Style(None, 0, None, None), 8)
     assert sorted(sizes) == [1, 1, 3], "one long text, or one that only begins alike, ends nothing"
+    for device, num_saved in (("cpu", 2 * 5 * PAGE), ("cuda", 0)):
+        spans = [longer, other, *alike]
+        count = plan.num_attended(spans, PAGE, torch.device(device))
+        assert count == sum(span.num_past for span in spans) - num_saved
     short = [Span([1, 2, 10 + i, 20 + i, 40 + i], 18, [0], 1) for i in range(2)]
     _, sizes = attend(short, Style(None, 0, None, None), 8)
     assert sizes == [1, 1], "8 tokens in common and 11 of each one's own do not pay"
