@@ -90,10 +90,10 @@ class StepStats:
     model: int
     num_sequences: int = 0
     num_decoding: int = 0
-    num_past: int = 0
-    num_attended: int = 0
     num_tokens: int = 0
     num_prefill_tokens: int = 0
+    num_past: int = 0
+    num_attended: int = 0
     forward_seconds: float = 0.0
     combine_seconds: float = 0.0
     step_seconds: float = 0.0

@@ -117,9 +117,9 @@ class Ratio:
         self._expected = self._expected * kept + expected
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Context:
-    """Tokens that decoding sequences stand on, as of the last step.
+    """Tokens that decoding sequences stand on.
 
     Attributes:
         own: of each of them.
@@ -129,15 +129,24 @@ class _Context:
     own: float
     shared: float = 0.0
 
-    def observe(self, stats: StepStats) -> None:
-        """A step with decoding sequences; one alone does not say what it would share."""
-        if stats.num_decoding > 1:
-            self.shared = (stats.num_past - stats.num_attended) / (stats.num_decoding - 1)
-        self.own = max(0.0, stats.num_past / stats.num_decoding - self.shared)
+    @staticmethod
+    def of(stats: StepStats) -> _Context:
+        """Of the decoding sequences of a step."""
+        saved = stats.num_past - stats.num_attended
+        shared = saved / max(1, stats.num_decoding - 1)
+        return _Context(max(0.0, stats.num_past / stats.num_decoding - shared), shared)
 
-    def attended(self, batch: float) -> float:
-        """Tokens that `batch` such sequences attend to."""
-        return batch * self.own + self.shared
+    def alike(self, stats: StepStats) -> _Context:
+        """What all would stand on, were they as those of a step that only some took part in."""
+        each = stats.num_past / stats.num_decoding
+        shared = min(self.shared, each)
+        return _Context(each - shared, shared)
+
+    def seconds(self, batch: float, more: float, rates: tuple[float, float]) -> float:
+        """What attending to them adds to a forward, `more` tokens of each above one."""
+        one, each = rates
+        own = batch * self.own * (one + each * more)
+        return own + self.shared * (one + each * (batch * (1 + more) - 1))
 
 
 class CostTable:
@@ -167,19 +176,22 @@ class CostTable:
         """How much slower the model's forwards are now than when they were timed."""
         return self._factors.value([_MACHINE_NAME, (model,)])
 
-    def forward_seconds(self, model: int, batch: float, tokens: float) -> float:
+    def forward_seconds(
+        self, model: int, batch: float, tokens: float, context: _Context | None = None
+    ) -> float:
         """One forward of `tokens` tokens of each of `batch` sequences, all of them scored.
 
-        The sequences are as long as those of the last step.
+        The sequences are as long as those of the last step, or as `context` says.
         """
-        return self._timed(model, batch, tokens) * self._factors.value(_names(model, batch, tokens))
+        timed = self._timed(model, batch, tokens, context or self._context)
+        return timed * self._factors.value(_names(model, batch, tokens))
 
     def doubt(self, model: int, batch: float, tokens: float) -> float:
         """Relative deviation of `forward_seconds`, the machine's and the model's speed aside.
 
         Of several tokens, beside forwards of one.
         """
-        return self._factors.doubt(self._known_names(model, batch, tokens))
+        return self._factors.doubt(self._known_names(model, batch, tokens)[-1])
 
     def rest_seconds(
         self,
@@ -230,7 +242,7 @@ class CostTable:
         if not batch:
             return stats.step_seconds
         tokens = (stats.num_tokens - stats.num_prefill_tokens) / batch
-        alone = self.forward_seconds(stats.model, batch, tokens)
+        alone = self.forward_seconds(stats.model, batch, tokens, _Context.of(stats))
         rest = (stats.step_seconds - stats.forward_seconds) * (1 - batch / stats.num_sequences)
         return max(0.0, stats.forward_seconds - alone) + rest
 
@@ -240,7 +252,8 @@ class CostTable:
             return 0.0
         batch = stats.num_decoding
         tokens = (stats.num_tokens - stats.num_prefill_tokens) / batch
-        return self.forward_seconds(stats.model, batch, tokens) + self.rest_seconds(
+        forward = self.forward_seconds(stats.model, batch, tokens, _Context.of(stats))
+        return forward + self.rest_seconds(
             batch, stats.num_drawn, sum(stats.tails), stats.num_proposed
         )
 
@@ -248,13 +261,17 @@ class CostTable:
         """Learn from one step; those that read prompts say nothing about decoding."""
         self._factors.pass_time(stats.step_seconds)
         if stats.num_decoding:
-            self._context.observe(stats)
+            # Few of many share less than all would, and one alone nothing.
+            is_whole = 2 * stats.num_decoding > stats.num_running
+            is_whole &= stats.num_decoding > 1 or not self._context.shared
+            self._context = _Context.of(stats) if is_whole else self._context.alike(stats)
         if stats.num_prefill_tokens or not stats.num_sequences:
             return
         self._charge.add(stats.step_seconds, self.price(stats))
         model, batch = stats.model, stats.num_sequences
         tokens = stats.num_tokens / batch
-        timed = self._timed(model, batch, tokens)
+        context = _Context.of(stats) if stats.num_decoding else self._context
+        timed = self._timed(model, batch, tokens, context)
         if timed > 0 and stats.forward_seconds > 0:
             names = self._known_names(model, batch, tokens)
             self._factors.observe(names, stats.forward_seconds / timed)
@@ -286,7 +303,7 @@ class CostTable:
         first = {"draw": 1.0, "verify": _VERIFY_FACTOR, "propose": _PROPOSE_FACTOR}[kind]
         return max(0.0, draw - feed) * first * _bounded(self._rest_factors[kind])
 
-    def _timed(self, model: int, batch: float, tokens: float) -> float:
+    def _timed(self, model: int, batch: float, tokens: float, context: _Context) -> float:
         """As measured at start, between and beyond what was measured."""
         key = (model, batch, tokens)
         if key not in self._known:
@@ -294,15 +311,16 @@ class CostTable:
                 self._known.clear()
             self._known[key] = self._timed_one(model, batch) + self._extra(model, batch, tokens - 1)
         at_first = self._known[key]
-        return max(_LEAST * at_first, at_first + self._past(model, batch, tokens - 1))
+        return max(_LEAST * at_first, at_first + self._past(model, batch, tokens - 1, context))
 
-    def _past(self, model: int, batch: float, more: float) -> float:
+    def _past(self, model: int, batch: float, more: float, context: _Context) -> float:
         """What sequences longer than those timed, or shorter, add to a forward."""
         if not self.timings.past_seconds:
             return 0.0
-        one, each = self.timings.past_seconds[model]
-        longer = self._context.attended(batch) - batch * self.timings.context
-        return longer * (one + each * max(0.0, more))
+        rates = self.timings.past_seconds[model]
+        timed = _Context(self.timings.context)
+        more = max(0.0, more)
+        return context.seconds(batch, more, rates) - timed.seconds(batch, more, rates)
 
     def _extra(self, model: int, batch: float, more: float) -> float:
         """What `more` tokens of each sequence add to a forward of one."""

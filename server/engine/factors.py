@@ -34,6 +34,7 @@ class Factors:
         self._priors: NDArray[np.float64] = np.zeros(0)
         self._means: NDArray[np.float64] = np.zeros(0)
         self._covariance: NDArray[np.float64] = np.zeros((0, 0))
+        self._own: NDArray[np.float64] = np.zeros(0)  # variances, as if the others were known
 
     def add(self, name: Hashable, prior: float, variance: float) -> None:
         """Know a factor from now on, if it is new: its `variance` now, and unseen for long."""
@@ -47,6 +48,7 @@ class Factors:
         covariance[:size, :size] = self._covariance
         covariance[size, size] = variance
         self._covariance = covariance
+        self._own = np.append(self._own, variance)
 
     def value(self, names: Row[Hashable]) -> float:
         """Their product; of those that nobody has added, 1."""
@@ -54,18 +56,22 @@ class Factors:
             sum(self._means[i] for name in names if (i := self._index.get(name, -1)) >= 0)
         )
 
-    def doubt(self, names: Row[Hashable]) -> float:
-        """Standard deviation of the last of `names`, all added, if the others were known."""
-        chosen = [self._index[name] for name in names]
-        block = self._covariance[np.ix_(chosen, chosen)]
-        return math.sqrt(1 / np.linalg.inv(block)[-1, -1])
+    def doubt(self, name: Hashable) -> float:
+        """Standard deviation of a factor by the observations it was last in, if it was added.
+
+        What these leave to the other factors does not count, nor do observations in which another
+        one came last: this says how lately a kind of steps was seen, and how often.
+        """
+        return math.sqrt(self._own[self._index[name]])
 
     def pass_time(self, seconds: float) -> None:
         """Nothing was seen for so long."""
         kept = math.exp(-seconds / self._memory)
         self._means *= kept
         self._covariance *= kept**2
-        self._covariance[np.diag_indices_from(self._covariance)] += self._priors * (1 - kept**2)
+        drift = self._priors * (1 - kept**2)
+        self._covariance[np.diag_indices_from(self._covariance)] += drift
+        self._own = self._own * kept**2 + drift
 
     def observe(self, names: Row[Hashable], measured: float) -> None:
         """The product of `names`, all added, was seen to be `measured`, above 0."""
@@ -77,3 +83,5 @@ class Factors:
         surprise = min(limit, max(-limit, surprise))
         self._means += shared * (surprise / total)
         self._covariance -= np.outer(shared, shared) / total
+        last = chosen[-1]
+        self._own[last] *= self._noise / (self._noise + self._own[last])

@@ -313,12 +313,13 @@ def test_what_texts_share_is_counted_once_whatever_their_number() -> None:
         (0.0, 0.0),
         span_seconds=(shapes,),
         context=100,
-        past_seconds=((2e-5, 0.0),),
+        past_seconds=((2e-5, 1e-6),),
     )
     costs = CostTable(timings)
 
     def real(batch: int, shared: int) -> float:
-        return 0.01 * batch + (batch * (600 - shared) + shared - batch * 100) * 2e-5
+        own = (batch * (600 - shared) - batch * 100) * 2e-5
+        return 0.01 * batch + own + shared * (2e-5 + 1e-6 * (batch - 1))
 
     for shared in (500, 0):
         for batch in (4, 1, 4, 1):

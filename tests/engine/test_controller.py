@@ -213,9 +213,15 @@ def show(costs: CostTable, subject: Controller, model: int, sequences: list[Sequ
         sequence.schedule = chosen
     most = 1 if chosen.strategy == "standard" else 1 + max(chosen.gamma)
     for tokens in range(1, 1 + most):
-        seconds = costs._timed(model, batch, tokens)
-        stats = StepStats(model, batch, batch, batch * tokens, forward_seconds=seconds)
-        stats.step_seconds = seconds
+        seconds = costs._timed(model, batch, tokens, costs._context)
+        stats = StepStats(
+            model,
+            num_sequences=batch,
+            num_decoding=batch,
+            num_tokens=batch * tokens,
+            forward_seconds=seconds,
+            step_seconds=seconds,
+        )
         costs.observe(stats)
         subject.observe(stats, sequences, batch)
 

@@ -49,13 +49,16 @@ def test_where_something_pays_it_is_taken() -> None:
         assert taken <= 1.04 * best
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_a_machine_whose_speed_drifts(seed: int) -> None:
+def test_a_machine_whose_speed_drifts() -> None:
     load, acceptance = Load(16, 32), (0.5, 0.95)
-    laboratory = Laboratory(acceptance, clock=drifting(seed), mistimed=seed)
-    measured = second_run(laboratory, load, AUTO)
-    assert measured.token_seconds <= 1.02 * of_standard(load, acceptance)
-    assert laboratory.run(load, STANDARD).estimated == pytest.approx(1.0, abs=0.05)
+    taken = []
+    for seed in range(1, 5):
+        laboratory = Laboratory(acceptance, clock=drifting(seed), mistimed=seed)
+        measured = second_run(laboratory, load, AUTO)
+        taken.append(measured.token_seconds / of_standard(load, acceptance))
+        assert laboratory.run(load, STANDARD).estimated == pytest.approx(1.0, abs=0.05)
+    assert max(taken) <= 1.03
+    assert sum(taken) / len(taken) <= 1.015
 
 
 @pytest.mark.parametrize("seed", [1, 2])
