@@ -44,6 +44,8 @@ _MEMORY = 120.0  # seconds of steps until 63 % of what was learnt is forgotten, 
 Name = tuple[int, ...]  # of a factor
 _MACHINE_NAME: Name = ()
 
+_ABOUT_ONE = 1.05  # tokens of each sequence in a step of standard decoding, at most
+
 _LEAST = 0.25  # of its first timing, that a forward over shorter sequences takes
 
 # How the rest of a step that verifies, or proposes, compares with that of one that draws, until
@@ -357,12 +359,13 @@ class CostTable:
 def _names(model: int, batch: float, tokens: float) -> list[Name]:
     """The machine's, the model's, and one or two of the shape, the last its very own.
 
-    Shapes are about the same by powers of two of sequences and of tokens.
+    Shapes are about the same by powers of two of sequences and of tokens. Where some feed one token
+    and some two, attention takes them apart: that says nothing of steps that feed one each.
     """
     size = round(math.log2(max(1.0, batch)))
     names = [_MACHINE_NAME, (model,), (model, size)]
-    if length := round(math.log2(max(1.0, tokens))):
-        names.append((model, size, length))
+    if tokens > _ABOUT_ONE:
+        names.append((model, size, max(1, round(math.log2(tokens)))))
     return names
 
 
