@@ -30,6 +30,7 @@ from server.bench.closed_loop import BlockResult, run_block
 from server.bench.machine import describe_machine, describe_versions
 from server.bench.plan import Block, make_jobs
 from server.bench.prompts import load_prompts
+from server.bench.session import first_model
 from server.bench.settings import Settings
 from server.bench.strategy_spec import StrategySpec, parse_concurrency
 from server.errors import ConfigError, CosError
@@ -90,12 +91,7 @@ async def _client(stack: AsyncExitStack, url: str, settings: Settings) -> BenchC
     # trust_env: a proxy between client and server would be measured with it.
     http = httpx.AsyncClient(base_url=url, timeout=600, limits=limits, trust_env=False)
     await stack.enter_async_context(http)
-    try:
-        answer = await http.get("/v1/models")
-        model = str(answer.raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise CosError(f"{url}: no list of models to be had: {error}") from error
-    return BenchClient(http, model, settings)
+    return BenchClient(http, await first_model(http), settings)
 
 
 def _block(settings: Settings, name: str, concurrency: int, round: int) -> Block:

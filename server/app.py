@@ -15,7 +15,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -194,15 +194,7 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         loaded.runners,
         tokenizer,
         loaded.eos_token_ids,
-        EngineLimits(
-            max_sequences=config.engine.max_sequences,
-            max_step_tokens=config.engine.max_step_tokens,
-            max_gamma=config.decoding.max_gamma,
-            max_waiting=config.engine.max_waiting,
-            max_prefill_tokens=_max_prefill_tokens(config, loaded.runners),
-            prefix_cache=config.engine.prefix_cache,
-            runs_ahead={"auto": None, "on": True, "off": False}[config.engine.run_ahead],
-        ),
+        EngineLimits.of(config, loaded.runners),
         on_step=metrics.observe_step,
         coin_seed=secrets.randbits(63),
     )
@@ -252,14 +244,6 @@ def _facts(runner: LoadedRunner) -> ModelFacts:
         num_pages=runner.num_pages - 1,
         page_bytes=runner.store.bytes_per_token * runner.page_size,
     )
-
-
-def _max_prefill_tokens(config: ServerConfig, runners: Iterable[LoadedRunner]) -> int:
-    wanted = config.engine.max_prefill_tokens
-    if wanted != "auto":
-        return wanted
-    # About as long as a few steps of some sequences take on either.
-    return 128 if any(runner.device.type == "cpu" for runner in runners) else 512
 
 
 def _grammars(tokenizer: Serialisable, vocab_size: int, eos: frozenset[int]) -> Grammars:

@@ -16,22 +16,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import json
 import logging
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from server.bench.closed_loop import BlockResult
-from server.bench.machine import describe_machine, describe_versions, git_hash
 from server.bench.plan import WARMUP_ROUND, WARMUP_TOKENS, Block, Job, rotated
 from server.bench.prompts import PromptSet, load_prompts
+from server.bench.result_file import ResultFile, read_document
 from server.bench.session import Target, connect
 from server.bench.settings import Settings
 from server.bench.strategy_spec import (
@@ -42,8 +39,6 @@ from server.bench.strategy_spec import (
 )
 from server.bench.summary import Summary, summarise
 from server.errors import ConfigError, CosError
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,55 +79,12 @@ _STRIDE = 19  # between the lengths of neighbours; has no factor in common with 
 PROMPTS = ("humaneval", "gsm8k", "mmlu")
 
 
-class ResultFile:
-    """Cells that are done, on disk."""
-
-    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
-        """Raises ConfigError where the file was made with other settings, or is none of ours."""
-        self._path = path
-        self._document: dict[str, Any] = {
-            "format": FORMAT,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "git": git_hash(),
-            "versions": describe_versions(),
-            "machine": describe_machine(),
-            "settings": settings,
-            "cells": [],
-        }
-        if path.exists():
-            before = read_document(path)
-            if before["settings"] != settings:
-                raise ConfigError(f"{path} was measured with {before['settings']}: take another")
-            self._document = before
-
-    def done(self) -> dict[Key, list[Summary]]:
-        return dict(cells_of(self._document))
-
-    def add(self, cell: Cell, summaries: list[Summary], results: list[BlockResult]) -> None:
-        """Written as a whole or not at all."""
-        self._document["cells"].append(
-            {
-                "kind": cell.kind,
-                "summaries": [_rounded(dataclasses.asdict(summary)) for summary in summaries],
-                "blocks": [
-                    [block.strategy, block.round, block.num_tokens, round(block.seconds, 3)]
-                    for block in results
-                ],
-            }
-        )
-        beside = self._path.with_name(self._path.name + ".tmp")
-        beside.write_text(json.dumps(self._document, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, self._path)
-
-
-def read_document(path: Path) -> dict[str, Any]:
-    """A result file. Raises ConfigError."""
+def read_grid(path: Path) -> dict[str, Any]:
+    """A result file of this module. Raises ConfigError."""
+    document = read_document(path)
     try:
-        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if document["format"] != FORMAT:
-            raise ConfigError(f"{path}: format {document['format']}, expected {FORMAT}")
         list(cells_of(document))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, IndexError) as error:
         raise ConfigError(f"{path}: no result of server.bench.grid: {error}") from error
     return document
 
@@ -144,13 +96,15 @@ def cells_of(document: dict[str, Any]) -> Iterator[tuple[Key, list[Summary]]]:
         yield (cell["kind"], summaries[0].prompt_set, summaries[0].concurrency), summaries
 
 
-def _rounded(value: Any) -> Any:
-    """Six digits say all that was measured, and keep the file small."""
-    if isinstance(value, float):
-        return float(f"{value:.6g}")
-    if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list) else value
+def _record(cell: Cell, summaries: list[Summary], results: list[BlockResult]) -> dict[str, Any]:
+    return {
+        "kind": cell.kind,
+        "summaries": [dataclasses.asdict(summary) for summary in summaries],
+        "blocks": [
+            [block.strategy, block.round, block.num_tokens, round(block.seconds, 3)]
+            for block in results
+        ],
+    }
 
 
 def blocks_of(
@@ -250,7 +204,7 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
     }
     target = Target(options.base_url, options.model, 600.0)
     file = ResultFile(options.out, described)
-    done = file.done()
+    done = dict(cells_of(read_grid(options.out))) if options.out.exists() else {}
     warm: set[str] = set()
     num_failed = 0
     for number, cell in enumerate(cells, start=1):
@@ -262,7 +216,7 @@ def _measure(options: argparse.Namespace, console: Console) -> int:
         failed = sum(result.num_errors for result in results)
         done[cell.key] = summaries = summarise(results)
         if not failed:  # else the cell is left for another run
-            file.add(cell, summaries, results)
+            file.append(_record(cell, summaries, results))
         num_failed += failed
         seconds = time.monotonic() - started
         console.print(

@@ -2,7 +2,7 @@
 
     python -m server.bench.linear --rows 1,8,16,80,512
 
-Why the server keeps one layout for every size of batch: see docs/performance.md. CPU time of one
+Which layouts the server keeps for that: see docs/performance.md. CPU time of one
 thread, least of several rounds; as many equal weights are used in turns as keep them out of the
 caches, as in a model.
 """
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from server.bench.machine import describe_machine, describe_versions
 from server.bench.strategy_spec import parse_concurrency
-from server.runner.packed_linear import PackedLinear
+from server.runner.packed_linear import BFloat16Linear, PackedLinear, multiplies_bfloat16
 
 # (outputs, inputs) of SmolLM2-135M: q/k/v as one, output, gate/up as one, down, head.
 SHAPES = {
@@ -38,17 +38,23 @@ Product = Callable[[Tensor], Tensor]
 
 
 def layouts(weight: Tensor) -> dict[str, Product]:
-    """`x @ weight.T` in each layout; `weight` [out, in] float32 holds float16 numbers."""
+    """`x @ weight.T` in each layout; `weight` [out, in] float32 holds float16 numbers.
+
+    bfloat16 only where the processor multiplies it; its weights are rounded once more.
+    """
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight, requires_grad=False)
     transposed = weight.t().contiguous()
     half = weight.half()
-    return {
+    products: dict[str, Product] = {
         "16 bits, packed": PackedLinear(linear),
         "float32": lambda x: F.linear(x, weight),
         "float32, transposed": lambda x: x @ transposed,
         "16 bits, widened each time": lambda x: F.linear(x, half.float()),
     }
+    if multiplies_bfloat16():
+        products["bfloat16, packed"] = BFloat16Linear(linear.bfloat16()).multiply
+    return products
 
 
 @torch.inference_mode()

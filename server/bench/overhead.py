@@ -25,18 +25,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from server.api.completion_protocol import CompletionRequest
-from server.api.decoding import DecodingDefaults, make_combination
+from server.bench.in_process import InProcessEngine
 from server.bench.machine import describe_machine, describe_versions
 from server.bench.prompts import load_prompts
 from server.bench.strategy_spec import StrategySpec, parse_strategies
 from server.config import ServerConfig, load_config
-from server.core.sampling_params import SamplingParams
-from server.core.sequence import Sequence
-from server.engine.calibration import calibrate
-from server.engine.engine import Engine, EngineLimits
-from server.metrics import Metrics
-from server.runner.loader import load_models
+from server.engine.engine import Engine
 
 FORWARD, DECIDE, REST = "forwards", "verifying, drawing, proposing", "the rest"
 STORE, PLAN, CACHE = "writing scores", "planning", "prefix cache"
@@ -99,21 +93,10 @@ class Workbench:
     """One engine as a server has it, with stopwatches on its parts."""
 
     def __init__(self, config: ServerConfig, prompts: Row[str]) -> None:
-        loaded = load_models(config)
-        tokenizer = loaded.tokenizer.backend_tokenizer
-        decoding = config.decoding
-        limits = EngineLimits(config.engine.max_sequences, max_gamma=decoding.max_gamma)
-        metrics = Metrics(config)
         self.stopwatch = Stopwatch()
-        self._defaults = DecodingDefaults(config)
-        self._numbers = itertools.count()
-        self._prompts = itertools.cycle([tokenizer.encode(prompt).ids for prompt in prompts])
-        self._engine = Engine(
-            loaded.runners, tokenizer, frozenset(), limits, on_step=metrics.observe_step
-        )
-        costs = calibrate(self._engine, make_combination(config.combination, len(config.models)))
-        if costs is not None:
-            self._engine.control(costs)
+        self._prompts = itertools.cycle(prompts)
+        self._bench = InProcessEngine(config)
+        self._engine = self._bench.engine
         self._wrap(self._engine)
 
     def _wrap(self, engine: Engine) -> None:
@@ -135,9 +118,10 @@ class Workbench:
 
     def run(self, strategy: StrategySpec, batch: int, num_tokens: int, temperature: float) -> None:
         """Decode `batch` texts; only steps with all of them past their prompts are charged."""
-        sequences = [self._sequence(strategy, num_tokens, temperature) for _ in range(batch)]
-        for sequence in sequences:
-            self._engine.add(sequence)
+        sequences = [
+            self._bench.start(next(self._prompts), num_tokens, temperature, strategy)
+            for _ in range(batch)
+        ]
         while not all(sequence.num_generated for sequence in sequences):
             if len(self._engine.scheduler.running) + len(self._engine.scheduler.waiting) < batch:
                 raise SystemExit(f"a text of {num_tokens} tokens ended before all had begun")
@@ -149,17 +133,6 @@ class Workbench:
             self.stopwatch.num_steps += 1
         for sequence in sequences:
             self._engine.abort(sequence.id)
-
-    def _sequence(self, strategy: StrategySpec, num_tokens: int, temperature: float) -> Sequence:
-        number = next(self._numbers)
-        request = CompletionRequest.model_validate(
-            {"model": "", "prompt": "", "temperature": temperature, "cos": strategy.override}
-        )
-        params = SamplingParams(
-            max_tokens=num_tokens, temperature=temperature, seed=number, ignore_eos=True
-        )
-        decoding = self._defaults.resolve(request)
-        return Sequence.start(f"overhead-{number}", next(self._prompts), params, decoding)
 
 
 def main(argv: Row[str] | None = None) -> None:

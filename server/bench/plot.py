@@ -19,7 +19,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from server.bench.grid import KINDS, Key, cells_of, read_document
+from server.bench.grid import KINDS, Key, cells_of, read_grid
 from server.bench.summary import Summary
 from server.errors import CosError
 
@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="directory of the pictures")
     options = parser.parse_args(argv)
     try:
-        documents = [read_document(path) for path in options.results]
+        documents = [read_grid(path) for path in options.results]
     except CosError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

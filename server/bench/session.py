@@ -70,7 +70,7 @@ async def connect(target: Target, settings: Settings) -> AsyncIterator[Connectio
         limits=limits,
         trust_env=False,
     ) as http:
-        yield Connection(http, target.model or await _first_model(http), settings)
+        yield Connection(http, target.model or await first_model(http), settings)
 
 
 async def measure(
@@ -100,7 +100,8 @@ async def _run(
     return results
 
 
-async def _first_model(http: httpx.AsyncClient) -> str:
+async def first_model(http: httpx.AsyncClient) -> str:
+    """Name of the first model that a server has. Raises BenchError."""
     try:
         response = await http.get("/v1/models")
         response.raise_for_status()

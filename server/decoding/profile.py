@@ -16,9 +16,11 @@ import torch
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.strategies import Strategy, is_scored, num_verifiable
+from server.decoding.turns import next_model
 
 _LENGTH = 64  # of the imagined text; nothing depends on it
 _MAX_STATES = 400
+_SETTLING_STEPS, _COUNTED_STEPS = 24, 48  # of the imagined batch
 _EDGE = 0.01  # acceptance is taken to lie this far from 0 and 1, where chains fall apart
 
 
@@ -38,14 +40,21 @@ class Profile:
 
     Attributes:
         rates: advances of each shape.
+        shares: of the sequences of a large batch, by model, those that take part in its forwards on
+            average: not all come to want it at the same time.
         num_forwards: advances of all shapes.
     """
 
     rates: dict[Shape, float]
+    shares: dict[int, float]
 
     @property
     def num_forwards(self) -> float:
         return sum(self.rates.values())
+
+    def num_together(self, model: int, batch: float) -> float:
+        """Sequences in a forward of `model`, of `batch` that decode; on average, at least one."""
+        return max(1.0, self.shares.get(model, 1.0) * batch)
 
 
 class _State(NamedTuple):
@@ -104,7 +113,33 @@ class Chain:
                 weight = mass * _probability(branch, acceptance)
                 rates[branch.shape] = rates.get(branch.shape, 0.0) + weight
                 num_tokens += weight * branch.num_verified
-        return Profile({shape: rate / num_tokens for shape, rate in rates.items()})
+        scaled = {shape: rate / num_tokens for shape, rate in rates.items()}
+        return Profile(scaled, self._shares(acceptance))
+
+    def _shares(self, acceptance: tuple[float, ...]) -> dict[int, float]:
+        """See `Profile.shares`; a batch so large that shares of it take the branches' odds."""
+        odds = [
+            [(branch.target, _probability(branch, acceptance)) for branch in branches]
+            for branches in self._branches
+        ]
+        models = [branches[0].shape.model for branches in self._branches]
+        masses = [1.0] + [0.0] * (len(odds) - 1)
+        seen: dict[int, list[float]] = {}
+        for step in range(_SETTLING_STEPS + _COUNTED_STEPS):
+            wanted: dict[int, float] = {}
+            for model, mass in zip(models, masses, strict=True):
+                if mass > 0:
+                    wanted[model] = wanted.get(model, 0.0) + mass
+            turn = next_model(wanted)
+            if step >= _SETTLING_STEPS:
+                seen.setdefault(turn, []).append(wanted[turn])
+            after = [0.0 if model == turn else m for model, m in zip(models, masses, strict=True)]
+            for state, mass in enumerate(masses):
+                if models[state] == turn and mass > 0:
+                    for target, probability in odds[state]:
+                        after[target] += mass * probability
+            masses = after
+        return {model: sum(shares) / len(shares) for model, shares in seen.items()}
 
     def _expand(self, state: _State, states: list[_State]) -> list[_Branch]:
         """Advance the model that the strategy wants, for every outcome of verification."""

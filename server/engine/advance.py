@@ -65,7 +65,7 @@ MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist sa
 
 # Where no costs are known, what is looked up must have been right this often of late.
 _MIN_LOOKUP_RATE = 0.5
-_PROBE_PERIOD = 8  # steps that draw, for each that is probed
+_PROBE_PERIOD = 32  # tokens that are drawn, for each that is probed
 _PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
 
 
@@ -397,10 +397,11 @@ class Advancer:
         candidates = [s for s in drawn if s.decoding.is_auto and s.coin_base is None]
         if chooser is None or not candidates:
             return
-        self._num_draws += 1
-        if self._num_draws % _PROBE_PERIOD:
+        before, self._num_draws = self._num_draws, self._num_draws + len(candidates)
+        number = self._num_draws // _PROBE_PERIOD
+        if number == before // _PROBE_PERIOD:
             return
-        sequence = candidates[self._num_draws // _PROBE_PERIOD % len(candidates)]
+        sequence = candidates[number % len(candidates)]
         place = (sequence, len(sequence) - 1)
         for model in sequence.decoding.combination.scorers:
             chooser.add(sequence, model, self._distributions.overlap(model, place))

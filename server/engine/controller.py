@@ -23,7 +23,7 @@ greedy texts are the same whatever is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence as Row
+from collections.abc import Iterable, Mapping, Sequence as Row
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -34,13 +34,17 @@ from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.decoding.profile import Chain, Profile, Shape
 from server.decoding.strategies import Strategies
-from server.engine.cost_table import CostTable, Ratio
+from server.engine.cost_table import CostTable
 from server.engine.lookup_costs import LookupCosts
+from server.engine.reality import Reality
 
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # proposal lengths of the first model that are tried
 _BONUS_LENGTHS = (1, 2, 4)  # and of the others
 _PERIOD = 16  # steps between choices
 _BATCH_PERIOD = 4  # steps after which a changed batch is looked at
+# Steps that a new choice takes until windows end at all times: at first they all begin together,
+# and one that began is paid for before it gives tokens.
+_MIXING_STEPS = 8
 # Another way must promise this much more than the present one; and anything that proposes, this
 # much more than standard decoding, what is uncertain of its seconds not counted: below it a wrong
 # guess costs more than there is to gain.
@@ -50,6 +54,7 @@ _MARGIN = 1.03
 # anything is compared with it, until they are below the second; there a way has been tried.
 _STALE = 0.07
 _TRIED = 0.045
+_HOPE = 2.0  # deviations that a forward may be faster than timed, but not than one of one token
 _TRIAL_STEPS = 48  # that a trial may last; what reads prompts all the time cannot be timed
 _NO_TRIAL_SECONDS = 120.0  # of decoding, after one that could not
 _BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
@@ -58,10 +63,7 @@ _PRIOR_ACCEPTANCE = 0.6
 _PRIOR_WEIGHT = 4.0  # proposals that the first guess counts for
 _SEQUENCE_WEIGHT = 24.0  # proposals that its class counts for against a sequence's own
 _MEMORY = 400.0  # proposals after which a class has forgotten 63 % of what came before
-_REALITY_MEMORY = 10.0  # predicted seconds of decoding, for predicted against real
-_REALITY_PRIOR = 2.0
-_GRUDGE = 120.0  # seconds of decoding after which 63 % of that is forgotten
-_REALITY_RANGE = (0.8, 4.0)
+_UNTESTED = 120.0  # seconds of decoding after which 63 % of what nothing tests is forgotten
 _MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
 
 Kind = Literal["greedy", "seeded", "free"]
@@ -98,6 +100,32 @@ class Acceptance:
         return (sequence.stats.accepted[model] + weight * self.rate(model)) / (verified + weight)
 
 
+@dataclass(frozen=True, slots=True)
+class _Uncertainty:
+    """How well the seconds of a way of decoding are known.
+
+    Attributes:
+        doubt: their relative deviation.
+        hope: they may turn out to be so many times fewer.
+    """
+
+    doubt: float = 0.0
+    hope: float = 1.0
+
+
+@dataclass(slots=True)
+class _Trial:
+    """Doing something to learn what it takes.
+
+    Attributes:
+        num_steps: for which it has been done.
+        not_before: seconds of decoding until which it is not done again, where it taught nothing.
+    """
+
+    num_steps: int = 0
+    not_before: float = 0.0
+
+
 @dataclass(slots=True)
 class _Group:
     """Sequences that ask for the same decoding and take their tokens the same way.
@@ -106,8 +134,7 @@ class _Group:
         choices: what may be chosen, the plain way first.
         chosen: what is, now.
         lookup: what prompt lookup takes beside it; None where it is off.
-        trial_steps: for which something was done to learn what it takes.
-        no_trial_until: seconds of decoding, after a trial that learnt nothing.
+        trials: of what has been tried.
         is_stale: standard decoding is to be timed again.
     """
 
@@ -115,9 +142,11 @@ class _Group:
     chosen: DecodingParams
     is_new: bool = True
     lookup: LookupCosts | None = None
-    trial_steps: int = 0
-    no_trial_until: float = 0.0
+    trials: dict[DecodingParams, _Trial] = field(default_factory=dict)
     is_stale: bool = False
+
+    def trial(self, choice: DecodingParams) -> _Trial:
+        return self.trials.setdefault(choice, _Trial())
 
 
 @dataclass(slots=True)
@@ -125,7 +154,7 @@ class _Interval:
     """Steps since the last choice: what they gave, and what they took.
 
     Attributes:
-        is_pure: all have taken up the choice; nothing is counted before but steps.
+        is_pure: all have taken up the choice some steps ago; nothing is counted before but steps.
         seconds: expected of these very steps by the cost table, on a machine as fast as at first.
         num_tokens: by how many sequences were decoding.
         begun_at: seconds of decoding.
@@ -150,11 +179,12 @@ class Controller:
         self._acceptance: dict[tuple[Combination, Kind], Acceptance] = {}
         self._chains: dict[DecodingParams, Chain] = {}
         self._profiles: dict[tuple[DecodingParams, tuple[int, ...]], Profile] = {}
-        self._reality: dict[tuple[str, int], Ratio] = {}
+        self._reality = Reality()
         self._interval = _Interval()
+        self._num_followed = 0  # steps since all took up the choice
         self._batch = 1
         self._seconds = 0.0
-        self._known: dict[tuple[Shape, int], float] = {}  # seconds of steps, as of the last one
+        self._known: dict[tuple[Shape, float], float] = {}  # seconds of steps, as of the last one
 
     def choose(self, sequence: Sequence) -> DecodingParams:
         """How `sequence`, none of whose tokens is pending, is decoded from here on."""
@@ -197,18 +227,7 @@ class Controller:
         is_due = interval.num_steps >= _PERIOD or changed
         if interval.is_pure and not is_due:
             return
-        members: dict[int, list[Sequence]] = {}
-        groups: dict[int, _Group] = {}
-        is_alone = True  # else others' steps and tokens would count as the group's
-        for sequence in running:
-            if sequence.is_resuming:
-                continue
-            if not sequence.decoding.is_auto:
-                is_alone = False
-            else:
-                group = self._group(sequence)
-                groups[id(group)] = group
-                members.setdefault(id(group), []).append(sequence)
+        groups, members, is_alone = self._grouped(running)
         if is_due:
             self._interval = _Interval(begun_at=self._seconds)
             before = [group.chosen for group in groups.values()]
@@ -219,14 +238,15 @@ class Controller:
             for key, group in groups.items():
                 self._fade(group, members[key][0], self._seconds - interval.begun_at)
                 self._decide(group, members[key], interval.num_steps)
-            if is_left and before == [group.chosen for group in groups.values()]:
+            if before != [group.chosen for group in groups.values()]:
+                self._num_followed = 0
+            elif is_left:
                 self._interval.seconds = interval.seconds
                 self._interval.num_tokens = interval.num_tokens
-        self._interval.is_pure = (
-            is_alone
-            and len(groups) == 1
-            and all(_follow(group, members[key]) for key, group in groups.items())
-        )
+        is_alone &= len(groups) == 1
+        is_alone &= all(_follow(group, members[key]) for key, group in groups.items())
+        self._num_followed = self._num_followed + 1 if is_alone else 0
+        self._interval.is_pure = self._num_followed > _MIXING_STEPS
 
     def token_seconds(
         self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
@@ -236,10 +256,32 @@ class Controller:
             seconds = self._mixture_seconds(decoding, batch)
         else:
             profile = self._profile(decoding, acceptance)
-            seconds = sum(
-                rate * self._step_seconds(shape, batch) for shape, rate in profile.rates.items()
-            )
+            seconds = 0.0
+            for shape, rate in profile.rates.items():
+                together = profile.num_together(shape.model, batch)
+                seconds += rate * self._step_seconds(shape, together) * batch / together
         return seconds / batch
+
+    def _grouped(
+        self, running: Iterable[Sequence]
+    ) -> tuple[dict[int, _Group], dict[int, list[Sequence]], bool]:
+        """Groups and their sequences, by key, and whether there are no others.
+
+        Else others' steps and tokens would count as the group's.
+        """
+        groups: dict[int, _Group] = {}
+        members: dict[int, list[Sequence]] = {}
+        is_alone = True
+        for sequence in running:
+            if sequence.is_resuming:
+                continue
+            if not sequence.decoding.is_auto:
+                is_alone = False
+            else:
+                group = self._group(sequence)
+                groups[id(group)] = group
+                members.setdefault(id(group), []).append(sequence)
+        return groups, members, is_alone
 
     def _compare(self, interval: _Interval, group: _Group, members: list[Sequence]) -> bool:
         """The steps that an interval took, against those that were predicted for its tokens.
@@ -257,16 +299,14 @@ class Controller:
             return False
         if num_tokens < 2 * len(members):
             return True
-        for ratio in self._reality.values():
-            # What was left because it was slow is tried again some minutes later.
-            ratio.forget(-math.expm1(-interval.seconds / _GRUDGE))
+        self._reality.forget(interval.seconds)
         rates = self._rates(group, members)
         predicted = sum(
             count * self.token_seconds(chosen, rates, max(1, batch))
             for batch, count in interval.num_tokens.items()
         )
         batch = max(interval.num_tokens, key=lambda size: interval.num_tokens[size])
-        self._real(chosen, max(1, batch)).add(interval.seconds, predicted / self._costs.slowness)
+        self._reality.add(chosen, batch, interval.seconds, predicted / self._costs.slowness)
         return False
 
     def _fade(self, group: _Group, sequence: Sequence, seconds: float) -> None:
@@ -277,7 +317,7 @@ class Controller:
         combination = group.chosen.combination
         if group.chosen.strategy == "standard":
             for model in set(range(len(combination.weights))) - set(combination.scorers):
-                self._of(combination, sequence).forget(model, -math.expm1(-seconds / _GRUDGE))
+                self._of(combination, sequence).forget(model, -math.expm1(-seconds / _UNTESTED))
 
     def _decide(self, group: _Group, members: Row[Sequence], num_steps: int = 0) -> None:
         """Choose for a group; `num_steps` have passed since it was last done."""
@@ -287,13 +327,15 @@ class Controller:
         if not group.is_new and seconds[group.chosen] <= seconds[best] * _HYSTERESIS:
             best = group.chosen
         plain = group.choices[0]
-        if plain.strategy == "standard" and best != plain:
-            group.trial_steps += num_steps
-            gain = seconds[plain] / seconds[best]
-            if not self._pays(group, gain, self._doubt(plain, rates), self._doubt(best, rates)):
+        if plain.strategy == "standard":
+            uncertain = {choice: self._uncertainty(choice, rates) for choice in group.choices}
+            gains = {choice: seconds[plain] / seconds[choice] for choice in group.choices}
+            if gains[best] < _MARGIN:
+                best = self._most_hopeful(group, gains, uncertain)
+            group.trial(best).num_steps += num_steps
+            doubt = uncertain[plain].doubt
+            if not self._pays(group, best, gains[best], doubt, uncertain[best]):
                 best = plain
-        else:
-            group.trial_steps = 0
         group.chosen = best
         group.is_new = False
         if (lookup := group.chosen.lookup) is not None:
@@ -303,49 +345,73 @@ class Controller:
                 self._costs, scorers, self._batch, lookup.max_tokens, without
             )
 
-    def _pays(self, group: _Group, gain: float, plain_doubt: float, doubt: float) -> bool:
-        """Is something to be done that promises `gain`? Where nobody knows, it is tried.
-
-        Doubts are the relative deviations of seconds.
-        """
-        if gain * (1 + doubt) < _MARGIN:
-            group.trial_steps = 0  # it was learnt that it does not pay
+    def _pays(
+        self,
+        group: _Group,
+        choice: DecodingParams,
+        gain: float,
+        plain_doubt: float,
+        uncertain: _Uncertainty,
+    ) -> bool:
+        """Is `choice`, which promises `gain`, to be done? Where nobody knows, it is tried."""
+        trial, doubt = group.trial(choice), uncertain.doubt
+        if gain * uncertain.hope < _MARGIN:
+            trial.num_steps = 0  # it was learnt that it does not pay
             return False
-        if group.trial_steps > _TRIAL_STEPS:
-            group.no_trial_until = self._seconds + _NO_TRIAL_SECONDS
+        if trial.num_steps > _TRIAL_STEPS:
+            trial.not_before = self._seconds + _NO_TRIAL_SECONDS
         is_sure = gain * (1 - doubt) >= _MARGIN
-        if self._seconds < group.no_trial_until:
-            group.trial_steps = 0
+        if self._seconds < trial.not_before:
+            trial.num_steps = 0
             return is_sure
         group.is_stale = plain_doubt > (_TRIED if group.is_stale else _STALE)
         if group.is_stale:
             return False
         if is_sure or doubt <= _TRIED:
-            group.trial_steps = 0
+            trial.num_steps = 0
             return is_sure or gain >= _MARGIN
         return True
 
-    def _doubt(self, choice: DecodingParams, rates: tuple[float, ...]) -> float:
-        """Relative deviation of its forwards' seconds, those of standard decoding being known."""
-        if choice.strategy == "mixture":
-            return 0.0
-        parts = [
-            (
-                rate * self._costs.forward_seconds(shape.model, self._batch, shape.num_tokens),
-                self._costs.doubt(shape.model, self._batch, shape.num_tokens),
-            )
-            for shape, rate in self._profile(choice, rates).rates.items()
+    def _most_hopeful(
+        self,
+        group: _Group,
+        gains: Mapping[DecodingParams, float],
+        uncertain: Mapping[DecodingParams, _Uncertainty],
+    ) -> DecodingParams:
+        """Of what has not been tried what may pay most, one that is being tried first; or plain."""
+        hopes = {choice: gains[choice] * uncertain[choice].hope for choice in group.choices}
+        untried = [
+            choice
+            for choice in group.choices[1:]
+            if uncertain[choice].doubt > _TRIED
+            and hopes[choice] >= _MARGIN
+            and self._seconds >= group.trial(choice).not_before
         ]
-        return sum(seconds * doubt for seconds, doubt in parts) / sum(part[0] for part in parts)
+        if group.chosen in untried:
+            return group.chosen
+        return max(untried, key=lambda choice: hopes[choice], default=group.choices[0])
+
+    def _uncertainty(self, choice: DecodingParams, rates: tuple[float, ...]) -> _Uncertainty:
+        """Of the seconds of its forwards, those of standard decoding being known."""
+        if choice.strategy == "mixture":
+            return _Uncertainty()
+        costs, batch = self._costs, self._batch
+        total = doubtful = least = 0.0
+        profile = self._profile(choice, rates)
+        for shape, rate in profile.rates.items():
+            together = profile.num_together(shape.model, batch)
+            rate *= batch / together
+            doubt = costs.doubt(shape.model, together, shape.num_tokens)
+            seconds = costs.forward_seconds(shape.model, together, shape.num_tokens)
+            floor = min(seconds, costs.forward_seconds(shape.model, together, 1))
+            total += rate * seconds
+            doubtful += rate * seconds * doubt
+            least += rate * max(floor, seconds * (1 - _HOPE * doubt))
+        return _Uncertainty(doubtful / total, total / least)
 
     def _expected(self, choice: DecodingParams, rates: tuple[float, ...]) -> float:
-        low, high = _REALITY_RANGE
-        reality = min(high, max(low, self._real(choice, self._batch).value()))
-        return self.token_seconds(choice, rates, self._batch) * reality
-
-    def _real(self, choice: DecodingParams, batch: int) -> Ratio:
-        key = (choice.strategy, batch.bit_length())
-        return self._reality.setdefault(key, Ratio(_REALITY_MEMORY, _REALITY_PRIOR))
+        seconds = self.token_seconds(choice, rates, self._batch)
+        return seconds * self._reality.value(choice, self._batch)
 
     def _rates(self, group: _Group, members: Row[Sequence]) -> tuple[float, ...]:
         """[num_models] mean acceptance over the sequences at hand."""
@@ -356,7 +422,7 @@ class Controller:
             for model in range(num_models)
         )
 
-    def _step_seconds(self, shape: Shape, batch: int) -> float:
+    def _step_seconds(self, shape: Shape, batch: float) -> float:
         key = (shape, batch)
         if key not in self._known:
             rest = self._costs.rest_seconds(

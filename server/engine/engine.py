@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from server.cache.page_pool import PagePool
 from server.cache.score_store import ScoreStore
+from server.config import ServerConfig
 from server.core.output import FinishReason, TokenDelta, TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, Fault, StepStats
@@ -39,6 +40,23 @@ class EngineLimits:
     max_prefill_tokens: int = 512
     prefix_cache: bool = True
     runs_ahead: bool | None = None
+
+    @staticmethod
+    def of(config: ServerConfig, runners: Iterable[ModelRunner]) -> EngineLimits:
+        """What `config` says, and its `auto` means for these models."""
+        engine = config.engine
+        prefill = engine.max_prefill_tokens
+        if prefill == "auto":  # about as long as a few steps of some sequences take on either
+            prefill = 128 if any(runner.device.type == "cpu" for runner in runners) else 512
+        return EngineLimits(
+            max_sequences=engine.max_sequences,
+            max_step_tokens=engine.max_step_tokens,
+            max_gamma=config.decoding.max_gamma,
+            max_waiting=engine.max_waiting,
+            max_prefill_tokens=prefill,
+            prefix_cache=engine.prefix_cache,
+            runs_ahead={"auto": None, "on": True, "off": False}[engine.run_ahead],
+        )
 
 
 # Positions of one prompt that all its scorers score before its log-probabilities are reported.

@@ -8,7 +8,7 @@ youngest is preempted first, whatever its priority.
 from __future__ import annotations
 
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence as Row
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -19,6 +19,7 @@ from server.cache.prefix_keys import PrefixKeys
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence, Status
 from server.decoding.strategies import Strategies
+from server.decoding.turns import next_model
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class Scheduler:
         # Whose few tokens full steps have left out, for longest first; they have precedence.
         self._left_out: dict[Sequence, None] = {}
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
+        self._waited: dict[Sequence, int] = {}  # steps since each one's last
 
     @property
     def has_work(self) -> bool:
@@ -339,14 +341,16 @@ class Scheduler:
             sequence.stats.cached[model] += num_tokens
 
     def _choose_model(self, wants: list[_Want]) -> int:
-        """The earliest in proposal order that a decoding sequence wants.
-
-        So sequences draft together and are scored together; but nobody is passed over for longer
-        than a cycle.
-        """
-        wanted = {want.model for want in wants}
-        short = {want.model for want in wants if want.num_tokens <= self._short}
-        model = min(short or wanted)
+        """The one whose turn it is among decoding sequences; nobody is passed over for long."""
+        wanted: Counter[int] = Counter()
+        short: Counter[int] = Counter()
+        for want in wants:
+            # Who has waited counts for more, or those for whom steps have no room would be slower.
+            weight = 1 + self._waited.get(want.sequence, 0)
+            wanted[want.model] += weight
+            if want.num_tokens <= self._short:
+                short[want.model] += weight
+        model = next_model(short or wanted)
         overdue = max(wanted, key=lambda k: self._passed_over[k])
         if self._passed_over[overdue] > self._short:
             model = overdue
@@ -365,6 +369,11 @@ class Scheduler:
                     step.num_tokens.pop(want.sequence, None)
                     self._break(want.sequence, error)
         planned = [sequence for sequence in self.running if sequence in step.num_tokens]
+        self._waited = {
+            want.sequence: self._waited.get(want.sequence, 0) + 1
+            for want in wants
+            if want.sequence not in step.num_tokens
+        }
         return StepPlan(
             model=model,
             sequences=tuple(planned),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.runner.attention import PagedAttention
-from server.runner.packed_linear import PackingReport, pack_embedding, pack_linear
+from server.runner.packed_linear import (
+    PackingReport,
+    multiplies_bfloat16,
+    pack_embedding,
+    pack_linear,
+    widened,
+)
 from server.runner.plan import ForwardPlan
 from server.runner.style import Style
 
@@ -38,10 +44,8 @@ Norm = Callable[[Tensor], Tensor]
 
 
 def is_llama_shaped(model: PreTrainedModel) -> bool:
-    """Is `model` a decoder that LlamaBody computes, in float32 on the CPU or any type on a GPU?"""
-    if model.config.model_type not in _MODEL_TYPES:
-        return False
-    if model.device.type == "cpu" and model.dtype != torch.float32:
+    """Is `model` a decoder that LlamaBody computes, of a type that is fast on its device?"""
+    if model.config.model_type not in _MODEL_TYPES or not _is_fast(model.device, model.dtype):
         return False
     body: Any = model.base_model
     return (
@@ -51,6 +55,12 @@ def is_llama_shaped(model: PreTrainedModel) -> bool:
         and type(model.lm_head) is nn.Linear
         and all(_is_llama_layer(layer, body.rotary_emb) for layer in body.layers)
     )
+
+
+def _is_fast(device: torch.device, dtype: torch.dtype) -> bool:
+    if device.type != "cpu" or dtype == torch.float32:
+        return True
+    return dtype == torch.bfloat16 and multiplies_bfloat16()
 
 
 def _names(module: nn.Module) -> set[str]:
@@ -76,7 +86,7 @@ class LlamaBody:
     Attributes:
         packing: how many of the weights are kept in 16 bits.
         head: states [n, hidden_size] -> logits [n, rows of the head].
-        short_head: the same for the rows of a shortlist; None without one.
+        short_head: the same for the rows of a shortlist, float32 where `packed`; None without one.
         hidden_size: of the states.
     """
 
@@ -87,7 +97,8 @@ class LlamaBody:
 
         Args:
             model: its layers are taken out one by one, so that no second copy piles up.
-            packed: keep weights in 16 bits where that changes none.
+            packed: keep a CPU's weights in 16 bits where that changes none, laid out for its
+                kernels; a bfloat16 model's states, norms and activations are float32 then.
             shortlist: token ids [n] whose rows of the head are kept a second time.
         """
         parts: Any = model
@@ -97,17 +108,19 @@ class LlamaBody:
         rotary = body.rotary_emb
         self._frequencies: Tensor = rotary.inv_freq.float()
         self._rope_scale = float(rotary.attention_scaling)
-        self._norm = _norm(body.norm)
-        self._dtype: torch.dtype = model.dtype
+        self._types = _Types(torch.float32 if packed else model.dtype, model.dtype)
+        self._norm = _norm(body.norm, self._types.states)
         self._layers: list[_Layer] = []
         is_tied = body.embed_tokens.weight is parts.lm_head.weight
         while len(body.layers):
-            self._layers.append(_Layer(len(self._layers), body.layers[0], keep))
+            self._layers.append(_Layer(len(self._layers), body.layers[0], keep, self._types))
             del body.layers[0]
         self.hidden_size: int = parts.lm_head.in_features
         self.short_head: Linear | None = None
         if shortlist is not None:
             rows = _rows(parts.lm_head, shortlist)
+            if packed:  # in 16 bits a token's score would depend on the rows scored beside it
+                rows = widened(rows)
             self.packing.saved -= rows.weight.nbytes  # the model had no such copy
             self.short_head = keep(rows)
         self.head = keep(parts.lm_head)
@@ -124,13 +137,13 @@ class LlamaBody:
 
     def states(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
         """What the head is applied to, [num_kept, hidden_size] of the model's type."""
-        x: Tensor = self._embed(plan.token_ids[0])
+        x: Tensor = self._embed(plan.token_ids[0]).to(self._types.states)
         rope = self._rope(plan.position_ids[0])
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             # Of other rows than the kept ones, the last layer has to leave keys and values only.
             x = layer(x, rope, attention, plan.keep if index == last else None)
-        return self._norm(x)
+        return self._norm(x).to(self._types.model)
 
     @torch.inference_mode()
     def compile_layers(self) -> None:
@@ -166,7 +179,7 @@ class LlamaBody:
         angles = positions[:, None, None] * self._frequencies
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
         signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return signed[0].to(self._dtype), signed[1].to(self._dtype)
+        return signed[0].to(self._types.states), signed[1].to(self._types.states)
 
 
 def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
@@ -216,6 +229,13 @@ class _FusedNorm:
         return F.rms_norm(x, size, None, self._eps) * self._weight
 
 
+class _Types(NamedTuple):
+    """Of numbers: the states of layers; and the model's own, of what is attended to and logits."""
+
+    states: torch.dtype
+    model: torch.dtype
+
+
 class _Layer:
     """One decoder layer; x is [T, hidden].
 
@@ -223,28 +243,35 @@ class _Layer:
         before, after: `attention_inputs` and `add_outputs`, or compiled forms of them.
     """
 
-    def __init__(self, index: int, layer: Any, keep: Callable[[nn.Linear], Linear]) -> None:
+    def __init__(
+        self,
+        index: int,
+        layer: Any,
+        keep: Callable[[nn.Linear], Linear],
+        types: _Types,
+    ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before: Callable[[_Layer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
         self.after: Callable[[_Layer, Tensor, Tensor], None]
         self.before, self.after = _Layer.attention_inputs, _Layer.add_outputs
         self._index = index
+        self._attended = types.model
         self._head_dim: int = attention.head_dim
         num_heads = attention.q_proj.out_features // self._head_dim
         num_kv_heads = attention.k_proj.out_features // self._head_dim
         self._queries_and_keys = (num_heads, num_kv_heads)
         self._rotated_and_values = (num_heads + num_kv_heads, num_kv_heads)
         self._style = Style(attention.scaling, _window(attention), None, None)
-        self._attention_norm = _norm(layer.input_layernorm)
-        self._mlp_norm = _norm(layer.post_attention_layernorm)
-        self._head_norm = self._join_head_norms(attention)
+        self._attention_norm = _norm(layer.input_layernorm, types.states)
+        self._mlp_norm = _norm(layer.post_attention_layernorm, types.states)
+        self._head_norm = self._join_head_norms(attention, types.states)
         self._qkv = keep(_join([attention.q_proj, attention.k_proj, attention.v_proj]))
         self._out = keep(attention.o_proj)
         self._gate_up = keep(_join([mlp.gate_proj, mlp.up_proj]))
         self._down = keep(mlp.down_proj)
         self._mlp_size: int = mlp.down_proj.in_features
 
-    def _join_head_norms(self, attention: Any) -> Norm | None:
+    def _join_head_norms(self, attention: Any, dtype: torch.dtype) -> Norm | None:
         """One norm of queries and keys, heads side by side; None where there is none."""
         if not hasattr(attention, "q_norm"):
             return None
@@ -253,7 +280,7 @@ class _Layer:
             attention.q_norm.weight.expand(num_heads, -1),
             attention.k_norm.weight.expand(num_kv_heads, -1),
         )
-        return _make_norm(torch.cat(rows), attention.q_norm.variance_epsilon)
+        return _make_norm(torch.cat(rows).to(dtype), attention.q_norm.variance_epsilon)
 
     def __call__(
         self,
@@ -279,8 +306,9 @@ class _Layer:
         rotated, values = heads.split_with_sizes(self._rotated_and_values, 1)
         if self._head_norm is not None:
             rotated = self._head_norm(rotated)
-        queries, keys = _rotate(rotated, cos, sin).split_with_sizes(self._queries_and_keys, 1)
-        return queries, keys, values
+        rotated = _rotate(rotated, cos, sin).to(self._attended)
+        queries, keys = rotated.split_with_sizes(self._queries_and_keys, 1)
+        return queries, keys, values.to(self._attended)
 
     def add_outputs(self, x: Tensor, attended: Tensor) -> None:
         """To `x`: what attention found, [T, heads * head_dim], then what the MLP makes of both."""
@@ -298,8 +326,8 @@ def _window(attention: Any) -> int:
     return (config.sliding_window or 0) if config.model_type == "mistral" else 0
 
 
-def _norm(module: Any) -> Norm:
-    return _make_norm(module.weight, module.variance_epsilon)
+def _norm(module: Any, dtype: torch.dtype) -> Norm:
+    return _make_norm(module.weight.to(dtype), module.variance_epsilon)
 
 
 def _make_norm(weight: Tensor, eps: float) -> Norm:

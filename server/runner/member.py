@@ -16,7 +16,7 @@ from server.runner import self_check
 from server.runner.architecture import pin_rope
 from server.runner.attention_choice import choose_attention
 from server.runner.llama_body import LlamaBody, is_llama_shaped
-from server.runner.packed_linear import PackingReport, pack_weights
+from server.runner.packed_linear import PackingReport, multiplies_bfloat16, pack_weights
 from server.runner.shortlist import AUTO, Shortlist, find_shortlist
 from server.runner.source import ModelSource
 from server.runner.torch_runner import Body, TorchRunner
@@ -44,7 +44,7 @@ class MemberLoader:
         self._dtype = _dtype(member, self._device)
         self._shortlist = find_shortlist(member.name, member.shortlist, source.path, vocab_size)
         self._must_shorten = member.shortlist not in (None, AUTO)
-        self._packs = member.dtype == "auto" and self._device.type == "cpu"
+        self._packs = _packs(member, self._device)
         self._short = choose_attention(
             engine.attention, self._device, lambda line: report(f"{member.name}: {line}")
         )
@@ -121,13 +121,23 @@ class MemberLoader:
         self._shortlist = None
 
     def _load_generic(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
-        size = model.get_memory_footprint()
         if self._packs:
-            packing = pack_weights(model)
-            self._report_packing(packing)
-            size -= packing.saved
-        runner = self._runner(model, None, size)
+            try:
+                return self._load_packed(model, reference)
+            except Exception as error:  # code of a model may look at its weights, in many ways
+                reason = str(error).split("\n")[0]
+                self._report(f"{self._name}: running with its weights as they are: {reason}")
+                model = self._read()
+        runner = self._runner(model, None, model.get_memory_footprint())
         self._check(runner, reference)
+        return runner
+
+    def _load_packed(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
+        size = model.get_memory_footprint()
+        packing = pack_weights(model)
+        runner = self._runner(model, None, size - packing.saved)
+        self._check(runner, reference)
+        self._report_packing(packing)
         return runner
 
     def _check(self, runner: TorchRunner, reference: list[Tensor]) -> None:
@@ -180,7 +190,8 @@ class MemberLoader:
     def _report_packing(self, packing: PackingReport) -> None:
         if self._packs:
             share = packing.packed / max(1, packing.considered)
-            self._report(f"{self._name}: {share:.0%} of linear weights kept in 16 bits")
+            how = "kept in 16 bits" if self._dtype == torch.float32 else "multiplied as bfloat16"
+            self._report(f"{self._name}: {share:.0%} of linear weights {how}")
 
 
 def _check_anew(runner: TorchRunner, reference: list[Tensor]) -> None:
@@ -198,6 +209,13 @@ def _device(member: ModelConfig) -> torch.device:
         reason = str(error).split("\n")[0]
         raise ConfigError(f"model {member.name}: device {member.device!r}: {reason}") from error
     return device
+
+
+def _packs(member: ModelConfig, device: torch.device) -> bool:
+    """Are weights laid out for the kernels of this processor?"""
+    if device.type != "cpu":
+        return False
+    return member.dtype == "auto" or (member.dtype == "bfloat16" and multiplies_bfloat16())
 
 
 def _dtype(member: ModelConfig, device: torch.device) -> torch.dtype:

@@ -1,9 +1,10 @@
-"""Linear layers and embeddings of float32 CPU models with their weights kept in 16 bits.
+"""Linear layers and embeddings of CPU models, their 16-bit weights laid out for the kernels.
 
 A forward over few tokens is bound by reading the weights, and half the bytes take less time.
-Weights trained in bfloat16 or float16 mostly are float16 numbers already, so that nothing is lost;
-activations, products and sums stay float32. A layer with a single weight that float16 cannot hold
-exactly is left alone.
+Weights trained in bfloat16 or float16 mostly are float16 numbers already, so that float32 models
+lose nothing: activations, products and sums stay float32, and a layer with a single weight that
+float16 cannot hold exactly is left alone. Models in bfloat16 round the activations too. A forward
+over many tokens is bound by arithmetic, and processors multiply twice as many of those in a second.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+# Up to which FBGEMM's products take less time than oneDNN's, roughly, for they round nothing:
+# `python -m server.bench.linear`.
+_FEW_ROWS = 8
 
 
 class PackedLinear(nn.Module):
@@ -41,6 +46,60 @@ class PackedLinear(nn.Module):
         return output
 
 
+class BFloat16Linear(nn.Module):
+    """`x @ weight.T + bias` of a bfloat16 weight, summed in float32.
+
+    oneDNN's kernel multiplies bfloat16 numbers, for many rows in half the time; FBGEMM's reads
+    weights faster, for few, if float16 holds them. So as not to lay out a weight anew for every
+    product, each kernel has its own copy.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """`linear` is bfloat16 on the CPU; it is copied, not kept.
+
+        Raises:
+            RuntimeError: this build of torch or this processor has no such kernel.
+        """
+        super().__init__()
+        self._most_numbers = _FEW_ROWS * linear.in_features
+        self._few = PackedLinear(widened(linear)) if is_exact(linear.weight) else None
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+        self._bias = linear.bias
+        self._apply_packed = torch.ops.mkldnn._linear_pointwise
+
+    @property
+    def num_copies(self) -> int:
+        """Of the weight."""
+        return 1 if self._few is None else 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in_features] of any type -> [..., out_features] of the same, rounded at most."""
+        if self._few is not None and x.numel() <= self._most_numbers:
+            return self._few.forward(x.float()).to(x.dtype)
+        return self.multiply(x)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """The same by oneDNN, however few rows there are."""
+        arguments = (x.bfloat16(), self._packed, self._bias)
+        output: Tensor = self._apply_packed(*arguments, "none", [], "")  # nothing fused behind it
+        return output.to(x.dtype)
+
+
+def widened(linear: nn.Linear) -> nn.Linear:
+    """The same layer in float32."""
+    wide = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    wide.weight = nn.Parameter(linear.weight.float(), requires_grad=False)
+    bias = linear.bias
+    wide.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+    return wide
+
+
+def multiplies_bfloat16() -> bool:
+    """Have processor and build what it takes? Elsewhere bfloat16 is slower than float32."""
+    has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return has_instructions and torch.backends.mkldnn.is_available()
+
+
 class HalfEmbedding(nn.Module):
     """An embedding kept in float16: only the rows looked up become float32.
 
@@ -60,7 +119,7 @@ class HalfEmbedding(nn.Module):
 
 def is_exact(weight: Tensor) -> bool:
     """Does float16 hold every number of `weight`?"""
-    return bool(torch.equal(weight.half().float(), weight))
+    return bool(torch.equal(weight.half().to(weight.dtype), weight))
 
 
 @dataclass(slots=True)
@@ -77,32 +136,46 @@ class PackingReport:
 
 @torch.no_grad()
 def pack_linear(linear: nn.Linear, report: PackingReport) -> nn.Module:
-    """The packed form of a float32 CPU layer, or the layer itself where there is none."""
+    """The packed form of a CPU layer, or the layer itself where there is none.
+
+    Raises:
+        RuntimeError: the layer is bfloat16, and this processor has no kernel for it.
+    """
     report.considered += linear.weight.numel()
-    if not is_exact(linear.weight):
+    packed: PackedLinear | BFloat16Linear
+    if linear.weight.dtype == torch.bfloat16:
+        packed = BFloat16Linear(linear)
+        report.saved -= 2 * (packed.num_copies - 1) * linear.weight.numel()
+    elif not is_exact(linear.weight):
         return linear
-    try:
-        packed = PackedLinear(linear)
-    except RuntimeError:
-        return linear
+    else:
+        try:
+            packed = PackedLinear(linear)
+        except RuntimeError:
+            return linear
+        report.saved += 2 * linear.weight.numel()
     report.packed += linear.weight.numel()
-    report.saved += 2 * linear.weight.numel()
     return packed
 
 
 def pack_embedding(embedding: nn.Embedding, report: PackingReport, is_tied: bool) -> nn.Module:
-    """The same table in float16 where that is exact, or `embedding` itself.
+    """The same table in 16 bits where that is exact, or `embedding` itself.
 
     `is_tied`: the head had the same table; packed, each has a copy of its own.
     """
-    if not is_exact(embedding.weight):
+    table = embedding.weight
+    is_kept = table.dtype == torch.bfloat16
+    if not is_kept and not is_exact(table):
         return embedding
-    report.saved += (-2 if is_tied else 2) * embedding.weight.numel()
-    return HalfEmbedding(embedding)
+    report.saved += (-2 if is_tied else table.itemsize - 2) * table.numel()
+    return embedding if is_kept else HalfEmbedding(embedding)
 
 
 def pack_weights(model: nn.Module) -> PackingReport:
-    """Pack every plain nn.Linear and nn.Embedding of a float32 CPU `model` that allows it."""
+    """Pack every plain nn.Linear and nn.Embedding of a CPU `model` that allows it.
+
+    `model` is float32, or bfloat16 where the processor `multiplies_bfloat16`.
+    """
     report = PackingReport()
     tables = Tally(id(getattr(module, "weight", None)) for module in model.modules())
     for parent in list(model.modules()):

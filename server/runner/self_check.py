@@ -14,8 +14,9 @@ from server.errors import ConfigError
 from server.runner.base import Batch, Span
 from server.runner.torch_runner import TorchRunner
 
-# Largest difference allowed, as a share of the largest logit.
-TOLERANCE = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Largest `difference` allowed. Right ways of rounding SmolLM2-135M to bfloat16 were seen 6e-2 apart
+# and 5e-2 from float32, and float16 rounds an eighth of that; what is wrong is further by far.
+TOLERANCE = {torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 0.2}
 _LENGTHS = (12, 7)
 _FIRST = (6, 3)  # tokens of each sequence that survive the rollback
 PAGE_SIZE = 4
@@ -56,18 +57,33 @@ def self_check(runner: TorchRunner, reference: list[Tensor]) -> None:
         raise ConfigError(
             f"model {runner.name}: {model_type} does not let this server provide its attention"
         )
-    scale = max(float(logits.abs().max()) for logits in reference)
-    worst = max(
-        float((ours - plain[rows]).abs().max() / scale)
-        for step, rows_of in zip(steps, _step_rows(), strict=True)
-        for ours, plain, rows in zip(step, reference, rows_of, strict=True)
+    worst = difference(
+        torch.cat([ours for step in steps for ours in step]),
+        torch.cat(
+            [
+                plain[rows]
+                for rows_of in _step_rows()
+                for plain, rows in zip(reference, rows_of, strict=True)
+            ]
+        ),
     )
-    limit = TOLERANCE.get(runner.dtype, 5e-2)
+    limit = TOLERANCE[runner.dtype]
     if not worst <= limit:  # NaN too
         raise ConfigError(
             f"model {runner.name}: {model_type} ({num_layers} layers) gives wrong logits over "
-            f"paged KV: relative difference {worst:.1e} to plain transformers, limit {limit:.0e}"
+            f"paged KV: relative difference {worst:.1e} to plain transformers, limit {limit:.1e}"
         )
+
+
+def difference(ours: Tensor, plain: Tensor) -> float:
+    """Root mean square of `ours` - `plain` [n, vocab_size], a share of `plain`'s, in the worst row.
+
+    What a row has in common is left out, as softmax leaves it out. Not finite where a number is
+    not. Not the largest difference of single logits: of a million, one is always far out.
+    """
+    expected, errors = plain.float(), ours.float() - plain.float()
+    scale = expected.var(1, correction=0).clamp(min=torch.finfo(torch.float32).tiny)
+    return float((errors.var(1, correction=0) / scale).max().sqrt())
 
 
 def _sequences(vocab_size: int) -> list[list[int]]:

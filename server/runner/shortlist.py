@@ -78,6 +78,6 @@ class Shortlist:
     @torch.inference_mode()
     def shortlist_scores(self, states: Tensor) -> Tensor:
         """See DeferredScores.shortlist_scores."""
-        scores = states.new_full((len(states), self._runner.vocab_size), -torch.inf)
         assert self._body.short_head is not None
-        return scores.index_copy_(1, self.ids, self._body.short_head(states))
+        scores = torch.full((len(states), self._runner.vocab_size), -torch.inf)
+        return scores.index_copy_(1, self.ids, self._body.short_head(states.float()))

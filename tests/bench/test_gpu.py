@@ -5,13 +5,12 @@ import json
 
 import pytest
 import torch
-import yaml
 
 from server.bench import gpu, gpu_kernels
 from server.bench.gpu_forward import WAYS
 from server.bench.gpu_report import expected_tokens
 from server.runner import compiled
-from tests.support.tiny_models import make_pair
+from tests.support.tiny_models import write_pair_config
 
 HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -21,18 +20,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 def arguments(tmp_path_factory):
     """Of a run over a tiny pair; what it writes goes to the directory beside."""
     directory = tmp_path_factory.mktemp("gpu")
-    models = [
-        {"name": name, "path": str(path)}
-        for name, path in zip(("amateur", "expert"), make_pair(directory), strict=True)
-    ]
-    config = {
-        "served_model_name": "tiny",
-        "models": models,
-        "combination": {"method": "contrastive", "mu": 0.1},
-        "engine": {"kv_memory": "64MiB"},
-    }
-    path = directory / "tiny.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path = write_pair_config(directory)
     return ["--tiny", "--out", str(directory / "out.json"), "--config", str(path)], directory
 
 

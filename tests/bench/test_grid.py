@@ -108,4 +108,4 @@ def test_pictures(tmp_path, capsys):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     (tmp_path / "other.json").write_text("{}")
     assert plot.main([str(tmp_path / "other.json"), "--out", str(tmp_path)]) == 1
-    assert "no result of server.bench.grid" in capsys.readouterr().err
+    assert "other.json: no result file" in capsys.readouterr().err

@@ -9,7 +9,8 @@ from server.bench import linear
 def test_all_layouts_compute_the_same() -> None:
     weight, x = torch.randn(8, 16).half().float(), torch.randn(3, 16)
     for name, product in linear.layouts(weight).items():
-        assert torch.allclose(product(x), x @ weight.T, atol=1e-4), name
+        tolerance = 0.1 if name.startswith("bfloat16") else 1e-4
+        assert torch.allclose(product(x), x @ weight.T, atol=tolerance), name
 
 
 def test_tables(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

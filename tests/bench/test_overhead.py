@@ -1,12 +1,11 @@
 """The account of a step's parts adds up, on a tiny pair."""
 
 import pytest
-import yaml
 
 from server.bench import overhead
 from server.bench.overhead import Stopwatch
 from server.bench.prompts import PromptSet
-from tests.support.tiny_models import make_pair
+from tests.support.tiny_models import write_pair_config
 
 
 class Clock:
@@ -50,18 +49,7 @@ def test_what_runs_inside_a_part_is_charged_to_itself_alone():
 
 
 def test_a_table_of_a_tiny_pair(tmp_path, capsys, monkeypatch):
-    models = [
-        {"name": name, "path": str(path)}
-        for name, path in zip(("amateur", "expert"), make_pair(tmp_path), strict=True)
-    ]
-    config = {
-        "served_model_name": "tiny",
-        "models": models,
-        "combination": {"method": "contrastive", "mu": 0.1},
-        "engine": {"kv_memory": "64MiB"},
-    }
-    path = tmp_path / "tiny.yaml"
-    path.write_text(yaml.safe_dump(config))
+    path = write_pair_config(tmp_path)
     prompts = PromptSet("short", ("for number in data", "return value"))
     monkeypatch.setattr(overhead, "load_prompts", lambda name: prompts)
     strategies = "standard,cos:gamma=2,auto"

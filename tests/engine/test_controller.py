@@ -304,7 +304,7 @@ def test_windows_cut_by_choices_are_not_left_out() -> None:
             if model:
                 stats.deliveries = [Delivery(sequence.schedule, 1, has_first=False)]
             subject.observe(stats, [sequence], 1)
-    real = subject._real(sequence.schedule, 1).value()
+    real = subject._reality.value(sequence.schedule, 1)
     assert real > 2, "intervals of 16 steps have at most one token"
 
 

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 
 import pytest
 
 from server.core.sampling_params import DecodingParams
-from tests.support.laboratory import CONTRASTIVE, Laboratory, Load, Measured, drifting
+from server.decoding.profile import Chain
+from server.decoding.strategies import SharedCoins, Strategies
+from tests.support.laboratory import (
+    CONTRASTIVE,
+    EXPERT,
+    PROPOSER,
+    Laboratory,
+    Load,
+    Measured,
+    drifting,
+)
 
 STANDARD = DecodingParams("standard", CONTRASTIVE, (1, 1))
 COS = DecodingParams("cos", CONTRASTIVE, (1, 1))
@@ -49,6 +60,18 @@ def test_where_something_pays_it_is_taken() -> None:
         assert taken <= 1.04 * best
 
 
+@pytest.mark.parametrize("dearer", [1.05, 1.15])
+def test_what_was_timed_too_dear_is_tried(dearer: float) -> None:
+    """By the table nothing pays; only doing it shows that it does."""
+    load, acceptance = Load(16, 96, prompt=(8, 16), answer=(24, 72)), (0.65, 0.97)
+    costs = (replace(PROPOSER, beyond=0.001), replace(EXPERT, beyond=0.0019))
+    best = Laboratory(acceptance, costs).run(load, COS, seed=1).token_seconds
+    plain = Laboratory(acceptance, costs).run(load, STANDARD, seed=1).token_seconds
+    assert best < 0.93 * plain
+    laboratory = Laboratory(acceptance, costs, dearer=dearer)
+    assert second_run(laboratory, load, AUTO).token_seconds <= 1.03 * best
+
+
 def test_a_machine_whose_speed_drifts() -> None:
     load, acceptance = Load(16, 32), (0.5, 0.95)
     taken = []
@@ -71,3 +94,21 @@ def test_the_estimate_on_a_machine_whose_speed_drifts(seed: int) -> None:
     laboratory = Laboratory(clock=drifting(seed))
     assert laboratory.run(load, STANDARD).estimated == pytest.approx(1.0, abs=0.05)
     assert laboratory.run(load, COS, seed=1).estimated == pytest.approx(ratio, rel=0.1)
+
+
+@pytest.mark.parametrize("gamma", [(1, 1), (0, 2), (2, 1), (4, 1)])
+def test_so_many_take_part_in_a_forward_as_predicted(gamma: tuple[int, int]) -> None:
+    decoding = DecodingParams("cos", CONTRASTIVE, gamma)
+    load = Load(16, 96, prompt=(8, 16), answer=(24, 72))
+    steps = Laboratory((0.6, 0.97)).run(load, decoding, seed=1).steps
+    chain = Chain(decoding, Strategies(SharedCoins(0)).make(decoding))
+    shares = chain.profile((0.6 * 0.97, 0.97)).shares
+    for model in (0, 1):
+        taking_part = [
+            step.num_decoding
+            for step in steps
+            if step.model == model and step.num_running == 16 and not step.num_prefill_tokens
+        ]
+        mean = sum(taking_part) / len(taking_part) / 16
+        assert mean == pytest.approx(shares[model], abs=0.1)
+        assert mean > 0.85

@@ -13,8 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from server.config import parse_config
 from server.errors import ConfigError
+from server.runner import llama_body, member, self_check
 from server.runner.base import Batch, Span
 from server.runner.loader import load_models
+from tests.runner.test_packed_linear import needs_bfloat16
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import (
     VOCAB_SIZE,
@@ -334,3 +336,41 @@ def test_weights_from_sixteen_bits_are_packed(llama, dtype, share):
     assert sum(held) <= runner.weight_bytes <= sum(held) + 1024, "buffers besides"
     told = [line for line in lines if "16 bits" in line]
     assert told == ([f"m0: {share} of linear weights kept in 16 bits"] if share else [])
+
+
+def test_weights_that_a_model_wants_to_see_are_not_packed(llama, monkeypatch):
+    def pack(model):
+        del model.lm_head.weight
+        raise AttributeError("'PackedLinear' object has no attribute 'weight'")
+
+    monkeypatch.setattr(member, "is_llama_shaped", lambda model: False)
+    monkeypatch.setattr(member, "pack_weights", pack)
+    lines: list[str] = []
+    [runner] = load_models(config_of(llama), lines.append).runners
+    assert any("m0: running with its weights as they are: 'PackedLinear'" in x for x in lines)
+    assert runner.forward(Batch((Span([1], 0, [5], 1),))).isfinite().all()
+
+
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("has_instructions", [False, pytest.param(True, marks=needs_bfloat16)])
+def test_bfloat16_on_a_cpu(llama, monkeypatch, has_instructions, fast):
+    for module in (member, llama_body):
+        monkeypatch.setattr(module, "multiplies_bfloat16", lambda: has_instructions)
+    exact = load_models(config_of(llama, dtype="float32")).runners[0]
+    lines: list[str] = []
+    [runner] = load_models(config_of(llama, dtype="bfloat16"), lines.append, fast).runners
+    assert ("m0: 100% of linear weights multiplied as bfloat16" in lines) == has_instructions
+    for tokens in ([5], [5, 9, 31, 7, 7, 2, 30, 11, 4, 1]):
+        batch = Batch((Span([1, 2, 3], 0, tokens, len(tokens)),))
+        logits = runner.forward(batch)
+        assert logits.dtype == torch.bfloat16
+        assert self_check.difference(logits, exact.forward(batch)) < 0.1
+    assert runner.store.slots(0)[0].dtype == torch.bfloat16
+    weights = load_file(llama / "model.safetensors").items()
+    copies = {name: 2 if has_instructions and is_linear(name) else 1 for name, _ in weights}
+    held = sum(2 * copies[name] * weight.numel() for name, weight in weights)
+    assert held <= runner.weight_bytes <= held + 1024, "buffers besides"
+
+
+def is_linear(name):
+    return "proj" in name or "lm_head" in name

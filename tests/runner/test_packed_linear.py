@@ -5,10 +5,12 @@ import torch
 from torch import nn
 
 from server.runner.packed_linear import (
+    BFloat16Linear,
     HalfEmbedding,
     PackedLinear,
     PackingReport,
     is_exact,
+    multiplies_bfloat16,
     pack_weights,
 )
 from tests.support.tiny_models import make_model
@@ -26,6 +28,42 @@ def test_packed_equals_plain(bias, shape):
     linear = exact_linear(bias)
     x = torch.randn(shape)
     torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+
+
+needs_bfloat16 = pytest.mark.skipif(
+    not multiplies_bfloat16(), reason="this processor has no bfloat16 instructions"
+)
+
+
+def bfloat16_linear(bias=True):
+    return nn.Linear(24, 40, bias=bias, dtype=torch.bfloat16).requires_grad_(False)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 24), (8, 24), (9, 24), (1, 70, 24), (1, 0, 24)])
+def test_bfloat16_sums_in_float32_and_rounds_once(bias, dtype, shape):
+    """Few rows and many go through different kernels."""
+    linear = bfloat16_linear(bias)
+    x = torch.randn(shape).bfloat16().to(dtype)
+    ours = BFloat16Linear(linear)(x)
+    exact = nn.functional.linear(x.float(), linear.weight.float())
+    if bias:
+        exact += linear.bias.float()
+    assert ours.dtype == dtype
+    torch.testing.assert_close(ours.float(), exact, rtol=2**-8, atol=1e-6)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("num_rows", [3, 30])
+def test_bfloat16_beyond_float16(num_rows):
+    linear = bfloat16_linear(bias=False)
+    linear.weight[2, 3] = 2.0**20
+    packed = BFloat16Linear(linear)
+    assert packed.num_copies == 1
+    x = torch.randn(num_rows, 24).bfloat16()
+    torch.testing.assert_close(packed(x), linear(x), rtol=2**-7, atol=1e-2)
 
 
 @pytest.mark.parametrize("value", [1e-9, 70000.0, 1.0 + 2**-20, float("nan")])
@@ -63,6 +101,25 @@ def test_tied_table_is_kept_in_sixteen_bits():
     assert not any(parameter.shape == table.shape for parameter in model.parameters())
     assert model.dtype == torch.float32
     assert torch.equal(embedding(torch.tensor([[3, 0, 3]])), plain)
+
+
+@needs_bfloat16
+@torch.no_grad()
+def test_a_bfloat16_model_is_packed_for_both_kernels():
+    model = make_model("qwen2").bfloat16().requires_grad_(False)
+    table = model.model.embed_tokens.weight
+    ids = torch.tensor([[3, 0, 3, 9, 1, 7, 7, 2, 11, 5]])
+    plain = model(ids).logits
+    report = pack_weights(model)
+    assert report.packed == report.considered
+    assert report.saved == -2 * report.packed - 2 * table.numel(), "a second copy; and of the table"
+    assert isinstance(model.lm_head, BFloat16Linear)
+    assert model.model.embed_tokens.weight is table
+    for num_tokens in (4, 10):
+        logits = model(ids[:, :num_tokens]).logits
+        assert logits.dtype == torch.bfloat16
+        scale = float(plain.float().abs().max())
+        torch.testing.assert_close(logits, plain[:, :num_tokens], rtol=0, atol=0.03 * scale)
 
 
 def test_quantised_kinds_are_left_alone():

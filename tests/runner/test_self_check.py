@@ -16,9 +16,13 @@ def runner_and_reference(model):
     return TorchRunner("tiny", model, VOCAB_SIZE, 64, store), reference
 
 
+TYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "opt"])
-def test_passes_what_is_right(family):
-    self_check.self_check(*runner_and_reference(make_model(family)))
+def test_passes_what_is_right(family, dtype):
+    self_check.self_check(*runner_and_reference(make_model(family).to(dtype)))
 
 
 def test_refuses_recurrent_state():
@@ -28,12 +32,15 @@ def test_refuses_recurrent_state():
         self_check.self_check(runner, reference)
 
 
-def test_refuses_state_that_crosses_sequences():
+@pytest.mark.parametrize(
+    ("dtype", "share"), [(torch.float32, 0.02), (torch.float16, 0.5), (torch.bfloat16, 2.0)]
+)
+def test_refuses_state_that_crosses_sequences(dtype, share):
     """A model that mixes neighbouring rows is right for one sequence and wrong when packed."""
-    model = make_model("llama")
+    model = make_model("llama").to(dtype)
     mlp = model.model.layers[0].mlp
     plain = mlp.forward
-    mlp.forward = lambda x: plain(x) + 0.1 * torch.roll(x, 1, dims=1) * (x.shape[1] > 1)
+    mlp.forward = lambda x: plain(x) + share * torch.roll(x, 1, dims=1) * (x.shape[1] > 1)
     runner, reference = runner_and_reference(model)
     with pytest.raises(ConfigError, match="llama .* gives wrong logits over paged KV"):
         self_check.self_check(runner, reference)
@@ -46,3 +53,21 @@ def test_refuses_what_is_not_finite():
         model.model.norm.weight.fill_(float("nan"))
     with pytest.raises(ConfigError, match="relative difference nan"):
         self_check.self_check(runner, reference)
+
+
+def test_one_row_counts():
+    plain = torch.randn(9, 50)
+    ours = plain + 1e-5
+    assert 0 < self_check.difference(ours, plain) < 1e-4
+    ours[4] = ours[4].roll(1)
+    assert self_check.difference(ours, plain) > 1
+    ours[4, 3] = float("nan")
+    assert not self_check.difference(ours, plain) <= 1e9
+
+
+def test_what_rows_have_in_common_hides_nothing():
+    plain = torch.randn(9, 50)
+    ours = plain.clone()
+    ours[4] = ours[4].roll(1)
+    assert self_check.difference(ours + 1000, plain + 1000) > 1
+    assert self_check.difference(plain + 1000, plain) < 1e-3

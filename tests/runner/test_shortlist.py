@@ -3,11 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from server.errors import ConfigError
 from server.runner.loader import load_models
 from server.runner.shortlist import Shortlist, find_shortlist
 from tests.runner.test_loader import config_of
+from tests.runner.test_packed_linear import needs_bfloat16
 from tests.support.tiny_models import make_model_dir
 
 
@@ -70,3 +72,20 @@ def test_other_models_do_without(tmp_path):
     ]
     with pytest.raises(ConfigError, match="only Llama-shaped models"):
         load_models(config_of(gemma, shortlist=path))
+
+
+@pytest.mark.parametrize("dtype", ["auto", pytest.param("bfloat16", marks=needs_bfloat16)])
+def test_scores_do_not_depend_on_the_rows_beside(folder, tmp_path, dtype):
+    """A token is drawn alone and verified beside others, by the same scores."""
+    path = write(tmp_path / "list.json", [9, 4, 30])
+    (runner,) = load_models(config_of(folder, shortlist=path, dtype=dtype)).runners
+    assert isinstance(runner.deferred, Shortlist)
+    random = torch.Generator().manual_seed(1)
+    states = torch.randn(30, runner.deferred.state_size, generator=random).to(runner.dtype)
+    together = runner.deferred.shortlist_scores(states)
+    assert together.dtype == torch.float32
+    assert together.isfinite().sum() == 30 * 3
+    for row in range(30):
+        alone = runner.deferred.shortlist_scores(states[row : row + 1])
+        # Sums may run in another order; activations in 16 bits would differ far more.
+        torch.testing.assert_close(alone[0], together[row], rtol=1e-5, atol=2e-6)

@@ -203,8 +203,18 @@ class Laboratory:
         rest: float = REST,
         clock: Clock | None = None,
         mistimed: int | None = None,
+        dearer: float = 1.0,
     ) -> None:
-        """`mistimed` seeds errors of a quarter in what was timed at start; None has none."""
+        """Make an idle engine.
+
+        Args:
+            acceptance: of proposals of each model.
+            costs: of each model's forwards.
+            rest: seconds of a step, and half as many of each position that it decides.
+            clock: what the engine reads.
+            mistimed: seeds errors of a quarter in what was timed at start; None has none.
+            dearer: times what forwards of several tokens take, they were timed at start.
+        """
         self.clock = clock or Clock()
         runners = [AgreeingRunner(k, self.clock, cost, acceptance) for k, cost in enumerate(costs)]
         limits = EngineLimits(max_prefill_tokens=128)
@@ -212,6 +222,7 @@ class Laboratory:
         self._charge_decisions(rest)
         table = calibrate(self.engine, CONTRASTIVE)
         assert table is not None
+        table = _with_dearer_spans(table, dearer)
         self.engine.control(table if mistimed is None else _mistimed(table, mistimed))
         self._num_started = 0
 
@@ -260,6 +271,14 @@ class Laboratory:
             return outcome
 
         self.engine._advancer.advance = charged  # type: ignore[method-assign]
+
+
+def _with_dearer_spans(table: CostTable, dearer: float) -> CostTable:
+    spans = tuple(
+        {(batch, tokens): t * (dearer if tokens > 1 else 1) for (batch, tokens), t in found.items()}
+        for found in table.timings.span_seconds
+    )
+    return CostTable(replace(table.timings, span_seconds=spans))
 
 
 def _mistimed(table: CostTable, seed: int) -> CostTable:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -193,4 +194,21 @@ def _save(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+def write_pair_config(folder: Path, **engine: object) -> Path:
+    """A pair in `folder`, and the configuration that contrasts them beside it."""
+    models = [
+        {"name": name, "path": str(path)}
+        for name, path in zip(("amateur", "expert"), make_pair(folder), strict=True)
+    ]
+    config = {
+        "served_model_name": "tiny",
+        "models": models,
+        "combination": {"method": "contrastive", "mu": 0.1},
+        "engine": {"kv_memory": "64MiB", **engine},
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(config))
     return path
