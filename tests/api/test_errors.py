@@ -313,7 +313,14 @@ def test_a_full_queue_is_429(start) -> None:
     with live.http.stream(
         "POST",
         URL,
-        json={"model": "table", "prompt": "1", "n": 2, "stream": True, "max_tokens": 200},
+        json={
+            "model": "table",
+            "prompt": "1",
+            "n": 2,
+            "stream": True,
+            "max_tokens": 200,
+            "ignore_eos": True,
+        },
     ) as running:
         assert running.status_code == 200
         for stream in (False, True):
