@@ -39,6 +39,9 @@ class ScoreStore:
         num_rows is num_slots * capacity + wide_capacity; a wide ring that would be no wider than
         the others is left out. `state_sizes` [num_models] is the width of a state; 0: the model
         never defers.
+
+        All of it is written once: memory that the system hands over page by page, at the first
+        writing, would slow the first steps, those that the models are timed by among them.
         """
         self.capacity = capacity
         self._wide_slot = num_slots
@@ -46,11 +49,11 @@ class ScoreStore:
         self._wide_is_free = self._wide_capacity > 0
         num_rows = num_slots * capacity + self._wide_capacity
         self._rows = [
-            torch.empty(num_rows, vocab_size, dtype=dtype, device=device)
+            torch.empty(num_rows, vocab_size, dtype=dtype, device=device).zero_()
             for dtype, device in zip(dtypes, devices, strict=True)
         ]
         self._states = [
-            torch.empty(num_rows, size, dtype=rows.dtype, device=rows.device)
+            torch.empty(num_rows, size, dtype=rows.dtype, device=rows.device).zero_()
             for rows, size in zip(self._rows, state_sizes or [0] * len(dtypes), strict=True)
         ]
         self._deferred: list[set[int]] = [set() for _ in self._rows]
