@@ -215,7 +215,9 @@ def _packs(member: ModelConfig, device: torch.device) -> bool:
     """Are weights laid out for the kernels of this processor?"""
     if device.type != "cpu":
         return False
-    return member.dtype == "auto" or (member.dtype == "bfloat16" and multiplies_bfloat16())
+    if member.dtype == "bfloat16":
+        return multiplies_bfloat16()
+    return member.dtype in ("auto", "float32")
 
 
 def _dtype(member: ModelConfig, device: torch.device) -> torch.dtype:

@@ -1,14 +1,16 @@
-"""Linear layers and embeddings of CPU models, their 16-bit weights laid out for the kernels.
+"""Linear layers and embeddings of CPU models, their weights laid out for the kernels.
 
 A forward over few tokens is bound by reading the weights, and half the bytes take less time.
-Weights trained in bfloat16 or float16 mostly are float16 numbers already, so that float32 models
-lose nothing: activations, products and sums stay float32, and a layer with a single weight that
-float16 cannot hold exactly is left alone. Models in bfloat16 round the activations too. A forward
-over many tokens is bound by arithmetic, and processors multiply twice as many of those in a second.
+Weights that come from bfloat16 or float16 are float16 numbers times a power of two, so that
+float32 models lose nothing: activations, products and sums stay float32, and a layer with a single
+weight that is no such number keeps all of them in 32 bits. Models in bfloat16 round the activations
+too. A forward over many tokens is bound by arithmetic, and processors multiply twice as many of
+those in a second.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter as Tally
 from dataclasses import dataclass
 
@@ -20,19 +22,30 @@ from torch import Tensor, nn
 # `python -m server.bench.linear`.
 _FEW_ROWS = 8
 
+_END = 16  # float16 numbers are below 2 ** _END
+_MAX_EXPONENT = 64  # of what weights are multiplied by: far from where float32 ends
+
 
 class PackedLinear(nn.Module):
-    """`x @ weight.T + bias` over a float16 weight in the layout of FBGEMM's kernel."""
+    """`x @ weight.T + bias` over a float16 weight in the layout of FBGEMM's kernel.
 
-    def __init__(self, linear: nn.Linear) -> None:
-        """`linear` is float32 on the CPU and `is_exact`; it is copied, not kept.
+    The weight may be multiplied by a power of two, and so is what it gives: that rounds nothing.
+    """
+
+    def __init__(self, linear: nn.Linear, exponent: int = 0) -> None:
+        """`linear` is float32 on the CPU, `exponent` its weight's; it is copied, not kept.
 
         Raises:
             RuntimeError: this build of torch or this processor has no such kernel.
         """
         super().__init__()
         self.out_features = linear.out_features
-        self._packed = torch.ops.quantized.linear_prepack_fp16(linear.weight, linear.bias)
+        self._scale = 2.0**-exponent
+        weight, bias = (
+            None if part is None else part.detach() * 2.0**exponent if exponent else part
+            for part in (linear.weight, linear.bias)
+        )
+        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         self._apply_packed = torch.ops.quantized.linear_dynamic_fp16
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,6 +56,29 @@ class PackedLinear(nn.Module):
         # that it does not takes several times as long as calling the kernel.
         with torch._C.DisableTorchFunctionSubclass():
             output: Tensor = self._apply_packed(x, self._packed)
+        return output if self._scale == 1 else output.mul_(self._scale)
+
+
+class Float32Linear(nn.Module):
+    """`x @ weight.T + bias` over a float32 weight in the layout of oneDNN's kernel.
+
+    What a row gives does not depend on the rows beside it.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        """`linear` is float32 on the CPU; it is copied, not kept.
+
+        Raises:
+            RuntimeError: this build of torch has no such kernel.
+        """
+        super().__init__()
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
+        self._bias = linear.bias
+        self._apply_packed = torch.ops.mkldnn._linear_pointwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Float32 [..., in_features] -> [..., out_features]."""
+        output: Tensor = self._apply_packed(x, self._packed, self._bias, "none", [], "")
         return output
 
 
@@ -62,7 +98,8 @@ class BFloat16Linear(nn.Module):
         """
         super().__init__()
         self._most_numbers = _FEW_ROWS * linear.in_features
-        self._few = PackedLinear(widened(linear)) if is_exact(linear.weight) else None
+        exponent = half_exponent(linear.weight)
+        self._few = None if exponent is None else PackedLinear(widened(linear), exponent)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
         self._bias = linear.bias
         self._apply_packed = torch.ops.mkldnn._linear_pointwise
@@ -94,39 +131,62 @@ def widened(linear: nn.Linear) -> nn.Linear:
     return wide
 
 
+def _multiplies_float32() -> bool:
+    """Has this build of torch oneDNN's kernels?"""
+    return bool(torch.backends.mkldnn.is_available())
+
+
 def multiplies_bfloat16() -> bool:
     """Have processor and build what it takes? Elsewhere bfloat16 is slower than float32."""
     has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return has_instructions and torch.backends.mkldnn.is_available()
+    return has_instructions and _multiplies_float32()
 
 
 class HalfEmbedding(nn.Module):
-    """An embedding kept in float16: only the rows looked up become float32.
+    """An embedding kept in 16 bits: only the rows looked up become float32.
 
     Besides a packed head that shares its table this is the only copy of it.
     """
 
-    def __init__(self, embedding: nn.Embedding) -> None:
-        """`embedding` is float32 and `is_exact`; it is copied, not kept."""
+    def __init__(self, embedding: nn.Embedding, dtype: torch.dtype) -> None:
+        """`embedding` is float32, and `dtype` holds its numbers; it is copied, not kept."""
         super().__init__()
         # No parameter: transformers takes a model's dtype from the first of them.
-        self.table = embedding.weight.detach().half()
+        self.table = embedding.weight.detach().to(dtype)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """Int64 [...] -> float32 [..., dim]."""
         return F.embedding(token_ids, self.table).float()
 
 
-def is_exact(weight: Tensor) -> bool:
-    """Does float16 hold every number of `weight`?"""
-    return bool(torch.equal(weight.half().to(weight.dtype), weight))
+def is_exact(weight: Tensor, dtype: torch.dtype = torch.float16) -> bool:
+    """Does `dtype` hold every number of `weight`?"""
+    return bool(torch.equal(weight.to(dtype).to(weight.dtype), weight))
+
+
+def half_exponent(weight: Tensor) -> int | None:
+    """Find k so that float16 holds every number of `weight` times 2 ** k; 0 where that will do.
+
+    float16 has more digits than bfloat16 and a narrower range, of which most lies below the
+    largest number. None where no k will do.
+    """
+    if is_exact(weight):
+        return 0
+    largest = float(weight.detach().abs().max())
+    if not 0 < largest < math.inf:
+        return None
+    exponent = _END - math.frexp(largest)[1]
+    if abs(exponent) > _MAX_EXPONENT:
+        return None
+    kept = (weight.float() * 2.0**exponent).half().float() * 2.0**-exponent
+    return exponent if torch.equal(kept, weight.float()) else None
 
 
 @dataclass(slots=True)
 class PackingReport:
     """Weights of plain linear layers: all that were considered, and those now in 16 bits.
 
-    `saved` are bytes of all that was packed, embeddings included, less than before.
+    `saved` are bytes of all that was laid out anew, embeddings included, less than before.
     """
 
     packed: int = 0
@@ -142,33 +202,44 @@ def pack_linear(linear: nn.Linear, report: PackingReport) -> nn.Module:
         RuntimeError: the layer is bfloat16, and this processor has no kernel for it.
     """
     report.considered += linear.weight.numel()
-    packed: PackedLinear | BFloat16Linear
-    if linear.weight.dtype == torch.bfloat16:
-        packed = BFloat16Linear(linear)
-        report.saved -= 2 * (packed.num_copies - 1) * linear.weight.numel()
-    elif not is_exact(linear.weight):
-        return linear
-    else:
-        try:
-            packed = PackedLinear(linear)
-        except RuntimeError:
-            return linear
-        report.saved += 2 * linear.weight.numel()
+    if linear.weight.dtype != torch.bfloat16:
+        return _pack_float32(linear, report)
+    packed = BFloat16Linear(linear)
+    report.saved -= 2 * (packed.num_copies - 1) * linear.weight.numel()
     report.packed += linear.weight.numel()
     return packed
+
+
+def _pack_float32(linear: nn.Linear, report: PackingReport) -> nn.Module:
+    exponent = half_exponent(linear.weight)
+    if exponent is not None:
+        try:
+            packed = PackedLinear(linear, exponent)
+        except RuntimeError:  # FBGEMM is not for every processor
+            return _laid_out(linear)
+        report.saved += 2 * linear.weight.numel()
+        report.packed += linear.weight.numel()
+        return packed
+    return _laid_out(linear)
+
+
+def _laid_out(linear: nn.Linear) -> nn.Module:
+    return Float32Linear(linear) if _multiplies_float32() else linear
 
 
 def pack_embedding(embedding: nn.Embedding, report: PackingReport, is_tied: bool) -> nn.Module:
     """The same table in 16 bits where that is exact, or `embedding` itself.
 
-    `is_tied`: the head had the same table; packed, each has a copy of its own.
+    `is_tied`: the head had the same table; laid out anew, each has a copy of its own.
     """
     table = embedding.weight
     is_kept = table.dtype == torch.bfloat16
-    if not is_kept and not is_exact(table):
+    exact = [dtype for dtype in (torch.float16, torch.bfloat16) if is_exact(table, dtype)]
+    if not is_kept and not exact:
+        report.saved -= table.nbytes if is_tied and _multiplies_float32() else 0
         return embedding
     report.saved += (-2 if is_tied else table.itemsize - 2) * table.numel()
-    return embedding if is_kept else HalfEmbedding(embedding)
+    return embedding if is_kept else HalfEmbedding(embedding, exact[0])
 
 
 def pack_weights(model: nn.Module) -> PackingReport:

@@ -1,14 +1,19 @@
-"""16-bit storage changes no weight, and leaves alone what it would change."""
+"""16-bit storage changes no weight, and what it would change keeps 32 bits."""
+
+import math
 
 import pytest
 import torch
 from torch import nn
 
+from server.runner import packed_linear
 from server.runner.packed_linear import (
     BFloat16Linear,
+    Float32Linear,
     HalfEmbedding,
     PackedLinear,
     PackingReport,
+    half_exponent,
     is_exact,
     multiplies_bfloat16,
     pack_weights,
@@ -22,12 +27,22 @@ def exact_linear(bias=True):
     return linear
 
 
+@pytest.mark.parametrize("kind", [PackedLinear, Float32Linear])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 24), (1, 7, 24), (1, 0, 24)])
-def test_packed_equals_plain(bias, shape):
+def test_packed_equals_plain(kind, bias, shape):
     linear = exact_linear(bias)
     x = torch.randn(shape)
-    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(kind(linear)(x), linear(x), rtol=1e-5, atol=1e-6)
+
+
+def test_thirty_two_bits_are_kept():
+    """float16 and bfloat16 would drop what tells the rows apart."""
+    linear = nn.Linear(24, 40, bias=False).requires_grad_(False)
+    linear.weight.fill_(1.0)
+    linear.weight[1] += 2**-20
+    output = Float32Linear(linear)(torch.full((5, 24), 0.5))
+    torch.testing.assert_close(output[:, 1] - output[:, 0], torch.full((5,), 12 * 2.0**-20))
 
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -59,32 +74,73 @@ def test_bfloat16_sums_in_float32_and_rounds_once(bias, dtype, shape):
 @pytest.mark.parametrize("num_rows", [3, 30])
 def test_bfloat16_beyond_float16(num_rows):
     linear = bfloat16_linear(bias=False)
-    linear.weight[2, 3] = 2.0**20
+    linear.weight[2, 3] = 2.0**40
     packed = BFloat16Linear(linear)
     assert packed.num_copies == 1
     x = torch.randn(num_rows, 24).bfloat16()
     torch.testing.assert_close(packed(x), linear(x), rtol=2**-7, atol=1e-2)
 
 
-@pytest.mark.parametrize("value", [1e-9, 70000.0, 1.0 + 2**-20, float("nan")])
-def test_what_float16_cannot_hold_is_not_exact(value):
+@pytest.mark.parametrize("value", [1e-9, 2.0**40, 70000.0, 1.0 + 2**-20, math.nan])
+def test_what_float16_cannot_hold_beside_ones(value):
     weight = torch.ones(3, 3)
     assert is_exact(weight)
+    assert half_exponent(weight) == 0
     weight[1, 1] = value
     assert not is_exact(weight)
+    assert half_exponent(weight) is None
 
 
-def test_only_exact_layers_are_replaced():
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("power", [-40, -12, -7, 3, 30])
+def test_weights_from_bfloat16_are_float16_times_a_power_of_two(power, bias):
+    """To the last bit what a weight gives that float16 holds as it is."""
+    plain, shifted = (exact_linear(bias) for _ in range(2))
+    plain.weight.copy_(torch.randn(40, 24).bfloat16().clamp(-2, 2))
+    plain.weight[0, :3] = torch.tensor([2.0, 2.0**-16, -(2.0**-17)])
+    shifted.weight.copy_(plain.weight * 2.0**power)
+    if bias:
+        shifted.bias.copy_(plain.bias * 2.0**power)
+    exponent = half_exponent(shifted.weight)
+    assert exponent is not None
+    x = torch.randn(5, 24)
+    ours = PackedLinear(shifted, exponent)(x)
+    assert torch.equal(ours, PackedLinear(plain)(x) * 2.0**power)
+
+
+@pytest.mark.parametrize("value", [2.0**80, 2.0**-80, 2.0**-140])
+def test_powers_near_the_end_of_float32_are_not_taken(value):
+    assert half_exponent(torch.full((3, 3), value)) is None
+
+
+def test_nothing_is_lost_beside_what_is_much_larger():
+    assert half_exponent(torch.tensor([2.0**60, 2.0**-120])) is None
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_only_exact_layers_are_kept_in_sixteen_bits(has_kernel, monkeypatch):
+    monkeypatch.setattr(packed_linear, "_multiplies_float32", lambda: has_kernel)
     model = make_model().requires_grad_(False)
     layer = model.model.layers[0]
     layer.mlp.up_proj.weight.copy_(layer.mlp.up_proj.weight.half())
     report = pack_weights(model)
     assert isinstance(layer.mlp.up_proj, PackedLinear)
-    assert type(layer.mlp.gate_proj) is nn.Linear
+    assert type(layer.mlp.gate_proj) is (Float32Linear if has_kernel else nn.Linear)
     assert type(model.model.embed_tokens) is nn.Embedding
     assert report.packed == 32 * 64
     assert report.considered > 10 * report.packed
     assert report.saved == 2 * 32 * 64
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+def test_a_head_laid_out_in_float32_no_longer_shares_the_table(has_kernel, monkeypatch):
+    monkeypatch.setattr(packed_linear, "_multiplies_float32", lambda: has_kernel)
+    model = make_model("qwen2").requires_grad_(False)
+    table = model.model.embed_tokens.weight
+    report = pack_weights(model)
+    assert report.packed == 0
+    assert model.model.embed_tokens.weight is table
+    assert report.saved == (-table.nbytes if has_kernel else 0)
 
 
 @torch.no_grad()
