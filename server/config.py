@@ -126,7 +126,7 @@ class DecodingConfig(Section):
         None, description="Model decoded by strategy single; the last one if not given."
     )
     kappa: int = Field(
-        2, ge=0, description="mixture: foreign-coin tokens the first model may draft through."
+        0, ge=0, description="mixture: foreign-coin tokens the first model may draft through."
     )
     shared_coins: bool = Field(
         True, description="mixture: one coin for the whole batch, where a request allows it."

@@ -35,7 +35,7 @@ from server.errors import ConfigError
 
 _TURN_SECONDS = 1.0
 _SPREAD = 0.5  # of the lengths of texts around their mean, so that they do not end together
-_LEAST_TEXTS = 12  # of a cell: with one in flight a few texts would be all
+_LEAST_TEXTS = 24  # of a cell: with one in flight a few texts would be all
 
 
 @dataclass(frozen=True, slots=True)
