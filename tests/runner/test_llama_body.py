@@ -125,6 +125,20 @@ def test_same_with_packed_weights(family):
     assert_same_course(make_runner(plain), make_runner(model, body), 4)
 
 
+@pytest.mark.parametrize(("family", "settings"), SHAPES)
+def test_same_with_weights_from_bfloat16(family, settings):
+    """All of them packed times a power of two."""
+    plain, model = (randomised(family, **settings) for _ in range(2))
+    for each in (plain, model):
+        for parameter in each.parameters():
+            parameter.copy_(parameter.bfloat16())
+            if parameter.dim() == 2:
+                parameter[0, 0] = 1.0078125 * 2**-20
+    body = LlamaBody(model, packed=True)
+    assert body.packing.packed == body.packing.considered
+    assert_same_course(make_runner(plain), make_runner(model, body), 4)
+
+
 def test_a_weight_beyond_sixteen_bits_is_kept():
     plain, model = (rounded(randomised("llama")) for _ in range(2))
     for each in (plain, model):
