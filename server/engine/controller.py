@@ -54,7 +54,7 @@ _MARGIN = 1.03
 # anything is compared with it, until they are below the second; there a way has been tried.
 _STALE = 0.07
 _TRIED = 0.045
-_HOPE = 2.0  # deviations that a forward may be faster than timed, but not than one of one token
+_HOPE = 1.5  # deviations that a forward may be faster than timed, but not than one of one token
 _TRIAL_STEPS = 48  # that a trial may last; what reads prompts all the time cannot be timed
 _NO_TRIAL_SECONDS = 120.0  # of decoding, after one that could not
 _BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
