@@ -22,7 +22,12 @@ from torch import Tensor, nn
 
 from server.bench.machine import describe_machine, describe_versions
 from server.bench.strategy_spec import parse_concurrency
-from server.runner.packed_linear import BFloat16Linear, PackedLinear, multiplies_bfloat16
+from server.runner.packed_linear import (
+    BFloat16Linear,
+    Float32Linear,
+    PackedLinear,
+    multiplies_bfloat16,
+)
 
 # (outputs, inputs) of SmolLM2-135M: q/k/v as one, output, gate/up as one, down, head.
 SHAPES = {
@@ -49,6 +54,7 @@ def layouts(weight: Tensor) -> dict[str, Product]:
     products: dict[str, Product] = {
         "16 bits, packed": PackedLinear(linear),
         "float32": lambda x: F.linear(x, weight),
+        "float32, packed": Float32Linear(linear),
         "float32, transposed": lambda x: x @ transposed,
         "16 bits, widened each time": lambda x: F.linear(x, half.float()),
     }
