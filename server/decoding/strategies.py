@@ -7,6 +7,7 @@ they decide), so a sequence's schedule does not depend on its batch or on preemp
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import accumulate
@@ -16,6 +17,8 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
 from server.decoding.rng import Purpose, uniform
+
+_MAX_LEAD = 2  # coins; who is further ahead of somebody does not wait for it
 
 
 class Strategy(Protocol):
@@ -148,6 +151,23 @@ class SharedCoins:
         """Nobody has looked at the coin of the next position of `sequence`."""
         assert sequence.coin_base is not None
         return len(sequence) + sequence.coin_base >= self._num_revealed
+
+    def ahead(self, sequences: Iterable[Sequence]) -> set[Sequence]:
+        """Those that others will come level with if they wait for a step or two.
+
+        Who joined while others knew their next coin is ahead of them. It uses no other coins for
+        waiting, and then wants the same model at the same time.
+        """
+        places = {
+            s: len(s) + s.coin_base
+            for s in sequences
+            if s.coin_base is not None
+            and s.schedule.kappa == 0
+            and s.num_generated
+            and not s.is_resuming
+        }
+        taken = set(places.values())
+        return {s for s, at in places.items() if not taken.isdisjoint(range(at - _MAX_LEAD, at))}
 
     def coin(self, index: int) -> float:
         self._num_revealed = max(self._num_revealed, index + 1)

@@ -174,7 +174,10 @@ class Advancer:
         self, model: int, sequences: Row[Sequence], deciding: Row[Sequence], outcome: Outcome
     ) -> None:
         verified = self._verify(deciding, outcome)
-        self._settle(deciding, outcome)
+        # Others settle after they have drawn: had they joined shared coins before, they would be
+        # a coin ahead of those who draw with them.
+        first = (s for s in deciding if s.coin_base is not None or not self._may_draw(s))
+        self._settle(first, outcome)
         self._draw(sequences, outcome)
         self._look_up(sequences, outcome)
         self._propose(model, deciding, verified, outcome)
@@ -368,7 +371,7 @@ class Advancer:
                     outcome.stats.num_drawn += 1
             self._probe([sequence for sequence in group if sequence not in outcome.failed])
         # A sequence on shared coins may leave them here only, where its next coin is unknown.
-        self._settle([sequence for sequence in ready if sequence.coin_base is not None], outcome)
+        self._settle(ready, outcome)
 
     def _settle(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         """Take up new choices where nothing is pending."""

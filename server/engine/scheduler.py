@@ -306,7 +306,8 @@ class Scheduler:
 
     def _wants(self) -> list[_Want]:
         wants = []
-        for sequence in list(self.running):
+        waiting = self._strategies.shared_coins.ahead(self.running)
+        for sequence in [each for each in self.running if each not in waiting]:
             try:
                 wants.append(self._want(sequence))
             except Exception as error:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from functools import cache
 
 import pytest
 
+from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams
+from server.core.stats import StepStats
 from server.decoding.profile import Chain
 from server.decoding.strategies import SharedCoins, Strategies
 from tests.support.laboratory import (
@@ -94,6 +97,26 @@ def test_the_estimate_on_a_machine_whose_speed_drifts(seed: int) -> None:
     laboratory = Laboratory(clock=drifting(seed))
     assert laboratory.run(load, STANDARD).estimated == pytest.approx(1.0, abs=0.05)
     assert laboratory.run(load, COS, seed=1).estimated == pytest.approx(ratio, rel=0.1)
+
+
+def test_texts_of_a_mixture_move_together() -> None:
+    """Though they begin at different times: all want the model that one coin names."""
+    weighted = Combination.weighted((0.5, 0.5))
+    decoding = DecodingParams("auto", weighted, (2, 1), is_gamma_auto=True, shared_coins=True)
+    load = Load(1, 1, answer=(400, 400), temperature=1.0, is_seeded=False)
+    laboratory = Laboratory(costs=(EXPERT, EXPERT))
+    rng = random.Random(0)
+    steps: list[StepStats] = []
+    laboratory.engine.on_step = steps.append
+    for _ in range(8):
+        laboratory.send(load, decoding, rng)
+        for _ in range(5):
+            laboratory.engine.step()
+    steps.clear()
+    for _ in range(100):
+        laboratory.engine.step()
+    assert all(delivery.decoding.shared_coins for step in steps for delivery in step.deliveries)
+    assert [step.num_decoding for step in steps] == [8] * 100
 
 
 @pytest.mark.parametrize("gamma", [(1, 1), (0, 2), (2, 1), (4, 1)])

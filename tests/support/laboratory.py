@@ -151,6 +151,7 @@ class Load:
     prompt: tuple[int, int] = (100, 200)
     answer: tuple[int, int] = (48, 48)
     temperature: float = 0.0
+    is_seeded: bool = True
 
 
 @dataclass(slots=True)
@@ -235,18 +236,19 @@ class Laboratory:
         started = self.clock.work
         num_tokens = 0
         for _ in range(min(left, load.concurrency)):
-            self._send(load, decoding, rng)
+            self.send(load, decoding, rng)
             left -= 1
         while self.engine.has_work:
             for delta in self.engine.step():
                 num_tokens += len(delta.token_ids)
                 if delta.finish_reason is not None and left:
-                    self._send(load, decoding, rng)
+                    self.send(load, decoding, rng)
                     left -= 1
         self.engine.on_step = None
         return Measured(self.clock.work - started, num_tokens, steps)
 
-    def _send(self, load: Load, decoding: DecodingParams, rng: random.Random) -> None:
+    def send(self, load: Load, decoding: DecodingParams, rng: random.Random) -> None:
+        """One request more, of those lengths."""
         number = self._num_started
         self._num_started += 1
         name = rng.randrange(_VOCAB)
@@ -255,7 +257,7 @@ class Laboratory:
             max_tokens=rng.randint(*load.answer),
             temperature=load.temperature,
             seed=name,
-            is_seeded=True,
+            is_seeded=load.is_seeded,
             prefix_cache=False,
         )
         self.engine.add(Sequence.start(f"text-{number}", prompt, params, decoding))
