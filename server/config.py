@@ -40,8 +40,8 @@ class ModelConfig(Section):
     device: str = Field("auto", description="torch device, or auto: cuda if present, else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Weights' dtype; auto is bfloat16 on GPU; on CPU float32, with weights kept in "
-        "16 bits where that is exact. bfloat16 is faster for many texts at once on a CPU that "
+        description="Weights' dtype; auto is bfloat16 on GPU and float32 on CPU, where weights are "
+        "kept in 16 bits if that is exact. bfloat16 is faster for many texts at once on a CPU that "
         "multiplies it, and rounds: a greedy text may then depend on what is decoded beside it.",
     )
     shortlist: str | None = Field(

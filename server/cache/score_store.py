@@ -48,6 +48,7 @@ class ScoreStore:
         self._wide_capacity = wide_capacity if wide_capacity > capacity else 0
         self._wide_is_free = self._wide_capacity > 0
         num_rows = num_slots * capacity + self._wide_capacity
+        # torch.zeros would only promise memory.
         self._rows = [
             torch.empty(num_rows, vocab_size, dtype=dtype, device=device).zero_()
             for dtype, device in zip(dtypes, devices, strict=True)

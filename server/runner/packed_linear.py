@@ -60,10 +60,7 @@ class PackedLinear(nn.Module):
 
 
 class Float32Linear(nn.Module):
-    """`x @ weight.T + bias` over a float32 weight in the layout of oneDNN's kernel.
-
-    What a row gives does not depend on the rows beside it.
-    """
+    """`x @ weight.T + bias` over a float32 weight in the layout of oneDNN's kernel."""
 
     def __init__(self, linear: nn.Linear) -> None:
         """`linear` is float32 on the CPU; it is copied, not kept.
