@@ -22,6 +22,11 @@ from torch import Tensor, nn
 # `python -m server.bench.linear`.
 _FEW_ROWS = 8
 
+# oneDNN makes a kernel for every number of rows it meets, some 600 KB each, and keeps a thousand.
+# Up to this many rows each number has its own, and from there on every doubling has four.
+_OWN_ROWS = 8
+_STEPS_LOG2 = 2
+
 _END = 16  # float16 numbers are below 2 ** _END
 _MAX_EXPONENT = 64  # of what weights are multiplied by: far from where float32 ends
 
@@ -71,12 +76,10 @@ class Float32Linear(nn.Module):
         super().__init__()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
         self._bias = linear.bias
-        self._apply_packed = torch.ops.mkldnn._linear_pointwise
 
     def forward(self, x: Tensor) -> Tensor:
         """Float32 [..., in_features] -> [..., out_features]."""
-        output: Tensor = self._apply_packed(x, self._packed, self._bias, "none", [], "")
-        return output
+        return _multiply(x, self._packed, self._bias)
 
 
 class BFloat16Linear(nn.Module):
@@ -99,7 +102,6 @@ class BFloat16Linear(nn.Module):
         self._few = None if exponent is None else PackedLinear(widened(linear), exponent)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
         self._bias = linear.bias
-        self._apply_packed = torch.ops.mkldnn._linear_pointwise
 
     @property
     def num_copies(self) -> int:
@@ -114,9 +116,34 @@ class BFloat16Linear(nn.Module):
 
     def multiply(self, x: Tensor) -> Tensor:
         """The same by oneDNN, however few rows there are."""
-        arguments = (x.bfloat16(), self._packed, self._bias)
-        output: Tensor = self._apply_packed(*arguments, "none", [], "")  # nothing fused behind it
-        return output.to(x.dtype)
+        return _multiply(x.bfloat16(), self._packed, self._bias).to(x.dtype)
+
+
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """[..., in_features] times a weight in oneDNN's layout."""
+    if torch.compiler.is_compiling():  # the number of rows is a symbol there
+        return _apply_packed(x, packed, bias)
+    rows = x.reshape(-1, x.shape[-1])
+    if missing := padded_rows(len(rows)) - len(rows):
+        rows = F.pad(rows, (0, 0, 0, missing))
+    output = _apply_packed(rows, packed, bias)
+    if missing:
+        output = output[: len(output) - missing]
+    return output.view(*x.shape[:-1], output.shape[-1])
+
+
+def _apply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    # Nothing is fused behind the product.
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return output
+
+
+def padded_rows(num_rows: int) -> int:
+    """How many rows oneDNN is given for so many: at most a quarter more."""
+    if num_rows <= _OWN_ROWS:
+        return num_rows
+    step = 1 << ((num_rows - 1).bit_length() - 1 - _STEPS_LOG2)
+    return -(-num_rows // step) * step
 
 
 def widened(linear: nn.Linear) -> nn.Linear:

@@ -17,6 +17,7 @@ from server.runner.packed_linear import (
     is_exact,
     multiplies_bfloat16,
     pack_weights,
+    padded_rows,
 )
 from tests.support.tiny_models import make_model
 
@@ -29,7 +30,7 @@ def exact_linear(bias=True):
 
 @pytest.mark.parametrize("kind", [PackedLinear, Float32Linear])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 24), (1, 7, 24), (1, 0, 24)])
+@pytest.mark.parametrize("shape", [(1, 24), (1, 7, 24), (1, 0, 24), (3, 11, 24)])
 def test_packed_equals_plain(kind, bias, shape):
     linear = exact_linear(bias)
     x = torch.randn(shape)
@@ -43,6 +44,23 @@ def test_thirty_two_bits_are_kept():
     linear.weight[1] += 2**-20
     output = Float32Linear(linear)(torch.full((5, 24), 0.5))
     torch.testing.assert_close(output[:, 1] - output[:, 0], torch.full((5,), 12 * 2.0**-20))
+
+
+def test_a_kernel_serves_many_numbers_of_rows():
+    """Each costs memory: numbers of rows up to 512 are fewer than forty to oneDNN."""
+    padded = [padded_rows(num_rows) for num_rows in range(1, 513)]
+    assert padded[:8] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert all(n <= p <= 1.25 * n for n, p in enumerate(padded, start=1))
+    assert padded == sorted(padded)
+    assert len(set(padded)) == 8 + 4 * 6
+    assert padded_rows(0) == 0
+
+
+@pytest.mark.parametrize("num_rows", [8, 9, 11, 33])
+def test_rows_that_fill_up_change_no_other(num_rows):
+    linear = Float32Linear(nn.Linear(24, 40).requires_grad_(False))
+    x = torch.randn(40, 24)
+    torch.testing.assert_close(linear(x[:num_rows]), linear(x)[:num_rows])
 
 
 needs_bfloat16 = pytest.mark.skipif(
