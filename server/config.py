@@ -213,8 +213,14 @@ class EngineConfig(Section):
     threads: int | None = Field(None, ge=1, description="CPU threads of torch; all cores if null.")
     attention: Literal["auto", "portable", "triton"] = Field(
         "auto",
-        description="Attention of few tokens over long texts: torch's own operations, or Triton "
-        "kernels; auto takes the kernels on a GPU where Triton runs.",
+        description="Attention of few tokens over long texts: torch's own operations, or kernels: "
+        "Triton's on a GPU, on a CPU those of cpu_kernels; auto takes the kernels where they run.",
+    )
+    cpu_kernels: Literal["auto", "off", "on"] = Field(
+        "auto",
+        description="Kernels for CPUs, compiled by Numba at start, for attention of few tokens and "
+        "for what layers do between products. auto: where Numba is installed and they give the "
+        "logits of torch's operations; on: refuse to start elsewhere.",
     )
     cuda_graphs: Literal["auto", "off", "static"] = Field(
         "auto",
@@ -234,7 +240,7 @@ class EngineConfig(Section):
         "a GPU, if anywhere; 16-bit weights on a CPU are not compiled.",
     )
 
-    @field_validator("cuda_graphs", "compile", "run_ahead", mode="before")
+    @field_validator("cpu_kernels", "cuda_graphs", "compile", "run_ahead", mode="before")
     @classmethod
     def _off_is_a_word(cls, value: object) -> object:
         """YAML reads a bare `off` as false, and `on` as true."""

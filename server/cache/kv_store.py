@@ -40,6 +40,10 @@ class KVStore:
         tensors = [*self._keys.values(), *self._values.values()]
         return sum(math.prod(t.shape[2:]) * t.element_size() for t in tensors)
 
+    def has(self, layer: int) -> bool:
+        """Has it been written, or allocated?"""
+        return layer in self._slots
+
     def slots(self, layer: int) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer that has been written, [slots, kv_heads, dim] each."""
         return self._slots[layer]

@@ -208,7 +208,7 @@ class Advancer:
         stats.num_tokens = batch.num_tokens
         runner = self._runners[plan.model]
         stats.num_past = sum(span.num_past for span in decoding)
-        stats.num_attended = num_attended(decoding, runner.page_size, runner.device)
+        stats.num_attended = num_attended(decoding, runner.page_size, runner.gathers)
         self.timer.start_forward(plan.model, outcome.laps)
         self._scores.forward(plan.model, batch, places, defer)
         self.timer.stop_forward(plan.model, outcome.laps)

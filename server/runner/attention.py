@@ -27,14 +27,25 @@ _ATTRIBUTE = "cos_paged_attention"
 
 
 class ShortAttention(Protocol):
-    """Attention of groups of few tokens by other means than torch's; see `triton_attention`."""
+    """Attention of groups of few tokens by other means than torch's.
 
-    def supports(self, group: Group, queries: Tensor, num_kv_heads: int) -> bool:
-        """May `group` be given to `attend_group`, with queries [T, heads, d] of this kind?"""
+    See `triton_attention` and `simd_attention`.
+    """
+
+    def supports(
+        self, group: Group, queries: Tensor, store: KVStore, layer: int, style: Style
+    ) -> bool:
+        """May `attend_group` be called with this?"""
         ...
 
     def max_tokens(self, heads: int, dim: int, element_size: int) -> int:
         """The longest spans it supports, for so many query heads a KV head of so many numbers."""
+        ...
+
+    def write(
+        self, store: KVStore, layer: int, slots: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        """As KVStore.write."""
         ...
 
     def attend_group(
@@ -51,12 +62,14 @@ class PagedAttention:
         store: KV memory of the model.
         short: attends the groups it supports; None: all attention is torch's.
         plan: of the forward in progress; set before it, None outside.
+        refused: has `short` left a group of few tokens to torch?
     """
 
     def __init__(self, store: KVStore, short: ShortAttention | None = None) -> None:
         self.store = store
         self.short = short
         self.plan: ForwardPlan | None = None
+        self.refused = False
 
     def attach(self, model: PreTrainedModel) -> None:
         """Make `model` attend through this object."""
@@ -71,7 +84,10 @@ class PagedAttention:
     ) -> Tensor:
         """Queries [T, heads, d], keys and values [T, kv_heads, d] -> [T, heads, value dim]."""
         assert self.plan is not None, "attention is called outside of TorchRunner.forward"
-        self.store.write(layer, self.plan.slots, keys, values)
+        if self.short is None:
+            self.store.write(layer, self.plan.slots, keys, values)
+        else:
+            self.short.write(self.store, layer, self.plan.slots, keys, values)
         groups = self.plan.groups
         if len(groups) == 1:
             return self._attend_group(groups[0], queries, layer, style)
@@ -80,9 +96,9 @@ class PagedAttention:
         )
 
     def _attend_group(self, group: Group, queries: Tensor, layer: int, style: Style) -> Tensor:
-        num_kv_heads = self.store.slots(layer)[0].shape[1]
-        if self.short and self.short.supports(group, queries, num_kv_heads):
+        if self.short and self.short.supports(group, queries, self.store, layer, style):
             return self.short.attend_group(group, queries, self.store, layer, style)
+        self.refused |= self.short is not None and group.num_tokens <= MAX_GROUPED_TOKENS
         return attend_group(group, queries, self.store, layer, style)
 
 

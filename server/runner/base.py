@@ -109,6 +109,14 @@ class ModelRunner(Protocol):
         ...
 
     @property
+    def gathers(self) -> bool:
+        """Does it copy keys together to attend to them, what texts share once for all of them?
+
+        Elsewhere keys are read where they lie.
+        """
+        ...
+
+    @property
     def deferred(self) -> DeferredScores | None:
         """None: the model has no shortlist."""
         ...

@@ -82,6 +82,10 @@ class GraphRunner:
         return self._runner.dtype
 
     @property
+    def gathers(self) -> bool:
+        return self._runner.gathers
+
+    @property
     def deferred(self) -> DeferredScores | None:
         """Of the runner below: deferred forwards are not padded."""
         return self._runner.deferred

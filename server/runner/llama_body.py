@@ -9,16 +9,15 @@ reference: the self-check compares every model with it before this one is used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.runner.attention import PagedAttention
+from server.runner.operations import Heads, Norm, Operations, TorchOperations
 from server.runner.packed_linear import (
     PackingReport,
     multiplies_bfloat16,
@@ -40,7 +39,6 @@ _MLP = {"gate_proj", "up_proj", "down_proj"}
 _TRIED_ROWS = 7
 
 Linear = Callable[[Tensor], Tensor]
-Norm = Callable[[Tensor], Tensor]
 
 
 def is_llama_shaped(model: PreTrainedModel) -> bool:
@@ -91,7 +89,11 @@ class LlamaBody:
     """
 
     def __init__(
-        self, model: PreTrainedModel, packed: bool, shortlist: Tensor | None = None
+        self,
+        model: PreTrainedModel,
+        packed: bool,
+        shortlist: Tensor | None = None,
+        operations: Operations | None = None,
     ) -> None:
         """Takes the weights over: `model` (which `is_llama_shaped`) cannot run afterwards.
 
@@ -100,6 +102,7 @@ class LlamaBody:
             packed: keep a CPU's weights in 16 bits where that changes none, laid out for its
                 kernels; a bfloat16 model's states, norms and activations are float32 then.
             shortlist: token ids [n] whose rows of the head are kept a second time.
+            operations: what layers do between products; torch's if not given.
         """
         parts: Any = model
         body: Any = model.base_model
@@ -109,11 +112,13 @@ class LlamaBody:
         self._frequencies: Tensor = rotary.inv_freq.float()
         self._rope_scale = float(rotary.attention_scaling)
         self._types = _Types(torch.float32 if packed else model.dtype, model.dtype)
-        self._norm = _norm(body.norm, self._types.states)
+        operations = operations or TorchOperations()
+        self._norm = _norm(body.norm, self._types.states, operations)
         self._layers: list[_Layer] = []
         is_tied = body.embed_tokens.weight is parts.lm_head.weight
         while len(body.layers):
-            self._layers.append(_Layer(len(self._layers), body.layers[0], keep, self._types))
+            index, layer = len(self._layers), body.layers[0]
+            self._layers.append(_Layer(index, layer, keep, self._types, operations))
             del body.layers[0]
         self.hidden_size: int = parts.lm_head.in_features
         self.short_head: Linear | None = None
@@ -175,7 +180,7 @@ class LlamaBody:
         return module.forward
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `_rotate`."""
+        """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `operations.rotate`."""
         angles = positions[:, None, None] * self._frequencies
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
         signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
@@ -193,40 +198,6 @@ def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
 
 def _plain(linear: nn.Linear) -> Linear:
     return linear.forward
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x [T, heads, head_dim]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
-class _Norm:
-    """RMS norm of the last dimension, x / hypot(|x|, sqrt(D eps)) * sqrt(D) w: four operations."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        """`weight` [..., D]."""
-        size = weight.shape[-1]
-        self._weight = weight * math.sqrt(size)
-        self._floor = torch.tensor(math.sqrt(size * eps))
-
-    def __call__(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x / torch.hypot(length, self._floor)).mul_(self._weight)
-
-
-class _FusedNorm:
-    """RMS norm of the last dimension: torch's own, one kernel on a GPU, sums in float32."""
-
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        """`weight` [..., D]."""
-        self._weight = weight
-        self._eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        size = self._weight.shape[-1:]
-        if self._weight.dim() == 1:
-            return F.rms_norm(x, size, self._weight, self._eps)
-        return F.rms_norm(x, size, None, self._eps) * self._weight
 
 
 class _Types(NamedTuple):
@@ -249,38 +220,24 @@ class _Layer:
         layer: Any,
         keep: Callable[[nn.Linear], Linear],
         types: _Types,
+        operations: Operations,
     ) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self.before: Callable[[_Layer, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
         self.after: Callable[[_Layer, Tensor, Tensor], None]
         self.before, self.after = _Layer.attention_inputs, _Layer.add_outputs
         self._index = index
-        self._attended = types.model
         self._head_dim: int = attention.head_dim
-        num_heads = attention.q_proj.out_features // self._head_dim
-        num_kv_heads = attention.k_proj.out_features // self._head_dim
-        self._queries_and_keys = (num_heads, num_kv_heads)
-        self._rotated_and_values = (num_heads + num_kv_heads, num_kv_heads)
         self._style = Style(attention.scaling, _window(attention), None, None)
-        self._attention_norm = _norm(layer.input_layernorm, types.states)
-        self._mlp_norm = _norm(layer.post_attention_layernorm, types.states)
-        self._head_norm = self._join_head_norms(attention, types.states)
+        self._attention_norm = _norm(layer.input_layernorm, types.states, operations)
+        self._mlp_norm = _norm(layer.post_attention_layernorm, types.states, operations)
+        self._rotation = operations.rotation(_heads(attention, types))
+        self._gate = operations.gate
         self._qkv = keep(_join([attention.q_proj, attention.k_proj, attention.v_proj]))
         self._out = keep(attention.o_proj)
         self._gate_up = keep(_join([mlp.gate_proj, mlp.up_proj]))
         self._down = keep(mlp.down_proj)
         self._mlp_size: int = mlp.down_proj.in_features
-
-    def _join_head_norms(self, attention: Any, dtype: torch.dtype) -> Norm | None:
-        """One norm of queries and keys, heads side by side; None where there is none."""
-        if not hasattr(attention, "q_norm"):
-            return None
-        num_heads, num_kv_heads = self._queries_and_keys
-        rows = (
-            attention.q_norm.weight.expand(num_heads, -1),
-            attention.k_norm.weight.expand(num_kv_heads, -1),
-        )
-        return _make_norm(torch.cat(rows).to(dtype), attention.q_norm.variance_epsilon)
 
     def __call__(
         self,
@@ -303,18 +260,12 @@ class _Layer:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, heads, head_dim], keys and values [T, kv_heads, head_dim]."""
         heads = self._qkv(self._attention_norm(x)).view(len(x), -1, self._head_dim)
-        rotated, values = heads.split_with_sizes(self._rotated_and_values, 1)
-        if self._head_norm is not None:
-            rotated = self._head_norm(rotated)
-        rotated = _rotate(rotated, cos, sin).to(self._attended)
-        queries, keys = rotated.split_with_sizes(self._queries_and_keys, 1)
-        return queries, keys, values.to(self._attended)
+        return self._rotation(heads, cos, sin)
 
     def add_outputs(self, x: Tensor, attended: Tensor) -> None:
         """To `x`: what attention found, [T, heads * head_dim], then what the MLP makes of both."""
-        x += self._out(attended)
-        gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, -1)
-        x += self._down(F.silu(gate).mul_(up))
+        normed = self._mlp_norm.after_adding(x, self._out(attended))
+        x += self._down(self._gate(self._gate_up(normed)))
 
 
 def _window(attention: Any) -> int:
@@ -326,15 +277,22 @@ def _window(attention: Any) -> int:
     return (config.sliding_window or 0) if config.model_type == "mistral" else 0
 
 
-def _norm(module: Any, dtype: torch.dtype) -> Norm:
-    return _make_norm(module.weight.to(dtype), module.variance_epsilon)
+def _norm(module: Any, dtype: torch.dtype, operations: Operations) -> Norm:
+    return operations.norm(module.weight.to(dtype), module.variance_epsilon)
 
 
-def _make_norm(weight: Tensor, eps: float) -> Norm:
-    """In few operations on the CPU, where torch's own is seven; in 16 bits they would lose more."""
-    if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        return _Norm(weight, eps)
-    return _FusedNorm(weight, eps)
+def _heads(attention: Any, types: _Types) -> Heads:
+    dim: int = attention.head_dim
+    num_heads = attention.q_proj.out_features // dim
+    num_kv_heads = attention.k_proj.out_features // dim
+    norm, eps = None, 0.0
+    if hasattr(attention, "q_norm"):  # heads side by side, as queries and keys are
+        rows = (
+            attention.q_norm.weight.expand(num_heads, -1),
+            attention.k_norm.weight.expand(num_kv_heads, -1),
+        )
+        norm, eps = torch.cat(rows).to(types.states), attention.q_norm.variance_epsilon
+    return Heads(num_heads, num_kv_heads, dim, norm, eps, types.model)
 
 
 def _join(linears: Sequence[nn.Linear]) -> nn.Linear:

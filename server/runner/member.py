@@ -14,8 +14,9 @@ from server.config import EngineConfig, ModelConfig
 from server.errors import ConfigError
 from server.runner import self_check
 from server.runner.architecture import pin_rope
-from server.runner.attention_choice import choose_attention
+from server.runner.attention_choice import choose_attention, has_cpu_kernels
 from server.runner.llama_body import LlamaBody, is_llama_shaped
+from server.runner.operations import Operations, TorchOperations
 from server.runner.packed_linear import PackingReport, multiplies_bfloat16, pack_weights
 from server.runner.shortlist import AUTO, Shortlist, find_shortlist
 from server.runner.source import ModelSource
@@ -45,9 +46,9 @@ class MemberLoader:
         self._shortlist = find_shortlist(member.name, member.shortlist, source.path, vocab_size)
         self._must_shorten = member.shortlist not in (None, AUTO)
         self._packs = _packs(member, self._device)
-        self._short = choose_attention(
-            engine.attention, self._device, lambda line: report(f"{member.name}: {line}")
-        )
+        self._has_kernels = has_cpu_kernels(engine.cpu_kernels, self._device, self._say)
+        self._insists_on_cpu_kernels = engine.cpu_kernels == "on"
+        self._short = choose_attention(engine.attention, self._device, self._say, self._has_kernels)
         self._insists = engine.attention == "triton"
         self._compiles = engine.compile == "layers"
 
@@ -67,7 +68,10 @@ class MemberLoader:
         if fast and not (self._device.type == "cpu" and is_llama_shaped(model)):
             self._do_without_shortlist()
         if fast and is_llama_shaped(model):
+            had_kernels = self._has_kernels
             runner = self._try_fast(model, reference)
+            if runner is None and had_kernels:
+                runner = self._try_fast(self._read(), reference)
             if runner is None:
                 self._do_without_shortlist()
                 model = self._read()  # the first one gave its weights away
@@ -81,12 +85,15 @@ class MemberLoader:
     def _try_fast(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner | None:
         """None where the written-out forward gives other logits."""
         size = model.get_memory_footprint()
-        body = LlamaBody(model, packed=self._packs, shortlist=self._shortlist)
+        # What runs in kernels is nothing that could be compiled further.
+        kernels = self._has_kernels and self._packs and not self._compiles
+        body = LlamaBody(model, self._packs, self._shortlist, _operations(kernels))
         runner = self._runner(model, body, size - body.packing.saved)
         try:
-            self._check(runner, reference)
-        except ConfigError as error:
-            self._report(f"{self._name}: falling back to the forward of transformers: {error}")
+            # A CPU's kernels are for attention and the rest alike: both are tried again without.
+            self._check(runner, reference, replace=not self._has_kernels)
+        except Exception as error:  # kernels may fail in any way
+            self._fall_back(error)
             return None
         self._report_packing(body.packing)
         if self._compiles:
@@ -110,6 +117,25 @@ class MemberLoader:
             return
         seconds = time.perf_counter() - started
         self._report(f"{self._name}: compiled its layers, {seconds:.1f} s")
+
+    def _say(self, line: str) -> None:
+        self._report(f"{self._name}: {line}")
+
+    def _fall_back(self, error: Exception) -> None:
+        """To torch's operations from kernels, and from these to the forward of transformers."""
+        reason = str(error).split("\n")[0]
+        if not self._has_kernels:
+            if not isinstance(error, ConfigError):
+                raise error
+            self._say(f"falling back to the forward of transformers: {reason}")
+            return
+        if self._insists_on_cpu_kernels:
+            message = f"model {self._name}: engine.cpu_kernels: on, but they fail here: {reason}"
+            raise ConfigError(message) from error
+        self._has_kernels = False
+        if not self._insists:
+            self._short = None
+        self._say(f"falling back to torch's operations: {reason}")
 
     def _do_without_shortlist(self) -> None:
         if self._shortlist is None:
@@ -140,12 +166,12 @@ class MemberLoader:
         self._report_packing(packing)
         return runner
 
-    def _check(self, runner: TorchRunner, reference: list[Tensor]) -> None:
-        """With the kernels first; where they fail or give other logits, with torch's attention."""
+    def _check(self, runner: TorchRunner, reference: list[Tensor], replace: bool = True) -> None:
+        """With the kernels; where these fail or give other logits, `replace` them by torch's."""
         try:
             self_check.self_check(runner, reference)
         except Exception as error:  # a kernel may fail to compile in any way
-            if self._short is None:
+            if self._short is None or not replace:
                 raise
             reason = str(error).split("\n")[0]
             if self._insists:
@@ -154,6 +180,9 @@ class MemberLoader:
             self._report(f"{self._name}: falling back to torch's attention: {reason}")
             runner.drop_kernels()
             _check_anew(runner, reference)
+        if self._has_kernels and runner.refuses:
+            self._say("its layers attend in ways that the kernels do not know: torch attends")
+            runner.drop_kernels()
 
     def _runner(self, model: PreTrainedModel, body: Body | None, weight_bytes: int) -> TorchRunner:
         store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
@@ -192,6 +221,15 @@ class MemberLoader:
             share = packing.packed / max(1, packing.considered)
             how = "kept in 16 bits" if self._dtype == torch.float32 else "multiplied as bfloat16"
             self._report(f"{self._name}: {share:.0%} of linear weights {how}")
+
+
+def _operations(kernels: bool) -> Operations:
+    """What layers do between products: kernels', which need Numba, or torch's."""
+    if not kernels:
+        return TorchOperations()
+    from server.runner.simd_operations import SimdOperations  # what it needs may be missing
+
+    return SimdOperations()
 
 
 def _check_anew(runner: TorchRunner, reference: list[Tensor]) -> None:

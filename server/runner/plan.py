@@ -20,7 +20,7 @@ from server.runner.base import Batch, Span
 # Spans of more tokens are attended one by one: they fill the machine alone.
 MAX_GROUPED_TOKENS = 16
 # Measured on CPU: beyond this length, gathering into one tensor costs more than a call each.
-MAX_GATHERED_LENGTH_CPU = 256
+MAX_GATHERED_LENGTH = 256
 # Tokens in common from which attending them once for all pays for putting two parts together.
 MIN_SHARED_LENGTH = 128
 
@@ -267,8 +267,10 @@ class ForwardPlan:
     groups: tuple[Group, ...]
 
 
-def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan:
-    """Prepare a forward of `batch`."""
+def make_plan(
+    batch: Batch, page_size: int, device: torch.device, gathers: bool = False
+) -> ForwardPlan:
+    """Prepare a forward of `batch`; `gathers` as in ModelRunner."""
     order = sorted(range(len(batch.spans)), key=lambda i: _place(batch.spans[i], page_size))
     spans = [batch.spans[i] for i in order]
     token_ids: list[int] = []
@@ -288,18 +290,18 @@ def make_plan(batch: Batch, page_size: int, device: torch.device) -> ForwardPlan
         position_ids=packed[1:2],
         slots=packed[2],
         keep=tensor_on(device, keep, torch.int64),
-        groups=tuple(_make_groups(spans, page_size, device)),
+        groups=tuple(_make_groups(spans, page_size, device, gathers)),
     )
 
 
-def num_attended(spans: Sequence[Span], page_size: int, device: torch.device) -> int:
+def num_attended(spans: Sequence[Span], page_size: int, gathers: bool) -> int:
     """Tokens consumed before the spans, those that are attended once for several counted once."""
     total = sum(span.num_past for span in spans)
-    if device.type != "cpu" or len(spans) < 2:
+    if not gathers or len(spans) < 2:
         return total
     alike = sorted(spans, key=lambda span: _place(span, page_size))
     for num_tokens, members in groupby(alike, key=lambda span: len(span.token_ids)):
-        for together, num_shared in _split(list(members), num_tokens, page_size, device):
+        for together, num_shared in _split(list(members), num_tokens, page_size, gathers):
             total -= (len(together) - 1) * num_shared * page_size
     return total
 
@@ -309,11 +311,13 @@ def _slots(span: Span, page_size: int) -> list[int]:
     return [span.pages[p // page_size] * page_size + p % page_size for p in positions]
 
 
-def _make_groups(spans: list[Span], page_size: int, device: torch.device) -> list[SpanGroup]:
+def _make_groups(
+    spans: list[Span], page_size: int, device: torch.device, gathers: bool
+) -> list[SpanGroup]:
     groups: list[SpanGroup] = []
     first_row = 0
     for num_tokens, alike in groupby(spans, key=lambda span: len(span.token_ids)):
-        for members, num_shared in _split(list(alike), num_tokens, page_size, device):
+        for members, num_shared in _split(list(alike), num_tokens, page_size, gathers):
             end_row = first_row + num_tokens * len(members)
             lengths = [span.num_past + num_tokens for span in members]
             pages = [span.pages for span in members]
@@ -326,7 +330,7 @@ def _make_groups(spans: list[Span], page_size: int, device: torch.device) -> lis
 
 
 def _split(
-    spans: list[Span], num_tokens: int, page_size: int, device: torch.device
+    spans: list[Span], num_tokens: int, page_size: int, gathers: bool
 ) -> list[tuple[list[Span], int]]:
     """Spans that one attention call should take together, and how many first pages they share.
 
@@ -335,7 +339,7 @@ def _split(
     longest = max(span.num_past for span in spans) + num_tokens
     if num_tokens > MAX_GROUPED_TOKENS:
         return [([span], 0) for span in spans]
-    if device.type != "cpu" or longest <= MAX_GATHERED_LENGTH_CPU:
+    if not gathers or longest <= MAX_GATHERED_LENGTH:
         return [(spans, 0)]
     parts: list[tuple[list[Span], int]] = []
     for beginning, alike in groupby(spans, key=lambda span: _beginning(span, page_size)):
@@ -351,7 +355,7 @@ def _split(
 def _sharing(spans: list[Span], num_tokens: int, page_size: int) -> list[Span]:
     """Those of `spans` whose common beginning is better attended once for all."""
     shared = _num_shared(spans, page_size) * page_size
-    limit = shared + MAX_GATHERED_LENGTH_CPU - num_tokens
+    limit = shared + MAX_GATHERED_LENGTH - num_tokens
     together = [span for span in spans if span.num_past <= limit]
     if len(together) < 2:
         return []

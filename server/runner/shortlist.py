@@ -16,7 +16,6 @@ from torch import Tensor
 from server.errors import ConfigError
 from server.runner.base import Batch
 from server.runner.llama_body import LlamaBody
-from server.runner.plan import make_plan
 from server.runner.torch_runner import TorchRunner
 
 FILE = "shortlist.json"
@@ -67,7 +66,7 @@ class Shortlist:
     @torch.inference_mode()
     def states(self, batch: Batch) -> Tensor:
         """See DeferredScores.states."""
-        plan = make_plan(batch, self._runner.page_size, self._runner.device)
+        plan = self._runner.plan(batch)
         return self._runner.run_part(plan, self._body.states)
 
     @torch.inference_mode()

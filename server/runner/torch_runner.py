@@ -103,6 +103,16 @@ class TorchRunner:
         """Are groups of few tokens attended by something else than torch's operations?"""
         return self._attention.short is not None
 
+    @property
+    def gathers(self) -> bool:
+        """See ModelRunner.gathers."""
+        return self.device.type == "cpu" and self._attention.short is None
+
+    @property
+    def refuses(self) -> bool:
+        """Have the kernels left groups of few tokens to torch's operations?"""
+        return self._attention.refused
+
     def longest_attended(self) -> int:
         """Tokens of a span that kernels attend; the model has run."""
         if self._attention.short is None:
@@ -127,7 +137,11 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """See ModelRunner.forward."""
-        return self.run(make_plan(batch, self.page_size, self.device))
+        return self.run(self.plan(batch))
+
+    def plan(self, batch: Batch) -> ForwardPlan:
+        """Prepare a forward of `batch`."""
+        return make_plan(batch, self.page_size, self.device, self.gathers)
 
     @torch.inference_mode()
     def run(self, plan: ForwardPlan) -> Tensor:

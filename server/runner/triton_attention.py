@@ -200,10 +200,16 @@ def max_tokens(heads: int, dim: int, element_size: int) -> int:
     return min(MAX_GROUPED_TOKENS, (1 << rows.bit_length() - 1) // heads)
 
 
-def supports(group: Group, queries: Tensor, num_kv_heads: int) -> bool:
-    """May `group`, with queries [T, heads, d] of this kind, be given to `attend_group`?"""
+def write(store: KVStore, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+    """By torch, which has no better way to."""
+    store.write(layer, slots, keys, values)
+
+
+def supports(group: Group, queries: Tensor, store: KVStore, layer: int, style: Style) -> bool:
+    """May `attend_group` be called with this? It knows every style."""
     num_heads, dim = queries.shape[1:]
-    longest = max_tokens(num_heads // num_kv_heads, dim, queries.element_size())
+    heads = num_heads // store.slots(layer)[0].shape[1]
+    longest = max_tokens(heads, dim, queries.element_size())
     return group.num_tokens <= longest
 
 

@@ -10,9 +10,11 @@ from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.engine.engine import Engine, EngineLimits
 from server.errors import ConfigError
-from server.runner.attention_choice import choose_attention
+from server.runner.attention_choice import choose_attention, has_cpu_kernels
 from server.runner.graph_runner import GraphRunner
 from server.runner.loader import load_models
+from server.runner.operations import TorchOperations
+from server.simd import support
 from tests.support.engines import decode, make_decoding
 from tests.support.tiny_models import make_pair
 
@@ -119,18 +121,97 @@ def test_failing_kernels_are_replaced(directories, monkeypatch):
 
     class Broken:
         @staticmethod
-        def supports(group, queries, num_kv_heads):
+        def supports(group, queries, store, layer, style):
             return True
+
+        @staticmethod
+        def write(store, layer, slots, keys, values):
+            store.write(layer, slots, keys, values)
 
         @staticmethod
         def attend_group(group, queries, store, layer, style):
             raise FileNotFoundError("no C compiler")
 
     monkeypatch.setattr("server.runner.member.choose_attention", lambda *_: Broken)
-    loaded, lines = load(directories)
+    loaded, lines = load(directories, cpu_kernels="off")
     assert sum("falling back to torch's attention: no C compiler" in line for line in lines) >= 2
     plain, _ = load(directories, attention="portable")
     assert tokens_of(loaded, 8)
     assert not any(runner.attends_with_kernels for runner in loaded.runners)
     with pytest.raises(ConfigError, match="triton fails here: no C compiler"):
         load(directories, attention="triton")
+
+
+@pytest.fixture
+def _no_numba(monkeypatch):
+    """An installation without Numba."""
+    monkeypatch.setattr("server.simd.support.missing", lambda: "Numba cannot be imported")
+
+
+def needs_kernels():
+    if reason := support.missing():
+        pytest.skip(f"the kernels cannot run here: {reason}")
+
+
+def test_cpu_kernels_are_used_where_they_run():
+    needs_kernels()
+    assert has_cpu_kernels("auto", CPU, refuse)
+    assert has_cpu_kernels("on", CPU, refuse)
+    assert not has_cpu_kernels("off", CPU, refuse)
+    assert not has_cpu_kernels("auto", CUDA, refuse)
+    kernels = choose_attention("auto", CPU, refuse, cpu_kernels=True)
+    assert kernels is importlib.import_module("server.runner.simd_attention")
+    assert choose_attention("portable", CPU, refuse, cpu_kernels=True) is None
+
+
+@pytest.mark.usefixtures("_no_numba")
+def test_without_numba_torch_serves_and_says_so(directories):
+    lines: list[str] = []
+    assert not has_cpu_kernels("auto", CPU, lines.append)
+    assert lines == [
+        "no kernels on cpu, torch's own operations are slower: Numba cannot be imported"
+    ]
+    loaded, _ = load(directories)
+    assert not any(runner.attends_with_kernels for runner in loaded.runners)
+    with pytest.raises(ConfigError, match="cpu_kernels: on, but they cannot run here: Numba"):
+        load(directories, cpu_kernels="on")
+
+
+def test_cpu_kernels_leave_the_output_alone(directories):
+    needs_kernels()
+    plain, _ = load(directories, cpu_kernels="off")
+    kernels, lines = load(directories, cpu_kernels="on")
+    assert not any("falling back" in line for line in lines)
+    assert all(runner.attends_with_kernels for runner in kernels.runners)
+    assert not any(runner.gathers for runner in kernels.runners)
+    assert all(runner.gathers for runner in plain.runners)
+    assert tokens_of(kernels, 24) == tokens_of(plain, 24)
+
+
+@pytest.mark.parametrize("error", [None, ZeroDivisionError("compiled wrongly")])
+def test_failing_operations_are_replaced(directories, monkeypatch, error):
+    """Kernels that give other numbers, or none."""
+    needs_kernels()
+    plain, _ = load(directories, cpu_kernels="off")
+
+    def gate(self, x):
+        if error:
+            raise error
+        return TorchOperations().gate(x) * 1.5
+
+    monkeypatch.setattr("server.runner.simd_operations.SimdOperations.gate", gate)
+    loaded, lines = load(directories)
+    assert sum("falling back to torch's operations" in line for line in lines) == 2
+    assert not any(runner.attends_with_kernels for runner in loaded.runners)
+    assert tokens_of(loaded, 24) == tokens_of(plain, 24)
+    with pytest.raises(ConfigError, match="engine.cpu_kernels: on, but they fail here"):
+        load(directories, cpu_kernels="on")
+
+
+def test_layers_that_the_kernels_do_not_know_are_left_to_torch(tmp_path):
+    needs_kernels()
+    directories = make_pair(tmp_path, "gemma2")
+    loaded, lines = load(directories)
+    assert sum("attend in ways that the kernels do not know" in line for line in lines) == 2
+    assert all(runner.gathers for runner in loaded.runners)
+    assert tokens_of(loaded, 3)

@@ -27,7 +27,7 @@ PLAIN = {"llama", "qwen2", "qwen3", "phi3", "gpt2", "opt"}  # full attention, no
 @pytest.fixture
 def calls(monkeypatch):
     """Short texts count as long; sizes of the groups that were attended in two parts."""
-    monkeypatch.setattr(plan, "MAX_GATHERED_LENGTH_CPU", 16)
+    monkeypatch.setattr(plan, "MAX_GATHERED_LENGTH", 16)
     monkeypatch.setattr(plan, "MIN_SHARED_LENGTH", 8)
     seen = []
     original = attention._attend_shared
@@ -79,7 +79,7 @@ def attend(spans, style, value_dim):
     keys = torch.randn(len(slots), 2, 8, generator=generator)
     store.write(0, slots, keys, torch.randn(len(slots), 2, value_dim, generator=generator))
     queries = torch.randn(sum(len(s.token_ids) for s in spans), 4, 8, generator=generator)
-    groups = plan.make_plan(Batch(tuple(spans)), PAGE, torch.device("cpu")).groups
+    groups = plan.make_plan(Batch(tuple(spans)), PAGE, torch.device("cpu"), gathers=True).groups
     parts = [attention.attend_group(g, queries[g.rows], store, 0, style) for g in groups]
     return torch.cat(parts), [group.num_spans for group in groups]
 
@@ -111,9 +111,9 @@ def test_who_is_together(calls):
     other = Span([1, *range(50, 57)], 25, [0], 1)
     _, sizes = attend([longer, other, *alike], Style(None, 0, None, None), 8)
     assert sorted(sizes) == [1, 1, 3], "one long text, or one that only begins alike, ends nothing"
-    for device, num_saved in (("cpu", 2 * 5 * PAGE), ("cuda", 0)):
+    for gathers, num_saved in ((True, 2 * 5 * PAGE), (False, 0)):
         spans = [longer, other, *alike]
-        count = plan.num_attended(spans, PAGE, torch.device(device))
+        count = plan.num_attended(spans, PAGE, gathers)
         assert count == sum(span.num_past for span in spans) - num_saved
     short = [Span([1, 2, 10 + i, 20 + i, 40 + i], 18, [0], 1) for i in range(2)]
     _, sizes = attend(short, Style(None, 0, None, None), 8)
@@ -127,7 +127,12 @@ def test_texts_stay_the_same(tmp_path, calls):
                 "served_model_name": "tiny",
                 "models": [{"name": path.name, "path": str(path)} for path in make_pair(tmp_path)],
                 "combination": {"method": "weighted", "weights": [0.5, 0.5]},
-                "engine": {"kv_memory": "16MiB", "max_length": 96, "page_size": PAGE},
+                "engine": {
+                    "kv_memory": "16MiB",
+                    "max_length": 96,
+                    "page_size": PAGE,
+                    "cpu_kernels": "off",
+                },
             }
         )
     )

@@ -4,22 +4,17 @@
 """
 
 import importlib
-import random
 
 import numpy as np
 import pytest
 import torch
 
 from server.cache.kv_store import KVStore
-from server.runner.attention import attend_group
-from server.runner.base import Batch, Span
-from server.runner.plan import make_plan
 from server.runner.style import Style
+from tests.support import attention_cases
+from tests.support.attention_cases import DEVICE, PLAIN, make_case, spoil_others
 
 kernels = pytest.importorskip("server.runner.triton_attention", exc_type=ModuleNotFoundError)
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-PLAIN = Style(None, 0, None, None)
-MAX_LENGTH = 150
 
 
 @pytest.fixture(autouse=True)
@@ -43,40 +38,8 @@ def _bfloat16_products(monkeypatch):
     )
 
 
-def make_case(num_tokens, lengths, page_size, heads, kv_heads, dim, dtype, value_dim=None):
-    """Queries of one group over a store full of noise, pages in random order."""
-    generator = torch.Generator().manual_seed(num_tokens)
-    width = -(-MAX_LENGTH // page_size)
-    pages = list(range(1, 1 + len(lengths) * width))
-    random.Random(0).shuffle(pages)
-    spans = tuple(
-        Span(pages[i * width : i * width + width], length - num_tokens, [0] * num_tokens, 1)
-        for i, length in enumerate(lengths)
-    )
-    store = KVStore(1 + len(pages), page_size)
-    slots = torch.arange(store.num_pages * page_size, device=DEVICE)
-
-    def noise(*shape):
-        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
-
-    keys = noise(len(slots), kv_heads, dim)
-    store.write(0, slots, keys, noise(len(slots), kv_heads, value_dim or dim))
-    queries = noise(len(lengths) * num_tokens, heads, 2 * dim)[..., :dim]
-    groups = make_plan(Batch(spans), page_size, DEVICE).groups
-    return groups, queries, store
-
-
 def assert_same(case, style=PLAIN):
-    groups, queries, store = case
-    tolerance = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[queries.dtype]
-    for group in groups:
-        kv_heads = store.slots(0)[0].shape[1]
-        assert kernels.supports(group, queries, kv_heads)
-        ours = kernels.attend_group(group, queries[group.rows], store, 0, style)
-        plain = attend_group(group, queries[group.rows], store, 0, style)
-        assert ours.shape == plain.shape
-        assert ours.dtype == plain.dtype
-        torch.testing.assert_close(ours.float(), plain.float(), rtol=tolerance, atol=tolerance)
+    attention_cases.assert_same(kernels, case, style)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -137,25 +100,19 @@ def test_other_head_dimensions(dim, value_dim):
 def test_what_lies_in_other_slots_does_not_matter(monkeypatch):
     """A freed page may hold NaN; the table of a sequence may be longer than it is."""
     monkeypatch.setattr(kernels, "num_splits", lambda *_: 2)
-    lengths = [3, 40, 150]
-    groups, queries, store = make_case(3, lengths, 16, 4, 2, 64, torch.float32)
-    clean = kernels.attend_group(groups[0], queries, store, 0, PLAIN)
-    stale = torch.ones(store.num_pages * 16, dtype=torch.bool, device=DEVICE)
-    for length, pages in zip(groups[0].lengths, groups[0].pages, strict=True):
-        for position in range(length):
-            stale[pages[position // 16] * 16 + position % 16] = False
-    for memory in store.slots(0):
-        memory[stale] = torch.nan
-    spoilt = kernels.attend_group(groups[0], queries, store, 0, PLAIN)
-    assert torch.equal(spoilt, clean)
+    case = make_case(3, [3, 40, 150], 16, 4, 2, 64, torch.float32)
+    (group,), queries, store = case
+    clean = kernels.attend_group(group, queries, store, 0, PLAIN)
+    spoil_others(case)
+    assert torch.equal(kernels.attend_group(group, queries, store, 0, PLAIN), clean)
 
 
 def test_large_groups_are_left_to_the_portable_path():
-    groups, queries, _ = make_case(16, [100], 16, 16, 1, 64, torch.float32)
-    assert not kernels.supports(groups[0], queries, 1)
-    assert kernels.supports(groups[0], queries[:, :8], 1)
-    groups, queries, _ = make_case(17, [100], 16, 4, 4, 64, torch.float32)
-    assert not kernels.supports(groups[0], queries, 4)
+    (group,), queries, store = make_case(16, [100], 16, 16, 1, 64, torch.float32)
+    assert not kernels.supports(group, queries, store, 0, PLAIN)
+    assert kernels.supports(group, queries[:, :8], store, 0, PLAIN)
+    (group,), queries, store = make_case(17, [100], 16, 4, 4, 64, torch.float32)
+    assert not kernels.supports(group, queries, store, 0, PLAIN)
 
 
 def test_the_longest_spans():
@@ -168,10 +125,10 @@ def test_the_longest_spans():
 
 
 def test_rows_too_large_for_shared_memory_are_left_to_the_portable_path():
-    groups, queries, _ = make_case(16, [100], 16, 8, 1, 128, torch.float32)
-    assert not kernels.supports(groups[0], queries, 1)
-    assert kernels.supports(groups[0], queries[:, :4], 1)
-    assert kernels.supports(groups[0], queries.bfloat16(), 1)
+    (group,), queries, store = make_case(16, [100], 16, 8, 1, 128, torch.float32)
+    assert not kernels.supports(group, queries, store, 0, PLAIN)
+    assert kernels.supports(group, queries[:, :4], store, 0, PLAIN)
+    assert kernels.supports(group, queries.bfloat16(), store, 0, PLAIN)
 
 
 def test_few_sequences_are_split_and_many_are_not():

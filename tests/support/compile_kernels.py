@@ -92,7 +92,7 @@ def launch(
     )
     (group,) = make_plan(Batch(spans), page_size, CPU).groups
     queries = torch.zeros(num_spans * num_tokens, 8, dim, dtype=dtype)
-    assert triton_attention.supports(group, queries, 2)
+    assert triton_attention.supports(group, queries, store, 0, style)
     triton_attention.attend_group(group, queries, store, 0, style)
 
 
@@ -101,7 +101,6 @@ def main() -> None:
     triton_attention._attend_split = Recorder(triton_attention._attend_split, 90)
     triton_attention._combine_splits = Recorder(triton_attention._combine_splits, 90)
     launch(1, 1, 2048, Style(None, 0, None, None))
-    # The plan of a CPU has longer sequences in groups of their own.
     launch(16, 40, 256, Style(0.1, 64, 5.0, torch.zeros(8, dtype=torch.bfloat16)))
     # As many bytes of queries as are supported.
     launch(16, 40, 256, Style(None, 0, None, None), 128, torch.float32)

@@ -104,6 +104,7 @@ class AgreeingRunner:
     page_size = _PAGE
     num_pages = 4096
     deferred = None
+    gathers = True
 
     def __init__(self, index: int, clock: Clock, cost: Cost, acceptance: Row[float]) -> None:
         self.name = ("proposer", "expert")[index]

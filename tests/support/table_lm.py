@@ -50,6 +50,7 @@ class TableRunner:
 
     device = torch.device("cpu")
     dtype = torch.float32
+    gathers = True
 
     def __init__(
         self,

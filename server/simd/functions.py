@@ -1,0 +1,46 @@
+"""Functions of vectors, for use in kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from server.simd import vectors
+from server.simd.vectors import LANES
+
+# Cephes' expf: coefficients of a polynomial on [-ln 2 / 2, ln 2 / 2], and ln 2 in two parts, of
+# which the first is short so that multiples of it are exact.
+_LOG2_E = np.float32(1.4426950408889634)
+_LN2_HIGH = np.float32(-0.693359375)
+_LN2_LOW = np.float32(2.12194440e-4)
+_C0 = np.float32(1.9875691500e-4)
+_C1 = np.float32(1.3981999507e-3)
+_C2 = np.float32(8.3334519073e-3)
+_C3 = np.float32(4.1665795894e-2)
+_C4 = np.float32(1.6666665459e-1)
+_C5 = np.float32(5.0000001201e-1)
+_HALF, _ONE = np.float32(0.5), np.float32(1.0)
+# Below lie numbers too small for float32, above those too large.
+_LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
+
+
+@njit(inline="always")
+def exp(x: Any) -> Any:
+    """E ** x of a Vector(LANES), to 2e-7 of it; below -87 and above 88 as there."""
+    x = vectors.larger(x, vectors.splat(_LEAST, LANES))
+    x = vectors.smaller(x, vectors.splat(_MOST, LANES))
+    n = vectors.floor(
+        vectors.multiply_add(x, vectors.splat(_LOG2_E, LANES), vectors.splat(_HALF, LANES))
+    )
+    x = vectors.multiply_add(n, vectors.splat(_LN2_HIGH, LANES), x)
+    x = vectors.multiply_add(n, vectors.splat(_LN2_LOW, LANES), x)
+    y = vectors.splat(_C0, LANES)
+    y = vectors.multiply_add(y, x, vectors.splat(_C1, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_C2, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_C3, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_C4, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_C5, LANES))
+    y = vectors.add(vectors.multiply_add(vectors.multiply(y, x), x, x), vectors.splat(_ONE, LANES))
+    return vectors.multiply(y, vectors.power_of_two(n))

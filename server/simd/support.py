@@ -1,0 +1,59 @@
+"""Can this machine run the kernels? Imports nothing that may be missing."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@cache
+def missing() -> str | None:
+    """What this machine lacks for the kernels of `server.simd`; None: nothing."""
+    try:
+        importlib.import_module("numba")
+    except ImportError as error:  # Numba also says so where it does not take numpy's version
+        return f"Numba cannot be imported ({error})"
+    try:
+        team_function()
+    except (OSError, AttributeError) as error:
+        return f"torch's threads cannot be asked for ({error})"
+    return None
+
+
+@cache
+def openmp() -> ctypes.CDLL:
+    """The library with torch's threads, as torch itself finds it.
+
+    A second one would have threads of its own, which wait for the cores that torch's keep busy.
+
+    Raises:
+        OSError: this build of torch has no such library.
+    """
+    libraries = Path(torch.__file__).parent / "lib"
+    names = ("libtorch_cpu.so", "libtorch_cpu.dylib", "torch_cpu.dll")
+    found = [libraries / name for name in names if (libraries / name).exists()]
+    if not found:
+        raise OSError(f"no libtorch_cpu under {libraries}")
+    # Looking a name up in a library looks through those that it was linked with.
+    return ctypes.CDLL(str(found[0]))
+
+
+@cache
+def team_function() -> Any:
+    """`GOMP_parallel(function, argument, num_threads, flags)`: run a function on each thread.
+
+    GCC calls it where a parallel region begins, and the OpenMP libraries of other compilers have it
+    for what GCC compiled.
+
+    Raises:
+        OSError, AttributeError: there is none here.
+    """
+    function = openmp().GOMP_parallel
+    function.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
+    function.restype = None
+    return function

@@ -1,0 +1,317 @@
+"""Vectors of float32 numbers as values of compiled code: `Vector(lanes)`.
+
+Numba compiles loops over arrays and leaves it to LLVM to find out that their turns are
+independent, which it seldom finds where there is a page table between. A Vector says so: it is one
+value of LLVM's vector type, of any length; LLVM cuts it into what the machine's registers hold.
+Operations take two vectors of as many lanes, memory is named by its address, and what a function
+needs to know when it is compiled (lanes, bits) is given as a constant.
+
+Sums are taken in an order that depends on the number of lanes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+# Lanes of what a row of many vectors is worked through with, and of `dot_products`.
+LANES = 16
+
+_FLOAT, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+# Sums may be reordered, products and sums fused; of infinities and NaN nothing is promised.
+_FAST = ("fast",)
+_FLOAT_BIAS, _FLOAT_SHIFT = 127, 23  # of the exponent of a float32 number
+_HALF_SHIFT = 16  # bfloat16 is the upper half of a float32 number
+
+Emit = Callable[..., Any]
+
+
+class Vector(types.Type):  # type: ignore[misc]
+    """The type of `lanes` float32 numbers."""
+
+    def __init__(self, lanes: int) -> None:
+        self.lanes = lanes
+        super().__init__(f"Vector({lanes})")
+
+
+@register_model(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, vector: Vector) -> None:
+        super().__init__(manager, vector, ir.VectorType(_FLOAT, vector.lanes))
+
+
+def _of_two(emit: Emit) -> Any:
+    """An operation of two vectors."""
+
+    @intrinsic
+    def operation(context: Any, x: Any, y: Any) -> Any:
+        return x(x, y), lambda context, builder, signature, args: emit(builder, *args)
+
+    return operation
+
+
+add = _of_two(lambda builder, x, y: builder.fadd(x, y, flags=_FAST))
+subtract = _of_two(lambda builder, x, y: builder.fsub(x, y, flags=_FAST))
+multiply = _of_two(lambda builder, x, y: builder.fmul(x, y, flags=_FAST))
+divide = _of_two(lambda builder, x, y: builder.fdiv(x, y, flags=_FAST))
+larger = _of_two(
+    lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y, flags=_FAST), x, y)
+)
+smaller = _of_two(
+    lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y, flags=_FAST), x, y)
+)
+
+
+@intrinsic
+def multiply_add(context: Any, x: Any, y: Any, z: Any) -> Any:
+    """X * y + z, rounded once."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.fma.v{x.lanes}f32", args[0].type, args)
+
+    return x(x, y, z), generate
+
+
+@intrinsic
+def floor(context: Any, x: Any) -> Any:
+    """The whole number below, lane by lane."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _call(builder, f"llvm.floor.v{x.lanes}f32", args[0].type, args)
+
+    return x(x), generate
+
+
+@intrinsic
+def power_of_two(context: Any, x: Any) -> Any:
+    """2 ** x of whole numbers from -126 to 127."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = ir.VectorType(_I32, x.lanes)
+        exponent = builder.add(builder.fptosi(args[0], whole), _same(whole, _FLOAT_BIAS))
+        return builder.bitcast(builder.shl(exponent, _same(whole, _FLOAT_SHIFT)), args[0].type)
+
+    return x(x), generate
+
+
+@intrinsic
+def total(context: Any, x: Any) -> Any:
+    """The sum of all lanes, float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        name = f"llvm.vector.reduce.fadd.v{x.lanes}f32"
+        return _call(builder, name, _FLOAT, [ir.Constant(_FLOAT, 0.0), *args], fastmath=_FAST)
+
+    return types.float32(x), generate
+
+
+@intrinsic
+def largest(context: Any, x: Any) -> Any:
+    """The largest of all lanes, float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        name = f"llvm.vector.reduce.fmax.v{x.lanes}f32"
+        return _call(builder, name, _FLOAT, args, fastmath=_FAST)
+
+    return types.float32(x), generate
+
+
+@intrinsic(prefer_literal=True)
+def splat(context: Any, number: Any, lanes: Any) -> Any:
+    """`number` in each of `lanes`."""
+    count = lanes.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        single = ir.VectorType(_FLOAT, 1)
+        first = builder.insert_element(
+            ir.Constant(single, ir.Undefined), args[0], ir.Constant(_I32, 0)
+        )
+        return _shuffle(builder, first, first, [0] * count)
+
+    return Vector(count)(types.float32, lanes), generate
+
+
+@intrinsic(prefer_literal=True)
+def load(context: Any, address: Any, lanes: Any, bits: Any) -> Any:
+    """`lanes` numbers from `address` on; `bits` of each: 32 for float32, 16 for bfloat16."""
+    count, width = lanes.literal_value, bits.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return _load(builder, args[0], count, width)
+
+    return Vector(count)(types.int64, lanes, bits), generate
+
+
+@intrinsic(prefer_literal=True)
+def store(context: Any, address: Any, x: Any, bits: Any) -> Any:
+    """Write `x` from `address` on, as float32 or rounded to bfloat16; see `load`."""
+    width = bits.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        numbers = args[1] if width == 32 else _rounded(builder, args[1], x.lanes)
+        builder.store(numbers, _pointer(builder, args[0], numbers.type), align=width // 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, x, bits), generate
+
+
+@intrinsic
+def load_number(context: Any, address: Any) -> Any:
+    """The float32 number at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_pointer(builder, args[0], _FLOAT), align=4)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
+def store_number(context: Any, address: Any, number: Any) -> Any:
+    """Write a float32 number at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], _pointer(builder, args[0], _FLOAT), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def load_whole(context: Any, address: Any) -> Any:
+    """The int64 number at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load(_pointer(builder, args[0], _I64), align=8)
+
+    return types.int64(types.int64), generate
+
+
+@intrinsic
+def prefetch(context: Any, address: Any) -> Any:
+    """Ask for the cache line of `address`, which need not be anybody's."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        place = _pointer(builder, args[0], ir.IntType(8))
+        # To read, soon again, data.
+        options = [ir.Constant(_I32, number) for number in (0, 3, 1)]
+        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *options])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@intrinsic
+def store_whole(context: Any, address: Any, number: Any) -> Any:
+    """Write an int64 number at `address`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store(args[1], _pointer(builder, args[0], _I64), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+@intrinsic(prefer_literal=True)
+def dot_products(context: Any, x: Any, rows: Any, numbers: Any, size: Any, bits: Any) -> Any:
+    """Products of `x` with LANES rows of a table, as many numbers each.
+
+    All sums are finished together: a sum across lanes for each row would take as long as its
+    products.
+
+    Args:
+        context: Numba's.
+        x: a vector.
+        rows: address of row 0, plus what to skip in each.
+        numbers: address of the int64 numbers of LANES rows.
+        size: of a row, in bytes.
+        bits: of a number in a row; see `load`.
+    """
+    width = bits.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole, table, first, row_size = args[:4]
+        starts = range(0, x.lanes, LANES)
+        parts = [_part(builder, whole, start, x.lanes) for start in starts]
+        sums = []
+        for lane in range(LANES):
+            place = builder.add(first, ir.Constant(_I64, lane * 8))
+            number = builder.load(_pointer(builder, place, _I64), align=8)
+            address = builder.add(table, builder.mul(number, row_size))
+            sums.append(_partial_sums(builder, parts, address, x.lanes, width))
+        step = 1
+        while len(sums) > 1:
+            pairs = zip(sums[::2], sums[1::2], strict=True)
+            sums = [_merged(builder, *pair, step) for pair in pairs]
+            step *= 2
+        return sums[0]
+
+    return Vector(LANES)(x, types.int64, types.int64, types.int64, bits), generate
+
+
+def _partial_sums(builder: Any, parts: list[Any], address: Any, count: int, width: int) -> Any:
+    """Products of a vector in `parts` with `count` numbers at `address`, added up to LANES sums."""
+    sums = None
+    for number, part in enumerate(parts):
+        place = builder.add(address, ir.Constant(_I64, number * LANES * width // 8))
+        numbers = _load(builder, place, min(LANES, count - number * LANES), width)
+        numbers = _part(builder, numbers, 0, numbers.type.count)
+        if sums is None:
+            sums = builder.fmul(part, numbers, flags=_FAST)
+        else:
+            sums = _call(builder, f"llvm.fma.v{LANES}f32", sums.type, [part, numbers, sums])
+    return sums
+
+
+def _part(builder: Any, x: Any, start: int, count: int) -> Any:
+    """LANES of `x` from `start` on, zeros behind its `count`."""
+    kept = range(start, min(count, start + LANES))
+    return _shuffle(builder, x, _same(x.type, 0.0), [*kept, *[count] * (LANES - len(kept))])
+
+
+def _merged(builder: Any, x: Any, y: Any, step: int) -> Any:
+    """Sums of lanes i and i ^ step: of `x` where i has not the bit `step`, of `y` where it has."""
+    lanes = range(LANES)
+    kept = [i if not i & step else LANES + i for i in lanes]
+    other = [i ^ step if not i & step else LANES + (i ^ step) for i in lanes]
+    return builder.fadd(_shuffle(builder, x, y, kept), _shuffle(builder, x, y, other), flags=_FAST)
+
+
+def _load(builder: Any, address: Any, count: int, width: int) -> Any:
+    if width == 32:
+        return builder.load(_pointer(builder, address, ir.VectorType(_FLOAT, count)), align=4)
+    halves = builder.load(_pointer(builder, address, ir.VectorType(_I16, count)), align=2)
+    whole = ir.VectorType(_I32, count)
+    bits = builder.shl(builder.zext(halves, whole), _same(whole, _HALF_SHIFT))
+    return builder.bitcast(bits, ir.VectorType(_FLOAT, count))
+
+
+def _rounded(builder: Any, x: Any, count: int) -> Any:
+    """To bfloat16, to the nearest, ties to even."""
+    whole = ir.VectorType(_I32, count)
+    bits = builder.bitcast(x, whole)
+    is_odd = builder.and_(builder.lshr(bits, _same(whole, _HALF_SHIFT)), _same(whole, 1))
+    bits = builder.add(builder.add(bits, _same(whole, (1 << _HALF_SHIFT - 1) - 1)), is_odd)
+    return builder.trunc(builder.lshr(bits, _same(whole, _HALF_SHIFT)), ir.VectorType(_I16, count))
+
+
+def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
+    return builder.inttoptr(address, pointee.as_pointer())
+
+
+def _same(vector: Any, number: float) -> Any:
+    return ir.Constant(vector, [number] * vector.count)
+
+
+def _shuffle(builder: Any, x: Any, y: Any, lanes: Any) -> Any:
+    numbers = list(lanes)
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(numbers)), numbers))
+
+
+def _call(builder: Any, name: str, returned: Any, args: Any, **options: Any) -> Any:
+    kind = ir.FunctionType(returned, [arg.type for arg in args])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, **options)
