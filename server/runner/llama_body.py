@@ -232,7 +232,7 @@ class _Layer:
         self._attention_norm = _norm(layer.input_layernorm, types.states, operations)
         self._mlp_norm = _norm(layer.post_attention_layernorm, types.states, operations)
         self._rotation = operations.rotation(_heads(attention, types))
-        self._gate = operations.gate
+        self._gate, self._add = operations.gate, operations.add
         self._qkv = keep(_join([attention.q_proj, attention.k_proj, attention.v_proj]))
         self._out = keep(attention.o_proj)
         self._gate_up = keep(_join([mlp.gate_proj, mlp.up_proj]))
@@ -265,7 +265,7 @@ class _Layer:
     def add_outputs(self, x: Tensor, attended: Tensor) -> None:
         """To `x`: what attention found, [T, heads * head_dim], then what the MLP makes of both."""
         normed = self._mlp_norm.after_adding(x, self._out(attended))
-        x += self._down(self._gate(self._gate_up(normed)))
+        self._add(x, self._down(self._gate(self._gate_up(normed))))
 
 
 def _window(attention: Any) -> int:

@@ -87,7 +87,8 @@ class MemberLoader:
         size = model.get_memory_footprint()
         # What runs in kernels is nothing that could be compiled further.
         kernels = self._has_kernels and self._packs and not self._compiles
-        body = LlamaBody(model, self._packs, self._shortlist, _operations(kernels))
+        operations = _operations(kernels, self._dtype)
+        body = LlamaBody(model, self._packs, self._shortlist, operations)
         runner = self._runner(model, body, size - body.packing.saved)
         try:
             # A CPU's kernels are for attention and the rest alike: both are tried again without.
@@ -223,13 +224,13 @@ class MemberLoader:
             self._report(f"{self._name}: {share:.0%} of linear weights {how}")
 
 
-def _operations(kernels: bool) -> Operations:
+def _operations(kernels: bool, dtype: torch.dtype) -> Operations:
     """What layers do between products: kernels', which need Numba, or torch's."""
     if not kernels:
         return TorchOperations()
     from server.runner.simd_operations import SimdOperations  # what it needs may be missing
 
-    return SimdOperations()
+    return SimdOperations(many=dtype)
 
 
 def _check_anew(runner: TorchRunner, reference: list[Tensor]) -> None:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 
 class Norm(Protocol):
-    """RMS norm of the last dimension, x / sqrt(mean(x ** 2) + eps) * weight."""
+    """RMS norm of the last dimension, x / sqrt(mean(x ** 2) + eps) * weight.
+
+    What it gives may be rounded to what the next product takes.
+    """
 
     def __call__(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
@@ -75,6 +78,10 @@ class Operations(Protocol):
         """The first half [T, D] of `x` [T, 2 D] through SiLU, times the second."""
         ...
 
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """To `x`, both [T, D]."""
+        ...
+
 
 class TorchOperations:
     """Operations in the fewest of torch's."""
@@ -91,6 +98,10 @@ class TorchOperations:
         """See Operations.gate."""
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """See Operations.add."""
+        x += y
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

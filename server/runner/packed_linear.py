@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # Up to which FBGEMM's products take less time than oneDNN's, roughly, for they round nothing:
 # `python -m server.bench.linear`.
-_FEW_ROWS = 8
+FEW_ROWS = 8
 
 # oneDNN makes a kernel for every number of rows it meets, some 600 KB each, and keeps a thousand.
 # Up to this many rows each number has its own, and from there on every doubling has four.
@@ -97,7 +97,7 @@ class BFloat16Linear(nn.Module):
             RuntimeError: this build of torch or this processor has no such kernel.
         """
         super().__init__()
-        self._most_numbers = _FEW_ROWS * linear.in_features
+        self._most_numbers = FEW_ROWS * linear.in_features
         exponent = half_exponent(linear.weight)
         self._few = None if exponent is None else PackedLinear(widened(linear), exponent)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)

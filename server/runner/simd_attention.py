@@ -1,11 +1,11 @@
-"""Attention of short queries over long paged KV on a CPU, compiled by Numba.
+"""Attention over paged KV on a CPU, compiled by Numba.
 
 Imported only where the kernels can run (see `attention_choice`). Keys and values are read where
-they lie, page by page, and nothing is gathered. A thread takes neighbouring KV heads of a span and
-works through its keys in blocks whose borders depend on the position only: scores of a block, then
-its softmax beside what came before (Milakov & Gimelshein 2018, "Online normalizer calculation for
-softmax"), then its values. What a query finds is therefore the same to the last bit, whatever
-other spans, tokens of its span or threads there are.
+they lie, page by page, and nothing is gathered. A thread takes neighbouring KV heads of a few
+tokens of a span and works through their keys in blocks whose borders depend on the position only:
+scores of a block, then its softmax beside what came before (Milakov & Gimelshein 2018, "Online
+normalizer calculation for softmax"), then its values. What a query finds is therefore the same to
+the last bit, whatever other spans, tokens of its span or threads there are.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from server.simd.functions import exp
 from server.simd.kernel import Kernel
 from server.simd.vectors import LANES
 
+# Tokens of a span that a thread takes at once.
+_CHUNK = 16
 # Keys whose scores are kept at once, for every query row of a thread.
 _BLOCK = 128
 _CACHE_LINE = 64
@@ -63,17 +65,16 @@ _ARGUMENTS = {
 
 
 def max_tokens(heads: int, dim: int, element_size: int) -> int:
-    """Of a span: as many as a plan groups, for any heads."""
+    """Of a span that is padded: as many as a plan groups, for any heads."""
     return MAX_GROUPED_TOKENS
 
 
 def supports(group: Group, queries: Tensor, store: KVStore, layer: int, style: Style) -> bool:
     """May `attend_group` be called with this?"""
     keys, values = store.slots(layer)
-    rows = group.num_tokens * queries.shape[1]
+    rows = min(group.num_tokens, _CHUNK) * queries.shape[1]
     return (
-        group.num_tokens <= MAX_GROUPED_TOKENS
-        and style.softcap is None
+        style.softcap is None
         and style.sinks is None
         and queries.dtype == keys.dtype
         and keys.dtype in _BITS
@@ -121,7 +122,7 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
     if not _is_dense(queries):
         queries = queries.contiguous()
     paging = group.paging()
-    size = _scratch_bytes(group.num_tokens * num_heads, value_dim)
+    size = _scratch_bytes(min(group.num_tokens, _CHUNK) * num_heads, value_dim)
     scratch = torch.empty(torch.get_num_threads() * size, dtype=torch.uint8)
     output = queries.new_empty(len(queries), num_heads, value_dim)
     _kernel(dim, value_dim, _BITS[keys.dtype])(
@@ -193,11 +194,12 @@ class _Task(NamedTuple):
     order. Addresses count bytes.
 
     Attributes:
-        queries, output: of the span's first token and the first of the heads.
+        queries, output: of the first token and the first of the heads.
         keys, values: of slot 0 and the first of the heads.
         pages: int64 numbers of the span's pages.
-        start: position of the span's first token.
-        length: tokens of the sequence, the fed ones included.
+        start: position of the first token.
+        length: of the sequence, up to the last of the tokens.
+        num_tokens: at most _CHUNK.
         num_heads: KV heads.
         slots: [_BLOCK] int64, where the keys of the block at hand lie.
         scores: [rows, _BLOCK] of that block.
@@ -212,6 +214,7 @@ class _Task(NamedTuple):
     pages: Any
     start: Any
     length: Any
+    num_tokens: Any
     num_heads: Any
     slots: Any
     scores: Any
@@ -270,7 +273,7 @@ def _scoring(dim: int, value_dim: int, bits: int) -> Any:
                 _fetch(values, slots, value_size, value_dim * item)
                 if key + LANES < count:
                     _fetch(keys, slots + LANES * 8, row_size, dim * item)
-                for token in range(arguments.num_tokens):
+                for token in range(task.num_tokens):
                     query = task.queries + token * arguments.query_stride
                     query += head * arguments.repeats * dim * item
                     for _ in range(arguments.repeats):
@@ -319,7 +322,7 @@ def _weighing(value_dim: int) -> Any:
         width = (count + LANES - 1) // LANES * LANES
         row = 0
         for _ in range(task.num_heads):
-            for token in range(arguments.num_tokens):
+            for token in range(task.num_tokens):
                 begin, end = _seen(arguments, task, token)
                 begin, end = max(begin - first, 0), min(end - first, count)
                 for _ in range(arguments.repeats):
@@ -347,7 +350,7 @@ def _adding(value_dim: int, bits: int) -> Any:
             weights, sums, slots = task.scores + key * 4, task.sums, task.slots + key * 8
             for head in range(task.num_heads):
                 values = task.values + head * value_dim * item
-                for token in range(arguments.num_tokens):
+                for token in range(task.num_tokens):
                     begin, end = _seen(arguments, task, token)
                     begin, end = max(begin - first - key, 0), min(end - first - key, LANES)
                     for _ in range(arguments.repeats):
@@ -373,7 +376,7 @@ def _finishing(value_dim: int, bits: int) -> Any:
         """Divide the sums by the weights: the output."""
         row = 0
         for head in range(task.num_heads):
-            for token in range(arguments.num_tokens):
+            for token in range(task.num_tokens):
                 place = token * arguments.num_kv_heads + head
                 output = task.output + place * arguments.repeats * value_dim * item
                 for _ in range(arguments.repeats):
@@ -394,7 +397,7 @@ def _attending(dim: int, value_dim: int, bits: int) -> Any:
 
     @njit
     def attend(arguments: Any, task: Any) -> None:
-        for row in range(task.num_heads * arguments.num_tokens * arguments.repeats):
+        for row in range(task.num_heads * task.num_tokens * arguments.repeats):
             vectors.store_number(task.states + row * 8, _NEVER)
             vectors.store_number(task.states + row * 8 + 4, _ZERO)
             vectors.store(task.sums + row * value_dim * 4, vectors.splat(_ZERO, value_dim), 32)
@@ -410,6 +413,14 @@ def _attending(dim: int, value_dim: int, bits: int) -> Any:
     return attend
 
 
+@njit
+def _work(arguments: Any, span: Any, token: Any) -> Any:
+    """Keys that the tokens of a chunk see, about, for as many tokens as there are."""
+    tokens = min(_CHUNK, arguments.num_tokens - token)
+    position = vectors.load_whole(arguments.starts + span * 8) + token
+    return (position + tokens) * tokens
+
+
 @cache
 def _kernel(dim: int, value_dim: int, bits: int) -> Kernel:
     """Compiled in about a second, once for each kind of model."""
@@ -417,44 +428,56 @@ def _kernel(dim: int, value_dim: int, bits: int) -> Kernel:
     item = bits // 8
 
     @njit
+    def start(arguments: Any, span: Any, token: Any, first: Any, end: Any, scratch: Any) -> None:
+        """Attend `_CHUNK` tokens of a span from `token` on, with KV heads first .. end - 1."""
+        num_tokens = min(_CHUNK, arguments.num_tokens - token)
+        num_heads = end - first
+        position = vectors.load_whole(arguments.starts + span * 8) + token
+        length = vectors.load_whole(arguments.lengths + span * 8)
+        row = span * arguments.num_tokens + token
+        width = arguments.num_kv_heads * arguments.repeats * value_dim * item
+        rows = num_heads * num_tokens * arguments.repeats
+        scores = scratch + _BLOCK * 8
+        task = _Task(
+            arguments.queries
+            + row * arguments.query_stride
+            + first * arguments.repeats * dim * item,
+            arguments.output + row * width + first * arguments.repeats * value_dim * item,
+            arguments.keys + first * dim * item,
+            arguments.values + first * value_dim * item,
+            arguments.table + span * arguments.table_stride,
+            position,
+            min(length, position + num_tokens),
+            num_tokens,
+            num_heads,
+            scratch,
+            scores,
+            scores + rows * _BLOCK * 4,
+            scores + rows * (_BLOCK + value_dim) * 4,
+        )
+        attend(arguments, task)
+
+    @njit
     def body(arguments: Any, thread: Any, num_threads: Any) -> None:
-        """The keys of all spans and KV heads, one after the other, cut evenly between threads."""
+        """The keys of all tokens and KV heads, one after the other, cut evenly between threads."""
         num_heads = arguments.num_kv_heads
         work = 1
         for span in range(arguments.num_spans):
-            work += vectors.load_whole(arguments.lengths + span * 8) * num_heads
+            for token in range(0, arguments.num_tokens, _CHUNK):
+                work += _work(arguments, span, token) * num_heads
         done = 0
-        rows = num_heads * arguments.num_tokens * arguments.repeats
-        slots = arguments.scratch + thread * arguments.scratch_size
-        scores = slots + _BLOCK * 8
+        scratch = arguments.scratch + thread * arguments.scratch_size
         for span in range(arguments.num_spans):
-            length = vectors.load_whole(arguments.lengths + span * 8)
-            # A head belongs to the thread in whose part its middle lies.
-            first = end = 0
-            for head in range(num_heads):
-                owner = (done + head * length + length // 2) * num_threads // work
-                first += owner < thread
-                end += owner <= thread
-            done += length * num_heads
-            if first == end:
-                continue
-            row = span * arguments.num_tokens
-            heads = first * arguments.repeats
-            width = num_heads * arguments.repeats * value_dim * item
-            task = _Task(
-                arguments.queries + row * arguments.query_stride + heads * dim * item,
-                arguments.output + row * width + heads * value_dim * item,
-                arguments.keys + first * dim * item,
-                arguments.values + first * value_dim * item,
-                arguments.table + span * arguments.table_stride,
-                vectors.load_whole(arguments.starts + span * 8),
-                length,
-                end - first,
-                slots,
-                scores,
-                scores + rows * _BLOCK * 4,
-                scores + rows * (_BLOCK + value_dim) * 4,
-            )
-            attend(arguments, task)
+            for token in range(0, arguments.num_tokens, _CHUNK):
+                amount = _work(arguments, span, token)
+                # A head belongs to the thread in whose part its middle lies.
+                first = end = 0
+                for head in range(num_heads):
+                    owner = (done + head * amount + amount // 2) * num_threads // work
+                    first += owner < thread
+                    end += owner <= thread
+                done += amount * num_heads
+                if first < end:
+                    start(arguments, span, token, first, end, scratch)
 
     return Kernel(body, _ARGUMENTS)

@@ -16,6 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from server.runner.operations import Heads, Norm, Rotation, TorchOperations
+from server.runner.packed_linear import FEW_ROWS
 from server.simd import vectors
 from server.simd.functions import exp
 from server.simd.kernel import Kernel
@@ -30,14 +31,16 @@ _SHARED_NUMBERS = 16384
 class SimdOperations:
     """Operations of float32 states on the CPU; of sizes that no vector fits, torch's."""
 
-    def __init__(self) -> None:
+    def __init__(self, many: torch.dtype) -> None:
+        """`many` is what products of more than FEW_ROWS rows take: float32 or bfloat16."""
         self._torch = TorchOperations()
+        self._many = many
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """See Operations.norm."""
         if len(weight) % LANES:
             return self._torch.norm(weight, eps)
-        return _SimdNorm(weight, eps)
+        return _SimdNorm(weight, eps, self._many)
 
     def rotation(self, heads: Heads) -> Rotation:
         """See Operations.rotation."""
@@ -46,11 +49,22 @@ class SimdOperations:
     def gate(self, x: Tensor) -> Tensor:
         """See Operations.gate."""
         size = x.shape[1] // 2
-        if size % LANES or not x.is_contiguous():
+        if size % LANES:
             return self._torch.gate(x)
+        x = x.contiguous()
         output = x.new_empty(len(x), size)
-        _run(_gate(), x.numel(), x.data_ptr(), output.data_ptr(), len(x), size)
+        kernel = _gate(_BITS[x.dtype])
+        _run(kernel, x.numel(), x.data_ptr(), output.data_ptr(), len(x), size)
         return output
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """See Operations.add."""
+        if x.numel() % LANES:
+            self._torch.add(x, y)
+            return
+        assert x.is_contiguous(), "states are changed in place"
+        y = y.contiguous()
+        _run(_add(_BITS[y.dtype]), x.numel(), x.data_ptr(), y.data_ptr(), x.numel())
 
 
 def _run(kernel: Kernel, num_numbers: int, *arguments: float) -> None:
@@ -61,10 +75,11 @@ def _run(kernel: Kernel, num_numbers: int, *arguments: float) -> None:
 
 
 class _SimdNorm:
-    def __init__(self, weight: Tensor, eps: float) -> None:
+    def __init__(self, weight: Tensor, eps: float, many: torch.dtype) -> None:
         """`weight` [D] float32, D a multiple of LANES."""
         self._weight = weight.contiguous()
         self._eps = eps
+        self._many = many
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._normed(x, None)
@@ -74,16 +89,14 @@ class _SimdNorm:
 
     def _normed(self, x: Tensor, y: Tensor | None) -> Tensor:
         assert x.is_contiguous(), "states are changed in place"
-        output = torch.empty_like(x)
-        added = 0
-        if y is not None:
-            y = y.to(x.dtype).contiguous()
-            added = y.data_ptr()
+        dtype = self._many if len(x) > FEW_ROWS else torch.float32
+        output = torch.empty_like(x, dtype=dtype)
+        added = x if y is None else y.contiguous()
         _run(
-            _norm(),
+            _norm(_BITS[added.dtype], _BITS[dtype]),
             x.numel(),
             x.data_ptr(),
-            added,
+            0 if y is None else added.data_ptr(),
             self._weight.data_ptr(),
             output.data_ptr(),
             len(x),
@@ -97,14 +110,13 @@ class _SimdRotation:
     def __init__(self, heads: Heads) -> None:
         self._heads = heads
         self._norm = None if heads.norm is None else heads.norm.float().contiguous()
-        self._kernel = _rotation(heads.dim, _BITS[heads.dtype])
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self._heads
         x = x.contiguous()
         output = x if heads.dtype == x.dtype else torch.empty_like(x, dtype=heads.dtype)
         _run(
-            self._kernel,
+            _rotation(heads.dim, _BITS[x.dtype], _BITS[heads.dtype]),
             x.numel(),
             x.data_ptr(),
             output.data_ptr(),
@@ -116,8 +128,9 @@ class _SimdRotation:
             heads.num_kv_heads,
             heads.eps,
         )
-        sizes = (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads)
-        queries, keys, values = output.split_with_sizes(sizes, 1)
+        queries, keys, values = output.split_with_sizes(
+            (heads.num_heads, heads.num_kv_heads, heads.num_kv_heads), 1
+        )
         return queries, keys, values
 
 
@@ -128,25 +141,28 @@ def _part(count: Any, thread: Any, num_threads: Any) -> Any:
 
 
 @cache
-def _norm() -> Kernel:
+def _norm(added_bits: int, output_bits: int) -> Kernel:
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = _part(a.num_rows, thread, num_threads)
         for row in range(first, end):
-            offset = row * a.size * 4
+            first_number = row * a.size
             squares = vectors.splat(_ZERO, LANES)
-            for column in range(0, a.size * 4, LANES * 4):
-                x = vectors.load(a.x + offset + column, LANES, 32)
+            for column in range(0, a.size, LANES):
+                number = first_number + column
+                x = vectors.load(a.x + number * 4, LANES, 32)
                 if a.added:
-                    x = vectors.add(x, vectors.load(a.added + offset + column, LANES, 32))
-                    vectors.store(a.x + offset + column, x, 32)
+                    place = a.added + number * added_bits // 8
+                    x = vectors.add(x, vectors.load(place, LANES, added_bits))
+                    vectors.store(a.x + number * 4, x, 32)
                 squares = vectors.multiply_add(x, x, squares)
             mean = vectors.total(squares) / np.float32(a.size)
             factor = vectors.splat(_ONE / np.float32(sqrt(mean + np.float32(a.eps))), LANES)
-            for column in range(0, a.size * 4, LANES * 4):
-                x = vectors.multiply(vectors.load(a.x + offset + column, LANES, 32), factor)
-                y = vectors.multiply(x, vectors.load(a.weight + column, LANES, 32))
-                vectors.store(a.output + offset + column, y, 32)
+            for column in range(0, a.size, LANES):
+                number = first_number + column
+                x = vectors.multiply(vectors.load(a.x + number * 4, LANES, 32), factor)
+                y = vectors.multiply(x, vectors.load(a.weight + column * 4, LANES, 32))
+                vectors.store(a.output + number * output_bits // 8, y, output_bits)
 
     return Kernel(
         body,
@@ -163,26 +179,41 @@ def _norm() -> Kernel:
 
 
 @cache
-def _gate() -> Kernel:
+def _add(added_bits: int) -> Kernel:
+    @njit
+    def body(a: Any, thread: Any, num_threads: Any) -> None:
+        first, end = _part(a.size // LANES, thread, num_threads)
+        for number in range(first * LANES, end * LANES, LANES):
+            x = vectors.load(a.x + number * 4, LANES, 32)
+            y = vectors.load(a.added + number * added_bits // 8, LANES, added_bits)
+            vectors.store(a.x + number * 4, vectors.add(x, y), 32)
+
+    return Kernel(body, {"x": "q", "added": "q", "size": "q"})
+
+
+@cache
+def _gate(bits: int) -> Kernel:
+    item = bits // 8
+
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         one, zero = vectors.splat(_ONE, LANES), vectors.splat(_ZERO, LANES)
         width = a.size // LANES
         first, end = _part(a.num_rows * width, thread, num_threads)
         for number in range(first, end):
-            row, column = number // width, number % width * LANES * 4
-            place = a.x + row * a.size * 8 + column
-            x = vectors.load(place, LANES, 32)
-            y = vectors.multiply(x, vectors.load(place + a.size * 4, LANES, 32))
+            row, column = number // width, number % width * LANES
+            place = a.x + (row * a.size * 2 + column) * item
+            x = vectors.load(place, LANES, bits)
+            y = vectors.multiply(x, vectors.load(place + a.size * item, LANES, bits))
             y = vectors.divide(y, vectors.add(one, exp(vectors.subtract(zero, x))))
-            vectors.store(a.output + row * a.size * 4 + column, y, 32)
+            vectors.store(a.output + (row * a.size + column) * item, y, bits)
 
     return Kernel(body, {"x": "q", "output": "q", "num_rows": "q", "size": "q"})
 
 
 @cache
-def _rotation(dim: int, bits: int) -> Kernel:
-    half, item = dim // 2, bits // 8
+def _rotation(dim: int, input_bits: int, output_bits: int) -> Kernel:
+    half = dim // 2
 
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
@@ -190,21 +221,14 @@ def _rotation(dim: int, bits: int) -> Kernel:
         num_heads = a.num_rotated + a.num_values
         for row in range(first, end):
             cos, sin = a.cos + row * dim * 4, a.sin + row * dim * 4
-            cos_low, cos_high = (
-                vectors.load(cos, half, 32),
-                vectors.load(cos + half * 4, half, 32),
-            )
-            sin_low, sin_high = (
-                vectors.load(sin, half, 32),
-                vectors.load(sin + half * 4, half, 32),
-            )
+            cos_low, sin_low = vectors.load(cos, half, 32), vectors.load(sin, half, 32)
+            cos_high = vectors.load(cos + half * 4, half, 32)
+            sin_high = vectors.load(sin + half * 4, half, 32)
             for head in range(num_heads):
                 number = row * num_heads + head
-                place = a.x + number * dim * 4
-                low, high = (
-                    vectors.load(place, half, 32),
-                    vectors.load(place + half * 4, half, 32),
-                )
+                place = a.x + number * dim * input_bits // 8
+                low = vectors.load(place, half, input_bits)
+                high = vectors.load(place + half * input_bits // 8, half, input_bits)
                 if head < a.num_rotated:
                     if a.norm:
                         squares = vectors.multiply_add(low, low, vectors.multiply(high, high))
@@ -218,9 +242,9 @@ def _rotation(dim: int, bits: int) -> Kernel:
                     turned = vectors.multiply_add(high, sin_low, vectors.multiply(low, cos_low))
                     high = vectors.multiply_add(low, sin_high, vectors.multiply(high, cos_high))
                     low = turned
-                target = a.output + number * dim * item
-                vectors.store(target, low, bits)
-                vectors.store(target + half * item, high, bits)
+                place = a.output + number * dim * output_bits // 8
+                vectors.store(place, low, output_bits)
+                vectors.store(place + half * output_bits // 8, high, output_bits)
 
     return Kernel(
         body,

@@ -55,6 +55,15 @@ def test_every_query_length(num_tokens):
     assert_same(make_case(num_tokens, lengths, 16, 4, 2, 64, torch.float32))
 
 
+@pytest.mark.usefixtures("_threads")
+@pytest.mark.parametrize("num_tokens", [17, 32, 40, 130])
+def test_long_spans(num_tokens):
+    """As prompts are read: from their beginning, or after tokens read before."""
+    lengths = [num_tokens, num_tokens + 1, num_tokens + 150]
+    for style in (PLAIN, Style(None, 50, None, None)):
+        assert_same(make_case(num_tokens, lengths, 16, 6, 3, 64, torch.float32), style)
+
+
 @pytest.mark.parametrize("window", [1, 17, 33, 128, 129, 1000])
 def test_windows(window):
     for num_tokens in (1, 5):
@@ -100,14 +109,22 @@ def test_a_token_finds_the_same_whatever_is_attended_beside_it(dtype):
             assert torch.equal(found[0], together[row])
 
 
+def test_a_token_of_a_long_span_finds_the_same_as_alone():
+    (group,), queries, store = make_case(70, [270], 16, 6, 3, 64, torch.float32)
+    within = kernels.attend_group(group, queries, store, 0, PLAIN)
+    for token in (0, 15, 16, 40, 69):
+        (alone,), _, _ = make_case(1, [201 + token], 16, 6, 3, 64, torch.float32)
+        alone.pages = group.pages
+        found = kernels.attend_group(alone, queries[token : token + 1], store, 0, PLAIN)
+        assert torch.equal(found[0], within[token])
+
+
 def test_what_they_leave_to_torch():
     (group,), queries, store = make_case(4, [100], 16, 4, 2, 64, torch.float32)
     assert kernels.supports(group, queries, store, 0, PLAIN)
     assert not kernels.supports(group, queries, store, 0, Style(None, 0, 5.0, None))
     assert not kernels.supports(group, queries, store, 0, Style(None, 0, None, torch.zeros(4)))
     assert not kernels.supports(group, queries.half(), store, 0, PLAIN)
-    (group,), queries, store = make_case(17, [100], 16, 4, 2, 64, torch.float32)
-    assert not kernels.supports(group, queries, store, 0, PLAIN)
     (group,), queries, store = make_case(1, [9], 16, 4, 2, 272, torch.float32)
     assert not kernels.supports(group, queries, store, 0, PLAIN)
 

@@ -14,7 +14,7 @@ if reason := support.missing():
 from server.runner.simd_operations import SimdOperations
 
 ROWS = (0, 1, 5, 300)
-PLAIN, OURS = TorchOperations(), SimdOperations()
+PLAIN, OURS = TorchOperations(), SimdOperations(torch.float32)
 
 
 def close(ours, plain):
@@ -43,24 +43,46 @@ def test_a_norm_of_nothing_is_nothing():
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("size", [16, 24, 1536])
-def test_gates(rows, size):
-    x = torch.randn(rows, 2 * size) * 4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gates(rows, size, dtype):
+    x = (torch.randn(rows, 2 * size) * 4).to(dtype)
     x[:, :2] = torch.tensor([-200.0, 200.0])
     close(OURS.gate(x.clone()), PLAIN.gate(x.clone()))
 
 
 @pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("size", [3, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adding(rows, size, dtype):
+    x, y = torch.randn(rows, size), torch.randn(rows, 2 * size).to(dtype)[:, :size]
+    mine, theirs = x.clone(), x.clone()
+    OURS.add(mine, y)
+    PLAIN.add(theirs, y)
+    assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 300])
+def test_products_of_many_rows_are_given_sixteen_bits(rows):
+    """Rounded as torch would round them before the product."""
+    weight, x = torch.randn(64), torch.randn(rows, 64)
+    exact = OURS.norm(weight, 1e-5)(x)
+    rounded = SimdOperations(torch.bfloat16).norm(weight, 1e-5)(x)
+    assert torch.equal(rounded, exact.bfloat16() if rows > 8 else exact)
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dim", [8, 64, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotations(rows, dim, dtype, normed):
+def test_rotations(rows, dim, dtype, given, normed):
     norm = torch.randn(5, dim) if normed else None
     heads = Heads(num_heads=4, num_kv_heads=1, dim=dim, norm=norm, eps=1e-6, dtype=dtype)
     angles = torch.rand(rows, 1, dim // 2) * 6
     cos = torch.cat([angles.cos()] * 2, -1)
     sin = torch.cat([-angles.sin(), angles.sin()], -1)
-    x = torch.randn(rows, 6, dim)
-    plain = PLAIN.rotation(heads)(x.clone(), cos, sin)
+    x = torch.randn(rows, 6, dim).to(given)
+    plain = PLAIN.rotation(heads)(x.float(), cos, sin)
     ours = OURS.rotation(heads)(x.clone(), cos, sin)
     for mine, theirs in zip(ours, plain, strict=True):
         close(mine, theirs)
