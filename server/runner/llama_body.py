@@ -93,7 +93,7 @@ class LlamaBody:
         model: PreTrainedModel,
         packed: bool,
         shortlist: Tensor | None = None,
-        operations: Operations | None = None,
+        kernels: bool = False,
     ) -> None:
         """Takes the weights over: `model` (which `is_llama_shaped`) cannot run afterwards.
 
@@ -102,23 +102,25 @@ class LlamaBody:
             packed: keep a CPU's weights in 16 bits where that changes none, laid out for its
                 kernels; a bfloat16 model's states, norms and activations are float32 then.
             shortlist: token ids [n] whose rows of the head are kept a second time.
-            operations: what layers do between products; torch's if not given.
+            kernels: use those of `server.simd` for what is `packed`; they can run here.
         """
         parts: Any = model
         body: Any = model.base_model
         self.packing = PackingReport()
+        self._kernels = kernels and packed
         keep = self._packed if packed else _plain
+        keep_inside = self._packed_inside if packed else _plain
         rotary = body.rotary_emb
         self._frequencies: Tensor = rotary.inv_freq.float()
         self._rope_scale = float(rotary.attention_scaling)
         self._types = _Types(torch.float32 if packed else model.dtype, model.dtype)
-        operations = operations or TorchOperations()
+        operations = _operations(self._kernels, model.dtype)
         self._norm = _norm(body.norm, self._types.states, operations)
         self._layers: list[_Layer] = []
         is_tied = body.embed_tokens.weight is parts.lm_head.weight
         while len(body.layers):
             index, layer = len(self._layers), body.layers[0]
-            self._layers.append(_Layer(index, layer, keep, self._types, operations))
+            self._layers.append(_Layer(index, layer, keep_inside, self._types, operations))
             del body.layers[0]
         self.hidden_size: int = parts.lm_head.in_features
         self.short_head: Linear | None = None
@@ -176,8 +178,14 @@ class LlamaBody:
             layer.before, layer.after = _Layer.attention_inputs, _Layer.add_outputs
 
     def _packed(self, linear: nn.Linear) -> Linear:
-        module: nn.Module = pack_linear(linear, self.packing)
+        module: nn.Module = pack_linear(linear, self.packing, self._kernels)
         return module.forward
+
+    def _packed_inside(self, linear: nn.Linear) -> Linear:
+        """Of a layer, whose operations take what is not rounded as well."""
+        module: Any = pack_linear(linear, self.packing, self._kernels)
+        product: Linear = getattr(module, "product", module.forward)
+        return product
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `operations.rotate`."""
@@ -185,6 +193,14 @@ class LlamaBody:
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
         signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
         return signed[0].to(self._types.states), signed[1].to(self._types.states)
+
+
+def _operations(kernels: bool, dtype: torch.dtype) -> Operations:
+    if not kernels:
+        return TorchOperations()
+    from server.runner.simd_operations import SimdOperations  # needs what may be missing
+
+    return SimdOperations(dtype)
 
 
 def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:

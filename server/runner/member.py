@@ -16,7 +16,6 @@ from server.runner import self_check
 from server.runner.architecture import pin_rope
 from server.runner.attention_choice import choose_attention, has_cpu_kernels
 from server.runner.llama_body import LlamaBody, is_llama_shaped
-from server.runner.operations import Operations, TorchOperations
 from server.runner.packed_linear import PackingReport, multiplies_bfloat16, pack_weights
 from server.runner.shortlist import AUTO, Shortlist, find_shortlist
 from server.runner.source import ModelSource
@@ -86,9 +85,8 @@ class MemberLoader:
         """None where the written-out forward gives other logits."""
         size = model.get_memory_footprint()
         # What runs in kernels is nothing that could be compiled further.
-        kernels = self._has_kernels and self._packs and not self._compiles
-        operations = _operations(kernels, self._dtype)
-        body = LlamaBody(model, self._packs, self._shortlist, operations)
+        kernels = self._has_kernels and not self._compiles
+        body = LlamaBody(model, self._packs, self._shortlist, kernels)
         runner = self._runner(model, body, size - body.packing.saved)
         try:
             # A CPU's kernels are for attention and the rest alike: both are tried again without.
@@ -161,7 +159,7 @@ class MemberLoader:
 
     def _load_packed(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
         size = model.get_memory_footprint()
-        packing = pack_weights(model)
+        packing = pack_weights(model, self._has_kernels)
         runner = self._runner(model, None, size - packing.saved)
         self._check(runner, reference)
         self._report_packing(packing)
@@ -222,15 +220,6 @@ class MemberLoader:
             share = packing.packed / max(1, packing.considered)
             how = "kept in 16 bits" if self._dtype == torch.float32 else "multiplied as bfloat16"
             self._report(f"{self._name}: {share:.0%} of linear weights {how}")
-
-
-def _operations(kernels: bool, dtype: torch.dtype) -> Operations:
-    """What layers do between products: kernels', which need Numba, or torch's."""
-    if not kernels:
-        return TorchOperations()
-    from server.runner.simd_operations import SimdOperations  # what it needs may be missing
-
-    return SimdOperations(many=dtype)
 
 
 def _check_anew(runner: TorchRunner, reference: list[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Linear layers and embeddings of CPU models, their weights laid out for the kernels.
+"""Linear layers and embeddings of CPU models, their weights laid out for kernels.
 
 A forward over few tokens is bound by reading the weights, and half the bytes take less time.
 Weights that come from bfloat16 or float16 are float16 numbers times a power of two, so that
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 # Up to which FBGEMM's products take less time than oneDNN's, roughly, for they round nothing:
 # `python -m server.bench.linear`.
-FEW_ROWS = 8
+_FEW_ROWS = 8
 
 # oneDNN makes a kernel for every number of rows it meets, some 600 KB each, and keeps a thousand.
 # Up to this many rows each number has its own, and from there on every doubling has four.
@@ -97,7 +97,7 @@ class BFloat16Linear(nn.Module):
             RuntimeError: this build of torch or this processor has no such kernel.
         """
         super().__init__()
-        self._most_numbers = FEW_ROWS * linear.in_features
+        self._most_numbers = _FEW_ROWS * linear.in_features
         exponent = half_exponent(linear.weight)
         self._few = None if exponent is None else PackedLinear(widened(linear), exponent)
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight)
@@ -219,19 +219,43 @@ class PackingReport:
 
 
 @torch.no_grad()
-def pack_linear(linear: nn.Linear, report: PackingReport) -> nn.Module:
+def pack_linear(linear: nn.Linear, report: PackingReport, kernels: bool = False) -> nn.Module:
     """The packed form of a CPU layer, or the layer itself where there is none.
+
+    Args:
+        linear: float32 or bfloat16.
+        report: is told of it.
+        kernels: those of `server.simd` can run here.
 
     Raises:
         RuntimeError: the layer is bfloat16, and this processor has no kernel for it.
     """
     report.considered += linear.weight.numel()
+    if kernels and multiplies_in_kernels(linear.weight.dtype):
+        packed = _pack_for_kernels(linear, report)
+        if packed is not None:
+            return packed
     if linear.weight.dtype != torch.bfloat16:
         return _pack_float32(linear, report)
     packed = BFloat16Linear(linear)
     report.saved -= 2 * (packed.num_copies - 1) * linear.weight.numel()
     report.packed += linear.weight.numel()
     return packed
+
+
+def _pack_for_kernels(linear: nn.Linear, report: PackingReport) -> nn.Module | None:
+    """None where the kernels do not take so many inputs."""
+    from server.runner.simd_linear import SimdLinear, supports  # needs what may be missing
+
+    weight, exponent = linear.weight.detach(), None
+    if weight.dtype == torch.float32 and (exponent := half_exponent(weight)) is not None:
+        weight = (weight * 2.0**exponent).half()
+    if not supports(weight):
+        return None
+    saved = linear.weight.itemsize - weight.itemsize
+    report.saved += saved * weight.numel()
+    report.packed += weight.numel() if weight.itemsize == 2 else 0
+    return SimdLinear(weight, linear.bias, exponent or 0)
 
 
 def _pack_float32(linear: nn.Linear, report: PackingReport) -> nn.Module:
@@ -251,6 +275,17 @@ def _laid_out(linear: nn.Linear) -> nn.Module:
     return Float32Linear(linear) if _multiplies_float32() else linear
 
 
+def multiplies_in_kernels(dtype: torch.dtype) -> bool:
+    """Do this processor's registers hold what `server.simd.tiles` keeps in them?
+
+    Where it has AMX, oneDNN is the faster one for bfloat16.
+    """
+    if dtype == torch.bfloat16:
+        has_amx = torch.cpu._is_amx_tile_supported()
+        return torch.cpu._is_avx512_bf16_supported() and not has_amx
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
 def pack_embedding(embedding: nn.Embedding, report: PackingReport, is_tied: bool) -> nn.Module:
     """The same table in 16 bits where that is exact, or `embedding` itself.
 
@@ -266,10 +301,11 @@ def pack_embedding(embedding: nn.Embedding, report: PackingReport, is_tied: bool
     return embedding if is_kept else HalfEmbedding(embedding, exact[0])
 
 
-def pack_weights(model: nn.Module) -> PackingReport:
+def pack_weights(model: nn.Module, kernels: bool = False) -> PackingReport:
     """Pack every plain nn.Linear and nn.Embedding of a CPU `model` that allows it.
 
-    `model` is float32, or bfloat16 where the processor `multiplies_bfloat16`.
+    `model` is float32, or bfloat16 where the processor `multiplies_bfloat16`; `kernels` as those
+    of `pack_linear`.
     """
     report = PackingReport()
     tables = Tally(id(getattr(module, "weight", None)) for module in model.modules())
@@ -277,7 +313,7 @@ def pack_weights(model: nn.Module) -> PackingReport:
         for name, module in list(parent.named_children()):
             # Quantised kinds, and those that scale or shift, derive from the plain ones.
             if type(module) is nn.Linear:
-                setattr(parent, name, pack_linear(module, report))
+                setattr(parent, name, pack_linear(module, report, kernels))
             elif type(module) is nn.Embedding and module.max_norm is None:
                 is_tied = tables[id(module.weight)] > 1
                 setattr(parent, name, pack_embedding(module, report, is_tied))

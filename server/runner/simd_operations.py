@@ -16,7 +16,6 @@ from numba import njit
 from torch import Tensor
 
 from server.runner.operations import Heads, Norm, Rotation, TorchOperations
-from server.runner.packed_linear import FEW_ROWS
 from server.simd import vectors
 from server.simd.functions import exp
 from server.simd.kernel import Kernel
@@ -31,16 +30,16 @@ _SHARED_NUMBERS = 16384
 class SimdOperations:
     """Operations of float32 states on the CPU; of sizes that no vector fits, torch's."""
 
-    def __init__(self, many: torch.dtype) -> None:
-        """`many` is what products of more than FEW_ROWS rows take: float32 or bfloat16."""
+    def __init__(self, taken: torch.dtype) -> None:
+        """`taken` is what products take: float32 or bfloat16."""
         self._torch = TorchOperations()
-        self._many = many
+        self._taken = taken
 
     def norm(self, weight: Tensor, eps: float) -> Norm:
         """See Operations.norm."""
         if len(weight) % LANES:
             return self._torch.norm(weight, eps)
-        return _SimdNorm(weight, eps, self._many)
+        return _SimdNorm(weight, eps, self._taken)
 
     def rotation(self, heads: Heads) -> Rotation:
         """See Operations.rotation."""
@@ -52,8 +51,8 @@ class SimdOperations:
         if size % LANES:
             return self._torch.gate(x)
         x = x.contiguous()
-        output = x.new_empty(len(x), size)
-        kernel = _gate(_BITS[x.dtype])
+        output = x.new_empty(len(x), size, dtype=self._taken)
+        kernel = _gate(_BITS[x.dtype], _BITS[self._taken])
         _run(kernel, x.numel(), x.data_ptr(), output.data_ptr(), len(x), size)
         return output
 
@@ -75,11 +74,11 @@ def _run(kernel: Kernel, num_numbers: int, *arguments: float) -> None:
 
 
 class _SimdNorm:
-    def __init__(self, weight: Tensor, eps: float, many: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, eps: float, taken: torch.dtype) -> None:
         """`weight` [D] float32, D a multiple of LANES."""
         self._weight = weight.contiguous()
         self._eps = eps
-        self._many = many
+        self._taken = taken
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._normed(x, None)
@@ -89,11 +88,10 @@ class _SimdNorm:
 
     def _normed(self, x: Tensor, y: Tensor | None) -> Tensor:
         assert x.is_contiguous(), "states are changed in place"
-        dtype = self._many if len(x) > FEW_ROWS else torch.float32
-        output = torch.empty_like(x, dtype=dtype)
+        output = torch.empty_like(x, dtype=self._taken)
         added = x if y is None else y.contiguous()
         _run(
-            _norm(_BITS[added.dtype], _BITS[dtype]),
+            _norm(_BITS[added.dtype], _BITS[self._taken]),
             x.numel(),
             x.data_ptr(),
             0 if y is None else added.data_ptr(),
@@ -192,8 +190,8 @@ def _add(added_bits: int) -> Kernel:
 
 
 @cache
-def _gate(bits: int) -> Kernel:
-    item = bits // 8
+def _gate(input_bits: int, output_bits: int) -> Kernel:
+    item = input_bits // 8
 
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
@@ -203,10 +201,11 @@ def _gate(bits: int) -> Kernel:
         for number in range(first, end):
             row, column = number // width, number % width * LANES
             place = a.x + (row * a.size * 2 + column) * item
-            x = vectors.load(place, LANES, bits)
-            y = vectors.multiply(x, vectors.load(place + a.size * item, LANES, bits))
+            x = vectors.load(place, LANES, input_bits)
+            y = vectors.multiply(x, vectors.load(place + a.size * item, LANES, input_bits))
             y = vectors.divide(y, vectors.add(one, exp(vectors.subtract(zero, x))))
-            vectors.store(a.output + (row * a.size + column) * item, y, bits)
+            place = a.output + (row * a.size + column) * output_bits // 8
+            vectors.store(place, y, output_bits)
 
     return Kernel(body, {"x": "q", "output": "q", "num_rows": "q", "size": "q"})
 

@@ -22,9 +22,10 @@ from numba.extending import intrinsic, models, register_model
 # Lanes of what a row of many vectors is worked through with, and of `dot_products`.
 LANES = 16
 
-_FLOAT, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+FLOAT = ir.FloatType()
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 # Sums may be reordered, products and sums fused; of infinities and NaN nothing is promised.
-_FAST = ("fast",)
+FAST = ("fast",)
 _FLOAT_BIAS, _FLOAT_SHIFT = 127, 23  # of the exponent of a float32 number
 _HALF_SHIFT = 16  # bfloat16 is the upper half of a float32 number
 
@@ -42,7 +43,7 @@ class Vector(types.Type):  # type: ignore[misc]
 @register_model(Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]
     def __init__(self, manager: Any, vector: Vector) -> None:
-        super().__init__(manager, vector, ir.VectorType(_FLOAT, vector.lanes))
+        super().__init__(manager, vector, ir.VectorType(FLOAT, vector.lanes))
 
 
 def _of_two(emit: Emit) -> Any:
@@ -55,15 +56,15 @@ def _of_two(emit: Emit) -> Any:
     return operation
 
 
-add = _of_two(lambda builder, x, y: builder.fadd(x, y, flags=_FAST))
-subtract = _of_two(lambda builder, x, y: builder.fsub(x, y, flags=_FAST))
-multiply = _of_two(lambda builder, x, y: builder.fmul(x, y, flags=_FAST))
-divide = _of_two(lambda builder, x, y: builder.fdiv(x, y, flags=_FAST))
+add = _of_two(lambda builder, x, y: builder.fadd(x, y, flags=FAST))
+subtract = _of_two(lambda builder, x, y: builder.fsub(x, y, flags=FAST))
+multiply = _of_two(lambda builder, x, y: builder.fmul(x, y, flags=FAST))
+divide = _of_two(lambda builder, x, y: builder.fdiv(x, y, flags=FAST))
 larger = _of_two(
-    lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y, flags=_FAST), x, y)
+    lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y, flags=FAST), x, y)
 )
 smaller = _of_two(
-    lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y, flags=_FAST), x, y)
+    lambda builder, x, y: builder.select(builder.fcmp_ordered("<", x, y, flags=FAST), x, y)
 )
 
 
@@ -72,7 +73,7 @@ def multiply_add(context: Any, x: Any, y: Any, z: Any) -> Any:
     """X * y + z, rounded once."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.fma.v{x.lanes}f32", args[0].type, args)
+        return call(builder, f"llvm.fma.v{x.lanes}f32", args[0].type, args)
 
     return x(x, y, z), generate
 
@@ -82,7 +83,7 @@ def floor(context: Any, x: Any) -> Any:
     """The whole number below, lane by lane."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _call(builder, f"llvm.floor.v{x.lanes}f32", args[0].type, args)
+        return call(builder, f"llvm.floor.v{x.lanes}f32", args[0].type, args)
 
     return x(x), generate
 
@@ -92,9 +93,9 @@ def power_of_two(context: Any, x: Any) -> Any:
     """2 ** x of whole numbers from -126 to 127."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole = ir.VectorType(_I32, x.lanes)
-        exponent = builder.add(builder.fptosi(args[0], whole), _same(whole, _FLOAT_BIAS))
-        return builder.bitcast(builder.shl(exponent, _same(whole, _FLOAT_SHIFT)), args[0].type)
+        whole = ir.VectorType(I32, x.lanes)
+        exponent = builder.add(builder.fptosi(args[0], whole), same(whole, _FLOAT_BIAS))
+        return builder.bitcast(builder.shl(exponent, same(whole, _FLOAT_SHIFT)), args[0].type)
 
     return x(x), generate
 
@@ -105,7 +106,7 @@ def total(context: Any, x: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         name = f"llvm.vector.reduce.fadd.v{x.lanes}f32"
-        return _call(builder, name, _FLOAT, [ir.Constant(_FLOAT, 0.0), *args], fastmath=_FAST)
+        return call(builder, name, FLOAT, [ir.Constant(FLOAT, 0.0), *args], fastmath=FAST)
 
     return types.float32(x), generate
 
@@ -116,7 +117,7 @@ def largest(context: Any, x: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         name = f"llvm.vector.reduce.fmax.v{x.lanes}f32"
-        return _call(builder, name, _FLOAT, args, fastmath=_FAST)
+        return call(builder, name, FLOAT, args, fastmath=FAST)
 
     return types.float32(x), generate
 
@@ -127,11 +128,11 @@ def splat(context: Any, number: Any, lanes: Any) -> Any:
     count = lanes.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        single = ir.VectorType(_FLOAT, 1)
+        single = ir.VectorType(FLOAT, 1)
         first = builder.insert_element(
-            ir.Constant(single, ir.Undefined), args[0], ir.Constant(_I32, 0)
+            ir.Constant(single, ir.Undefined), args[0], ir.Constant(I32, 0)
         )
-        return _shuffle(builder, first, first, [0] * count)
+        return shuffle(builder, first, first, [0] * count)
 
     return Vector(count)(types.float32, lanes), generate
 
@@ -154,7 +155,7 @@ def store(context: Any, address: Any, x: Any, bits: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         numbers = args[1] if width == 32 else _rounded(builder, args[1], x.lanes)
-        builder.store(numbers, _pointer(builder, args[0], numbers.type), align=width // 8)
+        builder.store(numbers, pointer(builder, args[0], numbers.type), align=width // 8)
         return context.get_dummy_value()
 
     return types.void(types.int64, x, bits), generate
@@ -165,7 +166,7 @@ def load_number(context: Any, address: Any) -> Any:
     """The float32 number at `address`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_pointer(builder, args[0], _FLOAT), align=4)
+        return builder.load(pointer(builder, args[0], FLOAT), align=4)
 
     return types.float32(types.int64), generate
 
@@ -175,7 +176,7 @@ def store_number(context: Any, address: Any, number: Any) -> Any:
     """Write a float32 number at `address`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], _pointer(builder, args[0], _FLOAT), align=4)
+        builder.store(args[1], pointer(builder, args[0], FLOAT), align=4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), generate
@@ -186,7 +187,7 @@ def load_whole(context: Any, address: Any) -> Any:
     """The int64 number at `address`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.load(_pointer(builder, args[0], _I64), align=8)
+        return builder.load(pointer(builder, args[0], I64), align=8)
 
     return types.int64(types.int64), generate
 
@@ -196,10 +197,10 @@ def prefetch(context: Any, address: Any) -> Any:
     """Ask for the cache line of `address`, which need not be anybody's."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = _pointer(builder, args[0], ir.IntType(8))
+        place = pointer(builder, args[0], I8)
         # To read, soon again, data.
-        options = [ir.Constant(_I32, number) for number in (0, 3, 1)]
-        _call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *options])
+        options = [ir.Constant(I32, number) for number in (0, 3, 1)]
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *options])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -210,7 +211,7 @@ def store_whole(context: Any, address: Any, number: Any) -> Any:
     """Write an int64 number at `address`."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        builder.store(args[1], _pointer(builder, args[0], _I64), align=8)
+        builder.store(args[1], pointer(builder, args[0], I64), align=8)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), generate
@@ -239,8 +240,8 @@ def dot_products(context: Any, x: Any, rows: Any, numbers: Any, size: Any, bits:
         parts = [_part(builder, whole, start, x.lanes) for start in starts]
         sums = []
         for lane in range(LANES):
-            place = builder.add(first, ir.Constant(_I64, lane * 8))
-            number = builder.load(_pointer(builder, place, _I64), align=8)
+            place = builder.add(first, ir.Constant(I64, lane * 8))
+            number = builder.load(pointer(builder, place, I64), align=8)
             address = builder.add(table, builder.mul(number, row_size))
             sums.append(_partial_sums(builder, parts, address, x.lanes, width))
         step = 1
@@ -257,20 +258,20 @@ def _partial_sums(builder: Any, parts: list[Any], address: Any, count: int, widt
     """Products of a vector in `parts` with `count` numbers at `address`, added up to LANES sums."""
     sums = None
     for number, part in enumerate(parts):
-        place = builder.add(address, ir.Constant(_I64, number * LANES * width // 8))
+        place = builder.add(address, ir.Constant(I64, number * LANES * width // 8))
         numbers = _load(builder, place, min(LANES, count - number * LANES), width)
         numbers = _part(builder, numbers, 0, numbers.type.count)
         if sums is None:
-            sums = builder.fmul(part, numbers, flags=_FAST)
+            sums = builder.fmul(part, numbers, flags=FAST)
         else:
-            sums = _call(builder, f"llvm.fma.v{LANES}f32", sums.type, [part, numbers, sums])
+            sums = call(builder, f"llvm.fma.v{LANES}f32", sums.type, [part, numbers, sums])
     return sums
 
 
 def _part(builder: Any, x: Any, start: int, count: int) -> Any:
     """LANES of `x` from `start` on, zeros behind its `count`."""
     kept = range(start, min(count, start + LANES))
-    return _shuffle(builder, x, _same(x.type, 0.0), [*kept, *[count] * (LANES - len(kept))])
+    return shuffle(builder, x, same(x.type, 0.0), [*kept, *[count] * (LANES - len(kept))])
 
 
 def _merged(builder: Any, x: Any, y: Any, step: int) -> Any:
@@ -278,40 +279,44 @@ def _merged(builder: Any, x: Any, y: Any, step: int) -> Any:
     lanes = range(LANES)
     kept = [i if not i & step else LANES + i for i in lanes]
     other = [i ^ step if not i & step else LANES + (i ^ step) for i in lanes]
-    return builder.fadd(_shuffle(builder, x, y, kept), _shuffle(builder, x, y, other), flags=_FAST)
+    return builder.fadd(shuffle(builder, x, y, kept), shuffle(builder, x, y, other), flags=FAST)
 
 
 def _load(builder: Any, address: Any, count: int, width: int) -> Any:
     if width == 32:
-        return builder.load(_pointer(builder, address, ir.VectorType(_FLOAT, count)), align=4)
-    halves = builder.load(_pointer(builder, address, ir.VectorType(_I16, count)), align=2)
-    whole = ir.VectorType(_I32, count)
-    bits = builder.shl(builder.zext(halves, whole), _same(whole, _HALF_SHIFT))
-    return builder.bitcast(bits, ir.VectorType(_FLOAT, count))
+        return builder.load(pointer(builder, address, ir.VectorType(FLOAT, count)), align=4)
+    halves = builder.load(pointer(builder, address, ir.VectorType(I16, count)), align=2)
+    whole = ir.VectorType(I32, count)
+    bits = builder.shl(builder.zext(halves, whole), same(whole, _HALF_SHIFT))
+    return builder.bitcast(bits, ir.VectorType(FLOAT, count))
 
 
 def _rounded(builder: Any, x: Any, count: int) -> Any:
     """To bfloat16, to the nearest, ties to even."""
-    whole = ir.VectorType(_I32, count)
+    whole = ir.VectorType(I32, count)
     bits = builder.bitcast(x, whole)
-    is_odd = builder.and_(builder.lshr(bits, _same(whole, _HALF_SHIFT)), _same(whole, 1))
-    bits = builder.add(builder.add(bits, _same(whole, (1 << _HALF_SHIFT - 1) - 1)), is_odd)
-    return builder.trunc(builder.lshr(bits, _same(whole, _HALF_SHIFT)), ir.VectorType(_I16, count))
+    is_odd = builder.and_(builder.lshr(bits, same(whole, _HALF_SHIFT)), same(whole, 1))
+    bits = builder.add(builder.add(bits, same(whole, (1 << _HALF_SHIFT - 1) - 1)), is_odd)
+    return builder.trunc(builder.lshr(bits, same(whole, _HALF_SHIFT)), ir.VectorType(I16, count))
 
 
-def _pointer(builder: Any, address: Any, pointee: Any) -> Any:
+def pointer(builder: Any, address: Any, pointee: Any) -> Any:
+    """`address` as that of a `pointee`."""
     return builder.inttoptr(address, pointee.as_pointer())
 
 
-def _same(vector: Any, number: float) -> Any:
+def same(vector: Any, number: float) -> Any:
+    """A constant of the type `vector`, the number in all lanes."""
     return ir.Constant(vector, [number] * vector.count)
 
 
-def _shuffle(builder: Any, x: Any, y: Any, lanes: Any) -> Any:
+def shuffle(builder: Any, x: Any, y: Any, lanes: Any) -> Any:
+    """Some `lanes` of `x` and, counted on from its last, of `y`."""
     numbers = list(lanes)
-    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(_I32, len(numbers)), numbers))
+    return builder.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(numbers)), numbers))
 
 
-def _call(builder: Any, name: str, returned: Any, args: Any, **options: Any) -> Any:
+def call(builder: Any, name: str, returned: Any, args: Any, **options: Any) -> Any:
+    """One of LLVM's own functions."""
     kind = ir.FunctionType(returned, [arg.type for arg in args])
     return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), args, **options)

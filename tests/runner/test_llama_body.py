@@ -33,6 +33,9 @@ from tests.support.engines import decode, make_decoding
 from tests.support.tiny_models import FAMILIES, VOCAB_SIZE, make_model, make_model_dir, make_pair
 
 FAST = ("llama", "qwen2", "qwen3", "mistral")
+needs_kernels = pytest.mark.skipif(
+    support.missing() is not None, reason=f"the CPU's kernels cannot run: {support.missing()}"
+)
 SHAPES = [
     *((family, {}) for family in FAST),
     ("llama", {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3}),
@@ -96,14 +99,21 @@ def test_same_as_transformers(family, settings, page_size):
     assert_same_course(generic, fast, page_size)
 
 
-@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_bfloat16)])
+@pytest.mark.parametrize(
+    ("packed", "kernels"),
+    [
+        (False, False),
+        pytest.param(True, False, marks=needs_bfloat16),
+        pytest.param(True, True, marks=[needs_bfloat16, needs_kernels]),
+    ],
+)
 @pytest.mark.parametrize(("family", "settings"), SHAPES)
-def test_sixteen_bits_are_no_less_exact(family, settings, packed):
+def test_sixteen_bits_are_no_less_exact(family, settings, packed, kernels):
     """As a GPU computes it, or a CPU: as near to float32 as transformers' own is."""
     exact = make_runner(randomised(family, **settings).bfloat16().float())
     plain = make_runner(randomised(family, **settings).bfloat16())
     model = randomised(family, **settings).bfloat16()
-    ours = make_runner(model, LlamaBody(model, packed=packed))
+    ours = make_runner(model, LlamaBody(model, packed, kernels=kernels))
     rng = random.Random(0)
     schedule = Schedule(rng, make_tables(rng, 4, in_order=False))
     errors = {"plain": 0.0, "ours": 0.0}
@@ -117,17 +127,19 @@ def test_sixteen_bits_are_no_less_exact(family, settings, packed):
     assert 0 < errors["ours"] < 1.2 * errors["plain"]
 
 
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize("family", FAST)
-def test_same_with_packed_weights(family):
+def test_same_with_packed_weights(family, kernels):
     plain, model = (rounded(randomised(family)) for _ in range(2))
     pack_weights(plain)
-    body = LlamaBody(model, packed=True)
+    body = LlamaBody(model, packed=True, kernels=kernels)
     assert body.packing.packed == body.packing.considered > 0
     assert_same_course(make_runner(plain), make_runner(model, body), 4)
 
 
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_kernels)])
 @pytest.mark.parametrize(("family", "settings"), SHAPES)
-def test_same_with_weights_from_bfloat16(family, settings):
+def test_same_with_weights_from_bfloat16(family, settings, kernels):
     """All of them packed times a power of two."""
     plain, model = (randomised(family, **settings) for _ in range(2))
     for each in (plain, model):
@@ -135,9 +147,37 @@ def test_same_with_weights_from_bfloat16(family, settings):
             parameter.copy_(parameter.bfloat16())
             if parameter.dim() == 2:
                 parameter[0, 0] = 1.0078125 * 2**-20
-    body = LlamaBody(model, packed=True)
+    body = LlamaBody(model, packed=True, kernels=kernels)
     assert body.packing.packed == body.packing.considered
     assert_same_course(make_runner(plain), make_runner(model, body), 4)
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16)]
+)
+def test_logits_do_not_depend_on_what_is_computed_beside_them(tmp_path, dtype):
+    """To the last bit: alone, among others, token by token or all at once."""
+    member = {"name": "m", "path": str(make_model_dir(tmp_path / "m")), "device": "cpu"}
+    member["dtype"] = str(dtype).removeprefix("torch.")
+    engine = {"max_sequences": 4, "max_length": 96, "cpu_kernels": "on"}
+    config = {"served_model_name": "tiny", "models": [member], "engine": engine}
+    combination = {"method": "weighted", "weights": [1.0]}
+    (runner,) = load_models(parse_config({**config, "combination": combination})).runners
+    rng = random.Random(0)
+    texts = [[rng.randrange(300) for _ in range(length)] for length in (40, 21, 33)]
+    pages = [list(range(1 + 4 * number, 5 + 4 * number)) for number in range(3)]
+    spans = [Span(table, 0, text, len(text)) for table, text in zip(pages, texts, strict=True)]
+    together = runner.forward(Batch(tuple(spans))).split([len(text) for text in texts])
+    for text, expected in zip(texts, together, strict=True):
+        done = 0
+        while done < len(text):
+            count = min(rng.choice((1, 1, 2, 5, 17)), len(text) - done)
+            logits = runner.forward(
+                Batch((Span(pages[0], done, text[done : done + count], count),))
+            )
+            assert torch.equal(logits, expected[done : done + count])
+            done += count
 
 
 def test_a_weight_beyond_sixteen_bits_is_kept():

@@ -16,6 +16,8 @@ from server.errors import ConfigError
 from server.runner import llama_body, member, self_check
 from server.runner.base import Batch, Span
 from server.runner.loader import load_models
+from server.runner.packed_linear import multiplies_in_kernels
+from server.simd import support
 from tests.runner.test_packed_linear import needs_bfloat16
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import (
@@ -337,7 +339,7 @@ def test_weights_from_sixteen_bits_are_packed(llama, dtype):
 
 
 def test_weights_that_a_model_wants_to_see_are_not_packed(llama, monkeypatch):
-    def pack(model):
+    def pack(model, kernels):
         del model.lm_head.weight
         raise AttributeError("'PackedLinear' object has no attribute 'weight'")
 
@@ -350,13 +352,15 @@ def test_weights_that_a_model_wants_to_see_are_not_packed(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("cpu_kernels", ["off", "auto"])
 @pytest.mark.parametrize("has_instructions", [False, pytest.param(True, marks=needs_bfloat16)])
-def test_bfloat16_on_a_cpu(llama, monkeypatch, has_instructions, fast):
+def test_bfloat16_on_a_cpu(llama, monkeypatch, has_instructions, cpu_kernels, fast):
     for module in (member, llama_body):
         monkeypatch.setattr(module, "multiplies_bfloat16", lambda: has_instructions)
     exact = load_models(config_of(llama, dtype="float32")).runners[0]
     lines: list[str] = []
-    [runner] = load_models(config_of(llama, dtype="bfloat16"), lines.append, fast).runners
+    config = config_of(llama, dtype="bfloat16", engine={"cpu_kernels": cpu_kernels})
+    [runner] = load_models(config, lines.append, fast).runners
     assert ("m0: 100% of linear weights multiplied as bfloat16" in lines) == has_instructions
     for tokens in ([5], [5, 9, 31, 7, 7, 2, 30, 11, 4, 1]):
         batch = Batch((Span([1, 2, 3], 0, tokens, len(tokens)),))
@@ -365,7 +369,9 @@ def test_bfloat16_on_a_cpu(llama, monkeypatch, has_instructions, fast):
         assert self_check.difference(logits, exact.forward(batch)) < 0.1
     assert runner.store.slots(0)[0].dtype == torch.bfloat16
     weights = load_file(llama / "model.safetensors").items()
-    copies = {name: 2 if has_instructions and is_linear(name) else 1 for name, _ in weights}
+    kernels = cpu_kernels == "auto" and support.missing() is None
+    twice = has_instructions and not (kernels and multiplies_in_kernels(torch.bfloat16))
+    copies = {name: 2 if twice and is_linear(name) else 1 for name, _ in weights}
     held = sum(2 * copies[name] * weight.numel() for name, weight in weights)
     assert held <= runner.weight_bytes <= held + 1024, "buffers besides"
 

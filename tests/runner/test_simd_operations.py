@@ -47,7 +47,11 @@ def test_a_norm_of_nothing_is_nothing():
 def test_gates(rows, size, dtype):
     x = (torch.randn(rows, 2 * size) * 4).to(dtype)
     x[:, :2] = torch.tensor([-200.0, 200.0])
-    close(OURS.gate(x.clone()), PLAIN.gate(x.clone()))
+    ours = SimdOperations(dtype).gate(x.clone())
+    close(ours, PLAIN.gate(x.clone()))
+    if size % 16 == 0:
+        wide = SimdOperations(dtype).gate(x.float())
+        assert torch.equal(ours, wide), "rounded once, behind everything"
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -61,13 +65,13 @@ def test_adding(rows, size, dtype):
     assert torch.equal(mine, theirs)
 
 
-@pytest.mark.parametrize("rows", [1, 8, 9, 300])
-def test_products_of_many_rows_are_given_sixteen_bits(rows):
+@pytest.mark.parametrize("rows", [1, 300])
+def test_products_are_given_sixteen_bits(rows):
     """Rounded as torch would round them before the product."""
     weight, x = torch.randn(64), torch.randn(rows, 64)
     exact = OURS.norm(weight, 1e-5)(x)
     rounded = SimdOperations(torch.bfloat16).norm(weight, 1e-5)(x)
-    assert torch.equal(rounded, exact.bfloat16() if rows > 8 else exact)
+    assert torch.equal(rounded, exact.bfloat16())
 
 
 @pytest.mark.parametrize("rows", ROWS)
