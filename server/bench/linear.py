@@ -26,8 +26,12 @@ from server.runner.packed_linear import (
     BFloat16Linear,
     Float32Linear,
     PackedLinear,
+    PackingReport,
     multiplies_bfloat16,
+    multiplies_in_kernels,
+    pack_linear,
 )
+from server.simd import support
 
 # (outputs, inputs) of SmolLM2-135M: q/k/v as one, output, gate/up as one, down, head.
 SHAPES = {
@@ -58,8 +62,14 @@ def layouts(weight: Tensor) -> dict[str, Product]:
         "float32, transposed": lambda x: x @ transposed,
         "16 bits, widened each time": lambda x: F.linear(x, half.float()),
     }
+    kernels = support.missing() is None
+    if kernels and multiplies_in_kernels(torch.float32):
+        products["kernels, 16 bits"] = pack_linear(linear, PackingReport(), kernels=True)
     if multiplies_bfloat16():
-        products["bfloat16, packed"] = BFloat16Linear(linear.bfloat16()).multiply
+        narrow = linear.bfloat16()
+        products["bfloat16, packed"] = BFloat16Linear(narrow).multiply
+        if kernels and multiplies_in_kernels(torch.bfloat16):
+            products["kernels, bfloat16"] = pack_linear(narrow, PackingReport(), kernels=True)
     return products
 
 
@@ -69,6 +79,8 @@ def measure(shape: tuple[int, int], num_rows: int, rounds: int) -> dict[str, flo
     count = max(2, _BYTES // (4 * shape[0] * shape[1]))
     weights = [layouts(torch.randn(shape).half().float()) for _ in range(count)]
     x = torch.randn(num_rows, shape[1])
+    for product in weights[0].values():
+        product(x)  # kernels are compiled
     return {
         name: min(_time([weight[name] for weight in weights], x) for _ in range(rounds))
         for name in weights[0]
@@ -89,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each figure (%(default)s)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    console = Console(width=100)
+    console = Console(width=160)
     machine, versions = describe_machine(), describe_versions()
     console.print(f"{machine['cpu']}, torch {versions['torch']}, 1 thread; ms and GFLOP/s")
     for name, shape in SHAPES.items():
