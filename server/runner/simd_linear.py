@@ -114,21 +114,23 @@ def _rows_of(form: Format, num_rows: int) -> Any:
 def _kernel(form: Format) -> Kernel:
     """Compiled in about two seconds, once for each format."""
     rows_1, rows_2, rows_4 = _rows_of(form, 1), _rows_of(form, 2), _rows_of(form, 4)
-    rows_8, rows_12, rows_16 = _rows_of(form, 8), _rows_of(form, 12), _rows_of(form, 16)
+    rows_8, rows_12 = _rows_of(form, 8), _rows_of(form, 12)
+    most = form.most_rows
+    rows_most = _rows_of(form, most)
 
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         """Rows that fit into the cache, with one block after the other."""
         first = a.num_blocks * thread // num_threads
         end = a.num_blocks * (thread + 1) // num_threads
-        at_once = max(1, _CACHED // (16 * a.x_stride)) * 16
+        at_once = max(1, _CACHED // (most * a.x_stride)) * most
         for start in range(0, a.num_rows, at_once):
             stop = min(start + at_once, a.num_rows)
             for block in range(first, end):
-                for row in range(start, stop, 16):
+                for row in range(start, stop, most):
                     left = stop - row
                     if left > 12:
-                        rows_16(a, row, block)
+                        rows_most(a, row, block)
                     elif left > 8:
                         rows_12(a, row, block)
                     elif left > 4:

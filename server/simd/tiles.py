@@ -1,8 +1,8 @@
 """Products of a few rows with a weight that is laid out in blocks of LANES outputs.
 
 A tile is all that some rows and a block make together: its sums stay in registers while the weight
-streams past, 64 bytes at a step. Every sum runs over its inputs in order, in one lane of a
-register, so that a row's products are the same to the last bit whatever rows stand beside it.
+streams past, 64 bytes at a step. Every sum runs over its inputs in an order that is the same in all
+tiles, so that a row's products are the same to the last bit whatever rows stand beside it.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ class Format:
         """Of a step."""
         return {"float32": 1, "float16": 2, "bfloat16": 2}[self.weight]
 
+    @property
+    def most_rows(self) -> int:
+        """Of a tile: as many as there are registers for their sums.
+
+        float16 has two for each, of every other input: a few rows would wait for their sums else.
+        """
+        return 12 if self.weight == "float16" else 16
+
 
 FLOAT32 = Format("float32", 4)  # float32 rows
 FLOAT16 = Format("float16", 4)  # float32 rows
@@ -94,16 +102,20 @@ def tile(form: Format, num_rows: int) -> Any:
             rows = [_least(builder, number, last) for number in range(num_rows)]
             inputs = [builder.add(x, builder.mul(row, x_stride)) for row in rows]
             # LLVM keeps them in registers.
-            sums = [cgutils.alloca_once(builder, _SUMS) for _ in rows]
-            for place in sums:
+            parts = range(2 if form is FLOAT16 else 1)
+            sums = [[cgutils.alloca_once(builder, _SUMS) for _ in parts] for _ in rows]
+            for place in (place for places in sums for place in places):
                 builder.store(same(_SUMS, 0.0), place)
             with cgutils.for_range(builder, num_steps) as loop:
                 _step(builder, form, loop.index, inputs, block, sums)
             factor = _everywhere(builder, scale)
-            for row, place in zip(rows, sums, strict=True):
+            for row, places in zip(rows, sums, strict=True):
                 target = builder.add(output, builder.mul(row, output_stride))
-                result = builder.fmul(builder.load(place), factor)
-                builder.store(result, pointer(builder, target, _SUMS), align=4)
+                first, *others = (builder.load(place) for place in places)
+                result = builder.fadd(first, others[0]) if others else first
+                builder.store(
+                    builder.fmul(result, factor), pointer(builder, target, _SUMS), align=4
+                )
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, types.float32), generate
@@ -112,19 +124,19 @@ def tile(form: Format, num_rows: int) -> Any:
 
 
 def _step(
-    builder: Any, form: Format, step: Any, inputs: list[Any], block: Any, sums: list[Any]
+    builder: Any, form: Format, step: Any, inputs: list[Any], block: Any, sums: list[list[Any]]
 ) -> None:
     """STEP bytes of the block, times as many numbers of every row."""
     place = builder.add(block, builder.mul(step, ir.Constant(I64, STEP)))
     _ask_for(builder, builder.add(place, ir.Constant(I64, _AHEAD)))
     weights = _weights(builder, form, place)
     size = form.inputs * form.row_bytes
-    for row, sum_place in zip(inputs, sums, strict=True):
+    for row, places in zip(inputs, sums, strict=True):
         address = builder.add(row, builder.mul(step, ir.Constant(I64, size)))
-        total = builder.load(sum_place)
-        for number, weight in zip(_numbers(builder, form, address), weights, strict=True):
-            total = _multiplied(builder, form, total, number, weight)
-        builder.store(total, sum_place)
+        numbers = _numbers(builder, form, address)
+        for number, weight, place in zip(numbers, weights, places, strict=True):
+            total = _multiplied(builder, form, builder.load(place), number, weight)
+            builder.store(total, place)
 
 
 def _weights(builder: Any, form: Format, place: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
@@ -109,3 +110,12 @@ def test_pictures(tmp_path, capsys):
     (tmp_path / "other.json").write_text("{}")
     assert plot.main([str(tmp_path / "other.json"), "--out", str(tmp_path)]) == 1
     assert "other.json: no result file" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
+def test_the_picture_of_lockstep(tmp_path):
+    from server.bench import plot
+
+    results = Path(__file__).parents[2] / "docs" / "results" / "lockstep.json"
+    assert plot.main(["--lockstep", str(results), "--out", str(tmp_path)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["lockstep.png"]
