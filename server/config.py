@@ -218,9 +218,9 @@ class EngineConfig(Section):
     )
     cpu_kernels: Literal["auto", "off", "on"] = Field(
         "auto",
-        description="Kernels for CPUs, compiled by Numba at start, for attention of few tokens and "
-        "for what layers do between products. auto: where Numba is installed and they give the "
-        "logits of torch's operations; on: refuse to start elsewhere.",
+        description="Kernels for CPUs, compiled by Numba at start, for products, attention and "
+        "what layers do between them. auto: where Numba is installed and they give the logits of "
+        "torch's operations; on: refuse to start elsewhere.",
     )
     cuda_graphs: Literal["auto", "off", "static"] = Field(
         "auto",

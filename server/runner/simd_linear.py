@@ -1,8 +1,8 @@
 """Linear layers over weights laid out for the CPU's kernels; see `server.simd.tiles`.
 
 oneDNN and FBGEMM read a weight that comes from memory slower than memory gives it, and what they
-sum depends on how many rows there are. These do neither, and beat them at any number of rows on
-processors with AVX-512.
+sum depends on how many rows there are. These do neither; `python -m server.bench.linear` compares
+them.
 """
 
 from __future__ import annotations
