@@ -27,7 +27,7 @@ _ATTRIBUTE = "cos_paged_attention"
 
 
 class ShortAttention(Protocol):
-    """Attention of groups of few tokens by other means than torch's.
+    """Attention by other means than torch's: of groups of few tokens, and what else it supports.
 
     See `triton_attention` and `simd_attention`.
     """

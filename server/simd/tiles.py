@@ -16,7 +16,18 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.simd.vectors import FAST, FLOAT, I8, I32, I64, LANES, call, pointer, same, shuffle
+from server.simd.vectors import (
+    FAST,
+    FLOAT,
+    I32,
+    I64,
+    LANES,
+    ask_for,
+    call,
+    everywhere,
+    pointer,
+    same,
+)
 
 # Bytes of a block that a step takes: a cache line.
 STEP = 64
@@ -108,7 +119,7 @@ def tile(form: Format, num_rows: int) -> Any:
                 builder.store(same(_SUMS, 0.0), place)
             with cgutils.for_range(builder, num_steps) as loop:
                 _step(builder, form, loop.index, inputs, block, sums)
-            factor = _everywhere(builder, scale)
+            factor = everywhere(builder, scale, LANES)
             for row, places in zip(rows, sums, strict=True):
                 target = builder.add(output, builder.mul(row, output_stride))
                 first, *others = (builder.load(place) for place in places)
@@ -128,7 +139,7 @@ def _step(
 ) -> None:
     """STEP bytes of the block, times as many numbers of every row."""
     place = builder.add(block, builder.mul(step, ir.Constant(I64, STEP)))
-    _ask_for(builder, builder.add(place, ir.Constant(I64, _AHEAD)))
+    ask_for(builder, builder.add(place, ir.Constant(I64, _AHEAD)))
     weights = _weights(builder, form, place)
     size = form.inputs * form.row_bytes
     for row, places in zip(inputs, sums, strict=True):
@@ -157,10 +168,10 @@ def _numbers(builder: Any, form: Format, address: Any) -> list[Any]:
     """Of a row, in all lanes, for one multiplication after another."""
     if form is BFLOAT16:
         pair = builder.load(pointer(builder, address, I32), align=2)
-        return [builder.bitcast(_everywhere(builder, pair), _PAIRS)]
+        return [builder.bitcast(everywhere(builder, pair, LANES), _PAIRS)]
     places = [builder.add(address, ir.Constant(I64, 4 * i)) for i in range(form.inputs)]
     return [
-        _everywhere(builder, builder.load(pointer(builder, place, FLOAT), align=4))
+        everywhere(builder, builder.load(pointer(builder, place, FLOAT), align=4), LANES)
         for place in places
     ]
 
@@ -175,15 +186,3 @@ def _multiplied(builder: Any, form: Format, total: Any, number: Any, weights: An
 def _least(builder: Any, number: int, last: Any) -> Any:
     constant = ir.Constant(I64, number)
     return builder.select(builder.icmp_signed("<", constant, last), constant, last)
-
-
-def _everywhere(builder: Any, number: Any) -> Any:
-    single = ir.VectorType(number.type, 1)
-    first = builder.insert_element(ir.Constant(single, ir.Undefined), number, ir.Constant(I32, 0))
-    return shuffle(builder, first, first, [0] * LANES)
-
-
-def _ask_for(builder: Any, address: Any) -> None:
-    options = [ir.Constant(I32, number) for number in (0, 3, 1)]
-    place = pointer(builder, address, I8)
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *options])

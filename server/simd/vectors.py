@@ -128,11 +128,7 @@ def splat(context: Any, number: Any, lanes: Any) -> Any:
     count = lanes.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        single = ir.VectorType(FLOAT, 1)
-        first = builder.insert_element(
-            ir.Constant(single, ir.Undefined), args[0], ir.Constant(I32, 0)
-        )
-        return shuffle(builder, first, first, [0] * count)
+        return everywhere(builder, args[0], count)
 
     return Vector(count)(types.float32, lanes), generate
 
@@ -197,10 +193,7 @@ def prefetch(context: Any, address: Any) -> Any:
     """Ask for the cache line of `address`, which need not be anybody's."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        place = pointer(builder, args[0], I8)
-        # To read, soon again, data.
-        options = [ir.Constant(I32, number) for number in (0, 3, 1)]
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *options])
+        ask_for(builder, args[0])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -308,6 +301,20 @@ def pointer(builder: Any, address: Any, pointee: Any) -> Any:
 def same(vector: Any, number: float) -> Any:
     """A constant of the type `vector`, the number in all lanes."""
     return ir.Constant(vector, [number] * vector.count)
+
+
+def everywhere(builder: Any, number: Any, count: int) -> Any:
+    """`number` in each of `count` lanes."""
+    single = ir.VectorType(number.type, 1)
+    first = builder.insert_element(ir.Constant(single, ir.Undefined), number, ir.Constant(I32, 0))
+    return shuffle(builder, first, first, [0] * count)
+
+
+def ask_for(builder: Any, address: Any) -> None:
+    """The cache line of `address`: to read, soon again, data."""
+    options = [ir.Constant(I32, number) for number in (0, 3, 1)]
+    place = pointer(builder, address, I8)
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, *options])
 
 
 def shuffle(builder: Any, x: Any, y: Any, lanes: Any) -> Any:
