@@ -52,13 +52,12 @@ class KVStore:
         """An empty store for the same layers, allocated now."""
         store = KVStore(num_pages, page_size)
         for layer, keys in self._keys.items():
-            store._allocate(layer, keys[0, 0], self._values[layer][0, 0])
+            store.allocate(layer, keys[0, 0], self._values[layer][0, 0])
         return store
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys [T, kv_heads, head_dim] and values of one layer at `slots` [T] int64."""
-        if layer not in self._keys:
-            self._allocate(layer, keys[0], values[0])
+        self.allocate(layer, keys[0], values[0])
         stored_keys, stored_values = self._slots[layer]
         stored_keys.index_copy_(0, slots, keys)
         stored_values.index_copy_(0, slots, values)
@@ -82,7 +81,10 @@ class KVStore:
             values.index_select(0, flat).view(*slots.shape, *values.shape[1:]),
         )
 
-    def _allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """If a layer is not yet: `keys` and `values` [kv_heads, dim] are like those of a token."""
+        if layer in self._keys:
+            return
         self._keys[layer] = self._zeros(keys)
         self._values[layer] = self._zeros(values)
         self._slots[layer] = (self._keys[layer].flatten(0, 1), self._values[layer].flatten(0, 1))

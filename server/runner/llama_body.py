@@ -10,7 +10,7 @@ reference: the self-check compares every model with it before this one is used.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,9 @@ from server.runner.packed_linear import (
 )
 from server.runner.plan import ForwardPlan
 from server.runner.style import Style
+
+if TYPE_CHECKING:
+    from server.runner.simd_layers import SimdLayers
 
 _MODEL_TYPES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -86,6 +89,7 @@ class LlamaBody:
         head: states [n, hidden_size] -> logits [n, rows of the head].
         short_head: the same for the rows of a shortlist, float32 where `packed`; None without one.
         hidden_size: of the states.
+        at_once: all layers as one program of kernels, where they are of nothing else.
     """
 
     def __init__(
@@ -109,7 +113,6 @@ class LlamaBody:
         self.packing = PackingReport()
         self._kernels = kernels and packed
         keep = self._packed if packed else _plain
-        keep_inside = self._packed_inside if packed else _plain
         rotary = body.rotary_emb
         self._frequencies: Tensor = rotary.inv_freq.float()
         self._rope_scale = float(rotary.attention_scaling)
@@ -120,8 +123,9 @@ class LlamaBody:
         is_tied = body.embed_tokens.weight is parts.lm_head.weight
         while len(body.layers):
             index, layer = len(self._layers), body.layers[0]
-            self._layers.append(_Layer(index, layer, keep_inside, self._types, operations))
+            self._layers.append(_Layer(index, layer, keep, self._types, operations))
             del body.layers[0]
+        self.at_once = _at_once(self._layers, self._norm, model.dtype) if self._kernels else None
         self.hidden_size: int = parts.lm_head.in_features
         self.short_head: Linear | None = None
         if shortlist is not None:
@@ -129,8 +133,8 @@ class LlamaBody:
             if packed:  # in 16 bits a token's score would depend on the rows scored beside it
                 rows = widened(rows)
             self.packing.saved -= rows.weight.nbytes  # the model had no such copy
-            self.short_head = keep(rows)
-        self.head = keep(parts.lm_head)
+            self.short_head = keep(rows).forward
+        self.head: Linear = keep(parts.lm_head).forward
         self._embed = (
             pack_embedding(body.embed_tokens, self.packing, is_tied)
             if packed
@@ -146,6 +150,8 @@ class LlamaBody:
         """What the head is applied to, [num_kept, hidden_size] of the model's type."""
         x: Tensor = self._embed(plan.token_ids[0]).to(self._types.states)
         rope = self._rope(plan.position_ids[0])
+        if self.at_once is not None and self.at_once.takes(attention):
+            return self.at_once.states(x, rope, plan, attention.store)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             # Of other rows than the kept ones, the last layer has to leave keys and values only.
@@ -177,15 +183,8 @@ class LlamaBody:
         for layer in self._layers:
             layer.before, layer.after = _Layer.attention_inputs, _Layer.add_outputs
 
-    def _packed(self, linear: nn.Linear) -> Linear:
-        module: nn.Module = pack_linear(linear, self.packing, self._kernels)
-        return module.forward
-
-    def _packed_inside(self, linear: nn.Linear) -> Linear:
-        """Of a layer, whose operations take what is not rounded as well."""
-        module: Any = pack_linear(linear, self.packing, self._kernels)
-        product: Linear = getattr(module, "product", module.forward)
-        return product
+    def _packed(self, linear: nn.Linear) -> nn.Module:
+        return pack_linear(linear, self.packing, self._kernels)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `operations.rotate`."""
@@ -212,8 +211,26 @@ def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
     return part
 
 
-def _plain(linear: nn.Linear) -> Linear:
-    return linear.forward
+def _plain(linear: nn.Linear) -> nn.Module:
+    return linear
+
+
+def _product(linear: nn.Module) -> Linear:
+    """Of a layer, whose operations take what is not rounded as well."""
+    product: Linear = getattr(linear, "product", linear.forward)
+    return product
+
+
+def _at_once(layers: Sequence[_Layer], norm: Norm, dtype: torch.dtype) -> SimdLayers | None:
+    """All layers as one program, where they are all of kernels."""
+    from server.runner.simd_layers import Layer, SimdLayers  # needs what may be missing
+    from server.runner.simd_operations import SimdNorm
+
+    made = [Layer.of(layer.parts) for layer in layers]
+    found = [layer for layer in made if layer is not None]
+    if len(found) < len(made) or not isinstance(norm, SimdNorm):
+        return None
+    return SimdLayers(found, norm, dtype)
 
 
 class _Types(NamedTuple):
@@ -228,13 +245,14 @@ class _Layer:
 
     Attributes:
         before, after: `attention_inputs` and `add_outputs`, or compiled forms of them.
+        parts: what it computes with, in this order; see simd_layers.Layer.
     """
 
     def __init__(
         self,
         index: int,
         layer: Any,
-        keep: Callable[[nn.Linear], Linear],
+        keep: Callable[[nn.Linear], nn.Module],
         types: _Types,
         operations: Operations,
     ) -> None:
@@ -249,11 +267,22 @@ class _Layer:
         self._mlp_norm = _norm(layer.post_attention_layernorm, types.states, operations)
         self._rotation = operations.rotation(_heads(attention, types))
         self._gate, self._add = operations.gate, operations.add
-        self._qkv = keep(_join([attention.q_proj, attention.k_proj, attention.v_proj]))
-        self._out = keep(attention.o_proj)
-        self._gate_up = keep(_join([mlp.gate_proj, mlp.up_proj]))
-        self._down = keep(mlp.down_proj)
-        self._mlp_size: int = mlp.down_proj.in_features
+        qkv = keep(_join([attention.q_proj, attention.k_proj, attention.v_proj]))
+        out = keep(attention.o_proj)
+        gate_up = keep(_join([mlp.gate_proj, mlp.up_proj]))
+        down = keep(mlp.down_proj)
+        self._qkv, self._out = _product(qkv), _product(out)
+        self._gate_up, self._down = _product(gate_up), _product(down)
+        self.parts = (
+            self._attention_norm,
+            qkv,
+            self._rotation,
+            self._style,
+            out,
+            self._mlp_norm,
+            gate_up,
+            down,
+        )
 
     def __call__(
         self,

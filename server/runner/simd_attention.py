@@ -10,6 +10,7 @@ the last bit, whatever other spans, tokens of its span or threads there are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -19,11 +20,12 @@ from numba import njit
 from torch import Tensor
 
 from server.cache.kv_store import KVStore
+from server.runner.operations import Heads
 from server.runner.plan import MAX_GROUPED_TOKENS, Group
 from server.runner.style import Style
-from server.simd import vectors
-from server.simd.functions import exp
-from server.simd.kernel import Kernel
+from server.simd import rows, vectors
+from server.simd.functions import UNIT, copy, exp
+from server.simd.kernel import Kernel, part
 from server.simd.vectors import LANES
 
 # Tokens of a span that a thread takes at once.
@@ -31,14 +33,11 @@ _CHUNK = 16
 # Keys whose scores are kept at once, for every query row of a thread.
 _BLOCK = 128
 _CACHE_LINE = 64
-# What is copied at once, as numbers and in bytes.
-_UNIT_LANES = 4
-_UNIT = _UNIT_LANES * 4
 _NEVER = np.float32(-3e38)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 # Of a head: what is worked with stays in registers, or nearly.
 _MAX_DIM = 256
-# Bytes of the largest working memory of a thread; longer spans are left to torch.
+# Bytes of the largest working memory of a thread; more heads are left to torch.
 _MAX_SCRATCH = 8 << 20
 _BITS = {torch.float32: 32, torch.bfloat16: 16}
 
@@ -49,19 +48,17 @@ _ARGUMENTS = {
     "output": "q",
     "scratch": "q",
     "scratch_size": "q",
-    "table": "q",
-    "table_stride": "q",
-    "starts": "q",
-    "lengths": "q",
-    "num_spans": "q",
-    "num_tokens": "q",
+    "groups": "q",
+    "num_groups": "q",
     "num_kv_heads": "q",
-    "repeats": "q",
     "query_stride": "q",
     "page_size": "q",
     "window": "q",
     "scale": "d",
 }
+
+
+_NUMBER = 8  # bytes of an int64
 
 
 def max_tokens(heads: int, dim: int, element_size: int) -> int:
@@ -72,27 +69,41 @@ def max_tokens(heads: int, dim: int, element_size: int) -> int:
 def supports(group: Group, queries: Tensor, store: KVStore, layer: int, style: Style) -> bool:
     """May `attend_group` be called with this?"""
     keys, values = store.slots(layer)
-    rows = min(group.num_tokens, _CHUNK) * queries.shape[1]
+    dims = keys.shape[-1], values.shape[-1]
+    return queries.dtype == keys.dtype and _fits(queries.shape[1], *dims, keys.dtype, style)
+
+
+def attends(heads: Heads, style: Style) -> bool:
+    """May `attending` be asked for this?"""
+    return _fits(heads.num_heads, heads.dim, heads.dim, heads.dtype, style)
+
+
+def kind_of(heads: Heads) -> Kind:
+    """The kernel for a layer that `attends`."""
+    repeats = heads.num_heads // heads.num_kv_heads
+    return Kind(heads.dim, heads.dim, repeats, _BITS[heads.dtype])
+
+
+def _fits(num_heads: int, dim: int, value_dim: int, dtype: torch.dtype, style: Style) -> bool:
     return (
         style.softcap is None
         and style.sinks is None
-        and queries.dtype == keys.dtype
-        and keys.dtype in _BITS
-        and max(keys.shape[-1], values.shape[-1]) <= _MAX_DIM
-        and _scratch_bytes(rows, values.shape[-1]) <= _MAX_SCRATCH
+        and dtype in _BITS
+        and max(dim, value_dim) <= _MAX_DIM
+        and scratch_bytes(_CHUNK, num_heads, value_dim) <= _MAX_SCRATCH
     )
 
 
 def write(store: KVStore, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
     """As KVStore.write, keys and values in one pass."""
     if not store.has(layer) or not all(
-        _is_dense(rows) and rows.dtype == stored.dtype and rows[0].nbytes % _UNIT == 0
-        for rows, stored in zip((keys, values), store.slots(layer), strict=True)
+        _is_dense(given) and given.dtype == stored.dtype and given[0].nbytes % UNIT == 0
+        for given, stored in zip((keys, values), store.slots(layer), strict=True)
     ):
         store.write(layer, slots, keys, values)
         return
     stored_keys, stored_values = store.slots(layer)
-    _writer().alone(
+    writer().alone(
         slots.data_ptr(),
         len(slots),
         keys.data_ptr(),
@@ -121,56 +132,68 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
     num_kv_heads, value_dim = values.shape[1:]
     if not _is_dense(queries):
         queries = queries.contiguous()
-    paging = group.paging()
-    size = _scratch_bytes(min(group.num_tokens, _CHUNK) * num_heads, value_dim)
+    size = scratch_bytes(group.num_tokens, num_heads, value_dim)
     scratch = torch.empty(torch.get_num_threads() * size, dtype=torch.uint8)
     output = queries.new_empty(len(queries), num_heads, value_dim)
-    _kernel(dim, value_dim, _BITS[keys.dtype])(
+    described = describe([group], -group.rows.start)
+    kind = Kind(dim, value_dim, num_heads // num_kv_heads, _BITS[keys.dtype])
+    attending(kind)(
         queries.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         output.data_ptr(),
         scratch.data_ptr(),
         size,
-        paging.table.data_ptr(),
-        paging.table.stride(0) * paging.table.itemsize,
-        paging.starts.data_ptr(),
-        paging.lengths.data_ptr(),
-        group.num_spans,
-        group.num_tokens,
+        described.ctypes.data,
+        1,
         num_kv_heads,
-        num_heads // num_kv_heads,
         queries.stride(0) * queries.itemsize,
         store.page_size,
         style.window,
-        dim**-0.5 if style.scale is None else style.scale,
+        style.scale_for(dim),
     )
     return output
 
 
-def _scratch_bytes(rows: int, value_dim: int) -> int:
-    """Working memory of a thread: what `_Task` has addresses of."""
-    return _BLOCK * 8 + rows * (_BLOCK + value_dim + 2) * 4
+def describe(groups: Iterable[Group], shift: int = 0) -> Any:
+    """What the kernel reads of them, int64; good for as long as the groups live.
+
+    `shift` is added to their first rows: to count them from somewhere else.
+    """
+    numbers = []
+    for group in groups:
+        paging = group.paging()
+        table = paging.table
+        numbers += [
+            group.rows.start + shift,
+            table.data_ptr(),
+            table.stride(0) * table.itemsize,
+            paging.starts.data_ptr(),
+            paging.lengths.data_ptr(),
+            group.num_spans,
+            group.num_tokens,
+        ]
+    return np.array(numbers, np.int64)
+
+
+def scratch_bytes(num_tokens: int, num_heads: int, value_dim: int) -> int:
+    """Working memory of a thread, for spans of at most so many tokens: what `_Task` points to."""
+    num_rows = min(num_tokens, _CHUNK) * num_heads
+    return 2 * _BLOCK * _NUMBER + num_rows * (_BLOCK + value_dim + 2) * 4
 
 
 @cache
-def _writer() -> Kernel:
-    @njit
-    def copy(source: Any, target: Any, size: Any) -> None:
-        for offset in range(0, size, _UNIT):
-            # Whatever the numbers are, their bits are copied.
-            vectors.store(target + offset, vectors.load(source + offset, _UNIT_LANES, 32), 32)
+def writer() -> Kernel:
+    """Of keys and values, into the store; a thread takes its `part` of the rows."""
 
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
-        for row in range(a.num_rows):
+        first, end = part(a.num_rows, thread, num_threads)
+        for row in range(first, end):
             slot = vectors.load_whole(a.slots + row * 8)
-            copy(a.keys + row * a.key_stride, a.stored_keys + slot * a.key_size, a.key_size)
-            copy(
-                a.values + row * a.value_stride,
-                a.stored_values + slot * a.value_size,
-                a.value_size,
-            )
+            key, value = a.keys + row * a.key_stride, a.values + row * a.value_stride
+            copy(key, a.stored_keys + slot * a.key_size, a.key_size)
+            copy(value, a.stored_values + slot * a.value_size, a.value_size)
 
     names = (
         "slots",
@@ -187,6 +210,42 @@ def _writer() -> Kernel:
     return Kernel(body, dict.fromkeys(names, "q"))
 
 
+class Kind(NamedTuple):
+    """What a kernel is compiled for.
+
+    Attributes:
+        dim, value_dim: of a head's keys, and values.
+        repeats: query heads of a KV head.
+        bits: of a number; see `vectors.load`.
+    """
+
+    dim: int
+    value_dim: int
+    repeats: int
+    bits: int
+
+
+class _Group(NamedTuple):
+    """A Group, as the kernel reads it.
+
+    Attributes:
+        first_row: among queries and output.
+        table, table_stride, starts, lengths: see Paging; addresses, and bytes of a row.
+        num_spans, num_tokens: of each span.
+    """
+
+    first_row: Any
+    table: Any
+    table_stride: Any
+    starts: Any
+    lengths: Any
+    num_spans: Any
+    num_tokens: Any
+
+
+_GROUP_SIZE = len(_Group._fields) * _NUMBER
+
+
 class _Task(NamedTuple):
     """What one thread does of one span: some neighbouring KV heads.
 
@@ -201,7 +260,7 @@ class _Task(NamedTuple):
         length: of the sequence, up to the last of the tokens.
         num_tokens: at most _CHUNK.
         num_heads: KV heads.
-        slots: [_BLOCK] int64, where the keys of the block at hand lie.
+        slots: [2 * _BLOCK] int64, where the keys of the block at hand and of the next one lie.
         scores: [rows, _BLOCK] of that block.
         sums: [rows, value_dim] values so far, weighted.
         states: [rows, 2] the largest score so far, and the sum of the weights.
@@ -234,9 +293,9 @@ def _seen(arguments: Any, task: Any, token: Any) -> Any:
 
 @njit
 def _fetch(rows: Any, slots: Any, row_size: Any, num_bytes: Any) -> None:
-    """Ask for the first `num_bytes` of LANES rows."""
+    """Ask for the first `num_bytes` of LANES rows: processors guess no further than a page."""
     for lane in range(LANES):
-        row = rows + vectors.load_whole(slots + lane * 8) * row_size
+        row = rows + vectors.load_whole(slots + lane * _NUMBER) * row_size
         for line in range(0, num_bytes, _CACHE_LINE):
             vectors.prefetch(row + line)
 
@@ -245,19 +304,22 @@ def _fetch(rows: Any, slots: Any, row_size: Any, num_bytes: Any) -> None:
 def _find_slots(arguments: Any, task: Any, first: Any, count: Any) -> None:
     """Of keys `first` and on; up to a multiple of LANES the last one's is repeated."""
     size = arguments.page_size
-    place, offset = task.pages + first // size * 8, first % size
+    place, offset = task.pages + first // size * _NUMBER, first % size
     slot = vectors.load_whole(place) * size + offset
     for key in range((count + LANES - 1) // LANES * LANES):
-        vectors.store_whole(task.slots + key * 8, slot)
+        vectors.store_whole(task.slots + key * _NUMBER, slot)
         if key < count - 1:
             offset, slot = offset + 1, slot + 1
             if offset == size:
-                place, offset = place + 8, 0
+                place, offset = place + _NUMBER, 0
                 slot = vectors.load_whole(place) * size
 
 
-def _scoring(dim: int, value_dim: int, bits: int) -> Any:
-    item = bits // 8
+def _scoring(kind: Kind) -> Any:
+    dim, value_dim, item = kind.dim, kind.value_dim, kind.bits // 8
+    score_rows = rows.scoring(kind.repeats, dim, kind.bits)
+    query_size = kind.repeats * dim * item
+    width = kind.repeats * _BLOCK * 4
 
     @njit
     def score(arguments: Any, task: Any, count: Any) -> None:
@@ -265,23 +327,14 @@ def _scoring(dim: int, value_dim: int, bits: int) -> Any:
         row_size = arguments.num_kv_heads * dim * item
         value_size = arguments.num_kv_heads * value_dim * item
         for key in range(0, count, LANES):
-            scores, slots = task.scores + key * 4, task.slots + key * 8
+            scores, slots = task.scores + key * 4, task.slots + key * _NUMBER
+            _fetch(task.values, slots, value_size, task.num_heads * value_dim * item)
             for head in range(task.num_heads):
                 keys = task.keys + head * dim * item
-                # Processors guess no further than to the end of a page.
-                values = task.values + head * value_dim * item
-                _fetch(values, slots, value_size, value_dim * item)
-                if key + LANES < count:
-                    _fetch(keys, slots + LANES * 8, row_size, dim * item)
                 for token in range(task.num_tokens):
-                    query = task.queries + token * arguments.query_stride
-                    query += head * arguments.repeats * dim * item
-                    for _ in range(arguments.repeats):
-                        x = vectors.load(query, dim, bits)
-                        y = vectors.dot_products(x, keys, slots, row_size, bits)
-                        vectors.store(scores, y, 32)
-                        query += dim * item
-                        scores += _BLOCK * 4
+                    queries = task.queries + token * arguments.query_stride + head * query_size
+                    score_rows(queries, keys, row_size, slots, scores, _BLOCK * 4)
+                    scores += width
 
     return score
 
@@ -312,7 +365,8 @@ def _weighing_row(value_dim: int) -> Any:
     return weigh_row
 
 
-def _weighing(value_dim: int) -> Any:
+def _weighing(kind: Kind) -> Any:
+    repeats, value_dim = kind.repeats, kind.value_dim
     weigh_row = _weighing_row(value_dim)
 
     @njit
@@ -325,7 +379,7 @@ def _weighing(value_dim: int) -> Any:
             for token in range(task.num_tokens):
                 begin, end = _seen(arguments, task, token)
                 begin, end = max(begin - first, 0), min(end - first, count)
-                for _ in range(arguments.repeats):
+                for _ in range(repeats):
                     if begin < end:
                         scores = task.scores + row * _BLOCK * 4
                         for key in range(begin):
@@ -339,37 +393,37 @@ def _weighing(value_dim: int) -> Any:
     return weigh
 
 
-def _adding(value_dim: int, bits: int) -> Any:
-    item = bits // 8
+def _adding(kind: Kind) -> Any:
+    dim, value_dim, item = kind.dim, kind.value_dim, kind.bits // 8
+    add_rows = rows.weighing(kind.repeats, value_dim, kind.bits)
+    width = kind.repeats * _BLOCK * 4
+    sums_size = kind.repeats * value_dim * 4
 
     @njit
-    def add_values(arguments: Any, task: Any, first: Any, count: Any) -> None:
-        """Of keys `first` and on, by their weights, to the sums."""
+    def add_values(arguments: Any, task: Any, first: Any, count: Any, count_next: Any) -> None:
+        """Of keys `first` and on, by their weights, to the sums; ask for the next block's keys."""
+        key_size = arguments.num_kv_heads * dim * item
         row_size = arguments.num_kv_heads * value_dim * item
         for key in range(0, count, LANES):
-            weights, sums, slots = task.scores + key * 4, task.sums, task.slots + key * 8
+            weights, sums, slots = task.scores + key * 4, task.sums, task.slots + key * _NUMBER
+            if key < count_next:
+                next_slots = slots + _BLOCK * _NUMBER
+                _fetch(task.keys, next_slots, key_size, task.num_heads * dim * item)
             for head in range(task.num_heads):
                 values = task.values + head * value_dim * item
                 for token in range(task.num_tokens):
                     begin, end = _seen(arguments, task, token)
                     begin, end = max(begin - first - key, 0), min(end - first - key, LANES)
-                    for _ in range(arguments.repeats):
-                        x = vectors.load(sums, value_dim, 32)
-                        # Nobody may have written the values behind the last key: they may be NaN.
-                        for lane in range(begin, end):
-                            weight = vectors.load_number(weights + lane * 4)
-                            row = values + vectors.load_whole(slots + lane * 8) * row_size
-                            y = vectors.load(row, value_dim, bits)
-                            x = vectors.multiply_add(vectors.splat(weight, value_dim), y, x)
-                        vectors.store(sums, x, 32)
-                        sums += value_dim * 4
-                        weights += _BLOCK * 4
+                    # Nobody may have written the values behind the last key: they may be NaN.
+                    add_rows(weights, _BLOCK * 4, begin, end, values, row_size, slots, sums)
+                    sums += sums_size
+                    weights += width
 
     return add_values
 
 
-def _finishing(value_dim: int, bits: int) -> Any:
-    item = bits // 8
+def _finishing(kind: Kind) -> Any:
+    value_dim, repeats, bits, item = kind.value_dim, kind.repeats, kind.bits, kind.bits // 8
 
     @njit
     def finish(arguments: Any, task: Any) -> None:
@@ -378,8 +432,8 @@ def _finishing(value_dim: int, bits: int) -> Any:
         for head in range(task.num_heads):
             for token in range(task.num_tokens):
                 place = token * arguments.num_kv_heads + head
-                output = task.output + place * arguments.repeats * value_dim * item
-                for _ in range(arguments.repeats):
+                output = task.output + place * repeats * value_dim * item
+                for _ in range(repeats):
                     weight = vectors.load_number(task.states + row * 8 + 4)
                     share = _ONE / weight if weight > _ZERO else _ZERO  # of no keys: of no text
                     x = vectors.load(task.sums + row * value_dim * 4, value_dim, 32)
@@ -391,85 +445,113 @@ def _finishing(value_dim: int, bits: int) -> Any:
     return finish
 
 
-def _attending(dim: int, value_dim: int, bits: int) -> Any:
-    score, weigh = _scoring(dim, value_dim, bits), _weighing(value_dim)
-    add_values, finish = _adding(value_dim, bits), _finishing(value_dim, bits)
+def _attending(kind: Kind) -> Any:
+    score, weigh = _scoring(kind), _weighing(kind)
+    add_values, finish = _adding(kind), _finishing(kind)
+    dim, value_dim, item = kind.dim, kind.value_dim, kind.bits // 8
+    repeats = kind.repeats
 
     @njit
     def attend(arguments: Any, task: Any) -> None:
-        for row in range(task.num_heads * task.num_tokens * arguments.repeats):
+        for row in range(task.num_heads * task.num_tokens * repeats):
             vectors.store_number(task.states + row * 8, _NEVER)
             vectors.store_number(task.states + row * 8 + 4, _ZERO)
             vectors.store(task.sums + row * value_dim * 4, vectors.splat(_ZERO, value_dim), 32)
         begin = _seen(arguments, task, 0)[0] // _BLOCK * _BLOCK
         for first in range(begin, task.length, _BLOCK):
             count = min(_BLOCK, task.length - first)
-            _find_slots(arguments, task, first, count)
+            count_next = min(_BLOCK, task.length - first - count)
+            _find_slots(arguments, task, first, count + count_next)
+            if first == begin:
+                row_size = arguments.num_kv_heads * dim * item
+                for key in range(0, count, LANES):
+                    slots = task.slots + key * _NUMBER
+                    _fetch(task.keys, slots, row_size, task.num_heads * dim * item)
             score(arguments, task, count)
             weigh(arguments, task, first, count)
-            add_values(arguments, task, first, count)
+            add_values(arguments, task, first, count, count_next)
         finish(arguments, task)
 
     return attend
 
 
 @njit
-def _work(arguments: Any, span: Any, token: Any) -> Any:
+def _group_at(place: Any) -> Any:
+    return _Group(
+        vectors.load_whole(place),
+        vectors.load_whole(place + _NUMBER),
+        vectors.load_whole(place + 2 * _NUMBER),
+        vectors.load_whole(place + 3 * _NUMBER),
+        vectors.load_whole(place + 4 * _NUMBER),
+        vectors.load_whole(place + 5 * _NUMBER),
+        vectors.load_whole(place + 6 * _NUMBER),
+    )
+
+
+@njit
+def _work(group: Any, span: Any, token: Any) -> Any:
     """Keys that the tokens of a chunk see, about, for as many tokens as there are."""
-    tokens = min(_CHUNK, arguments.num_tokens - token)
-    position = vectors.load_whole(arguments.starts + span * 8) + token
+    tokens = min(_CHUNK, group.num_tokens - token)
+    position = vectors.load_whole(group.starts + span * _NUMBER) + token
     return (position + tokens) * tokens
 
 
-@cache
-def _kernel(dim: int, value_dim: int, bits: int) -> Kernel:
-    """Compiled in about a second, once for each kind of model."""
-    attend = _attending(dim, value_dim, bits)
-    item = bits // 8
+def _starting(kind: Kind) -> Any:
+    attend = _attending(kind)
+    dim, value_dim, item = kind.dim, kind.value_dim, kind.bits // 8
+    repeats = kind.repeats
 
     @njit
-    def start(arguments: Any, span: Any, token: Any, first: Any, end: Any, scratch: Any) -> None:
+    def start(
+        arguments: Any, group: Any, span: Any, token: Any, first: Any, end: Any, scratch: Any
+    ) -> None:
         """Attend `_CHUNK` tokens of a span from `token` on, with KV heads first .. end - 1."""
-        num_tokens = min(_CHUNK, arguments.num_tokens - token)
+        num_tokens = min(_CHUNK, group.num_tokens - token)
         num_heads = end - first
-        position = vectors.load_whole(arguments.starts + span * 8) + token
-        length = vectors.load_whole(arguments.lengths + span * 8)
-        row = span * arguments.num_tokens + token
-        width = arguments.num_kv_heads * arguments.repeats * value_dim * item
-        rows = num_heads * num_tokens * arguments.repeats
-        scores = scratch + _BLOCK * 8
+        position = vectors.load_whole(group.starts + span * _NUMBER) + token
+        length = vectors.load_whole(group.lengths + span * _NUMBER)
+        row = group.first_row + span * group.num_tokens + token
+        width = arguments.num_kv_heads * repeats * value_dim * item
+        num_rows = num_heads * num_tokens * repeats
+        scores = scratch + 2 * _BLOCK * _NUMBER
         task = _Task(
-            arguments.queries
-            + row * arguments.query_stride
-            + first * arguments.repeats * dim * item,
-            arguments.output + row * width + first * arguments.repeats * value_dim * item,
+            arguments.queries + row * arguments.query_stride + first * repeats * dim * item,
+            arguments.output + row * width + first * repeats * value_dim * item,
             arguments.keys + first * dim * item,
             arguments.values + first * value_dim * item,
-            arguments.table + span * arguments.table_stride,
+            group.table + span * group.table_stride,
             position,
             min(length, position + num_tokens),
             num_tokens,
             num_heads,
             scratch,
             scores,
-            scores + rows * _BLOCK * 4,
-            scores + rows * (_BLOCK + value_dim) * 4,
+            scores + num_rows * _BLOCK * 4,
+            scores + num_rows * (_BLOCK + value_dim) * 4,
         )
         attend(arguments, task)
 
+    return start
+
+
+@cache
+def attending(kind: Kind) -> Kernel:
+    """Compiled in about two seconds."""
+    start = _starting(kind)
+
     @njit
-    def body(arguments: Any, thread: Any, num_threads: Any) -> None:
+    def attend_group(a: Any, group: Any, thread: Any, num_threads: Any) -> None:
         """The keys of all tokens and KV heads, one after the other, cut evenly between threads."""
-        num_heads = arguments.num_kv_heads
+        num_heads = a.num_kv_heads
         work = 1
-        for span in range(arguments.num_spans):
-            for token in range(0, arguments.num_tokens, _CHUNK):
-                work += _work(arguments, span, token) * num_heads
+        for span in range(group.num_spans):
+            for token in range(0, group.num_tokens, _CHUNK):
+                work += _work(group, span, token) * num_heads
         done = 0
-        scratch = arguments.scratch + thread * arguments.scratch_size
-        for span in range(arguments.num_spans):
-            for token in range(0, arguments.num_tokens, _CHUNK):
-                amount = _work(arguments, span, token)
+        scratch = a.scratch + thread * a.scratch_size
+        for span in range(group.num_spans):
+            for token in range(0, group.num_tokens, _CHUNK):
+                amount = _work(group, span, token)
                 # A head belongs to the thread in whose part its middle lies.
                 first = end = 0
                 for head in range(num_heads):
@@ -478,6 +560,12 @@ def _kernel(dim: int, value_dim: int, bits: int) -> Kernel:
                     end += owner <= thread
                 done += amount * num_heads
                 if first < end:
-                    start(arguments, span, token, first, end, scratch)
+                    start(a, group, span, token, first, end, scratch)
+
+    @njit
+    def body(a: Any, thread: Any, num_threads: Any) -> None:
+        for number in range(a.num_groups):
+            group = _group_at(a.groups + number * _GROUP_SIZE)
+            attend_group(a, group, thread, num_threads)
 
     return Kernel(body, _ARGUMENTS)

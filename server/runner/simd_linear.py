@@ -15,7 +15,9 @@ import torch
 from numba import njit
 from torch import Tensor, nn
 
-from server.simd.kernel import Kernel
+from server.simd import vectors
+from server.simd.kernel import Kernel, part
+from server.simd.program import Later, Program
 from server.simd.tiles import BFLOAT16, FLOAT16, FLOAT32, STEP, Format, tile
 from server.simd.vectors import LANES
 
@@ -46,17 +48,17 @@ class SimdLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None, exponent: int = 0) -> None:
         """`weight` [out_features, in_features] is copied, times 2 ** exponent if it is float16."""
         super().__init__()
-        self.out_features, num_inputs = weight.shape
+        self.out_features, self.in_features = weight.shape
         self._form = _FORMATS[weight.dtype]
         assert supports(weight), "an odd number of inputs"
         self._scale = 2.0**-exponent
         missing = -self.out_features % LANES
         blocks = nn.functional.pad(weight.detach(), (0, 0, 0, missing))
         count = self._form.inputs if self._form is BFLOAT16 else 1
-        blocks = blocks.view(-1, LANES, num_inputs // count, count)
+        blocks = blocks.view(-1, LANES, self.in_features // count, count)
         # No parameter: transformers takes a model's dtype from the first of them.
         self.packed = blocks.permute(0, 2, 1, 3).contiguous()
-        self._bias = None if bias is None else bias.detach().float()
+        self._bias = None if bias is None else bias.detach().float().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in_features] -> [..., out_features] of the same type."""
@@ -83,6 +85,37 @@ class SimdLinear(nn.Module):
         if output.shape[1] != self.out_features:
             output = output[:, : self.out_features].contiguous()
         return output if self._bias is None else output.add_(self._bias)
+
+    @property
+    def is_full(self) -> bool:
+        """Do its outputs fill their blocks? A program has no others."""
+        return self.out_features % LANES == 0
+
+    def add_to(self, program: Program, x: Later, num_rows: Later, output: Later) -> None:
+        """`product` as a part of `program`, with dense rows of the type that it multiplies.
+
+        The layer `is_full`.
+        """
+        program.add(
+            _kernel(self._form),
+            x=x,
+            x_stride=self.in_features * self._form.row_bytes,
+            num_rows=num_rows,
+            weight=self.packed.data_ptr(),
+            num_steps=self.in_features // self._form.inputs,
+            num_blocks=len(self.packed),
+            output=output,
+            output_stride=self.out_features * 4,
+            scale=self._scale,
+        )
+        if self._bias is not None:
+            program.add(
+                _adding_bias(),
+                x=output,
+                bias=self._bias.data_ptr(),
+                num_rows=num_rows,
+                size=self.out_features,
+            )
 
 
 def supports(weight: Tensor) -> bool:
@@ -143,3 +176,17 @@ def _kernel(form: Format) -> Kernel:
                         rows_1(a, row, block)
 
     return Kernel(body, _ARGUMENTS)
+
+
+@cache
+def _adding_bias() -> Kernel:
+    @njit
+    def body(a: Any, thread: Any, num_threads: Any) -> None:
+        first, end = part(a.num_rows, thread, num_threads)
+        for row in range(first, end):
+            for place in range(0, a.size * 4, LANES * 4):
+                x = a.x + row * a.size * 4 + place
+                y = vectors.load(a.bias + place, LANES, 32)
+                vectors.store(x, vectors.add(vectors.load(x, LANES, 32), y), 32)
+
+    return Kernel(body, {"x": "q", "bias": "q", "num_rows": "q", "size": "q"})

@@ -18,7 +18,8 @@ from torch import Tensor
 from server.runner.operations import Heads, Norm, Rotation, TorchOperations
 from server.simd import vectors
 from server.simd.functions import exp
-from server.simd.kernel import Kernel
+from server.simd.kernel import Kernel, part
+from server.simd.program import Later, Program
 from server.simd.vectors import LANES
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -39,11 +40,11 @@ class SimdOperations:
         """See Operations.norm."""
         if len(weight) % LANES:
             return self._torch.norm(weight, eps)
-        return _SimdNorm(weight, eps, self._taken)
+        return SimdNorm(weight, eps, self._taken)
 
     def rotation(self, heads: Heads) -> Rotation:
         """See Operations.rotation."""
-        return _SimdRotation(heads)
+        return SimdRotation(heads)
 
     def gate(self, x: Tensor) -> Tensor:
         """See Operations.gate."""
@@ -73,7 +74,9 @@ def _run(kernel: Kernel, num_numbers: int, *arguments: float) -> None:
         kernel(*arguments)
 
 
-class _SimdNorm:
+class SimdNorm:
+    """A Norm in one pass."""
+
     def __init__(self, weight: Tensor, eps: float, taken: torch.dtype) -> None:
         """`weight` [D] float32, D a multiple of LANES."""
         self._weight = weight.contiguous()
@@ -81,10 +84,27 @@ class _SimdNorm:
         self._taken = taken
 
     def __call__(self, x: Tensor) -> Tensor:
+        """See Norm."""
         return self._normed(x, None)
 
     def after_adding(self, x: Tensor, y: Tensor) -> Tensor:
+        """See Norm.after_adding."""
         return self._normed(x, y)
+
+    def add_to(
+        self, program: Program, x: Later, added: Later | None, num_rows: Later, output: Later
+    ) -> None:
+        """As a part of `program`: `after_adding` float32 rows, if there are any."""
+        program.add(
+            _norm(32, _BITS[self._taken]),
+            x=x,
+            added=0 if added is None else added,
+            weight=self._weight.data_ptr(),
+            output=output,
+            num_rows=num_rows,
+            size=len(self._weight),
+            eps=self._eps,
+        )
 
     def _normed(self, x: Tensor, y: Tensor | None) -> Tensor:
         assert x.is_contiguous(), "states are changed in place"
@@ -104,13 +124,20 @@ class _SimdNorm:
         return output
 
 
-class _SimdRotation:
+class SimdRotation:
+    """A Rotation in one pass.
+
+    Attributes:
+        heads: of the layer.
+    """
+
     def __init__(self, heads: Heads) -> None:
-        self._heads = heads
+        self.heads = heads
         self._norm = None if heads.norm is None else heads.norm.float().contiguous()
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = self._heads
+        """See Rotation."""
+        heads = self.heads
         x = x.contiguous()
         output = x if heads.dtype == x.dtype else torch.empty_like(x, dtype=heads.dtype)
         _run(
@@ -131,18 +158,42 @@ class _SimdRotation:
         )
         return queries, keys, values
 
+    def add_to(
+        self, program: Program, x: Later, cos: Later, sin: Later, num_rows: Later, output: Later
+    ) -> None:
+        """As a part of `program`, of float32 rows; a thread takes its `part` and waits for none.
 
-@njit
-def _part(count: Any, thread: Any, num_threads: Any) -> Any:
-    """A thread's part of `count`: from the first to before the second."""
-    return count * thread // num_threads, count * (thread + 1) // num_threads
+        `output` may be `x` where as many bits are attended to.
+        """
+        heads = self.heads
+        program.add(
+            _rotation(heads.dim, 32, _BITS[heads.dtype]),
+            waits=False,
+            x=x,
+            output=output,
+            cos=cos,
+            sin=sin,
+            norm=0 if self._norm is None else self._norm.data_ptr(),
+            num_rows=num_rows,
+            num_rotated=heads.num_heads + heads.num_kv_heads,
+            num_values=heads.num_kv_heads,
+            eps=heads.eps,
+        )
+
+
+def add_gate(
+    program: Program, x: Later, num_rows: Later, size: int, taken: torch.dtype, output: Later
+) -> None:
+    """`SimdOperations.gate` as a part of `program`, of float32 rows to `size` numbers each."""
+    kernel = _gate(32, _BITS[taken])
+    program.add(kernel, x=x, output=output, num_rows=num_rows, size=size)
 
 
 @cache
 def _norm(added_bits: int, output_bits: int) -> Kernel:
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
-        first, end = _part(a.num_rows, thread, num_threads)
+        first, end = part(a.num_rows, thread, num_threads)
         for row in range(first, end):
             first_number = row * a.size
             squares = vectors.splat(_ZERO, LANES)
@@ -180,7 +231,7 @@ def _norm(added_bits: int, output_bits: int) -> Kernel:
 def _add(added_bits: int) -> Kernel:
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
-        first, end = _part(a.size // LANES, thread, num_threads)
+        first, end = part(a.size // LANES, thread, num_threads)
         for number in range(first * LANES, end * LANES, LANES):
             x = vectors.load(a.x + number * 4, LANES, 32)
             y = vectors.load(a.added + number * added_bits // 8, LANES, added_bits)
@@ -197,7 +248,7 @@ def _gate(input_bits: int, output_bits: int) -> Kernel:
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         one, zero = vectors.splat(_ONE, LANES), vectors.splat(_ZERO, LANES)
         width = a.size // LANES
-        first, end = _part(a.num_rows * width, thread, num_threads)
+        first, end = part(a.num_rows * width, thread, num_threads)
         for number in range(first, end):
             row, column = number // width, number % width * LANES
             place = a.x + (row * a.size * 2 + column) * item
@@ -216,7 +267,7 @@ def _rotation(dim: int, input_bits: int, output_bits: int) -> Kernel:
 
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
-        first, end = _part(a.num_rows, thread, num_threads)
+        first, end = part(a.num_rows, thread, num_threads)
         num_heads = a.num_rotated + a.num_values
         for row in range(first, end):
             cos, sin = a.cos + row * dim * 4, a.sin + row * dim * 4

@@ -22,3 +22,7 @@ class Style:
     window: int
     softcap: float | None
     sinks: Tensor | None
+
+    def scale_for(self, dim: int) -> float:
+        """The scale, for heads of so many numbers."""
+        return dim**-0.5 if self.scale is None else self.scale

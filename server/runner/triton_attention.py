@@ -248,7 +248,7 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
         paging.table,
         paging.starts,
         paging.lengths,
-        dim**-0.5 if style.scale is None else style.scale,
+        style.scale_for(dim),
         style.softcap or 0.0,
         paging.table.stride(0),
         queries.stride(0),

@@ -22,6 +22,9 @@ _C3 = np.float32(4.1665795894e-2)
 _C4 = np.float32(1.6666665459e-1)
 _C5 = np.float32(5.0000001201e-1)
 _HALF, _ONE = np.float32(0.5), np.float32(1.0)
+# What is copied at once, in bytes.
+UNIT = 16
+_UNIT_LANES = UNIT // 4
 # Below lie numbers too small for float32, above those too large.
 _LEAST, _MOST = np.float32(-87.0), np.float32(88.0)
 
@@ -44,3 +47,11 @@ def exp(x: Any) -> Any:
     y = vectors.multiply_add(y, x, vectors.splat(_C5, LANES))
     y = vectors.add(vectors.multiply_add(vectors.multiply(y, x), x, x), vectors.splat(_ONE, LANES))
     return vectors.multiply(y, vectors.power_of_two(n))
+
+
+@njit
+def copy(source: Any, target: Any, size: Any) -> None:
+    """Some bytes, a multiple of UNIT, from one address to another."""
+    for offset in range(0, size, UNIT):
+        # Whatever the numbers are, their bits are copied.
+        vectors.store(target + offset, vectors.load(source + offset, _UNIT_LANES, 32), 32)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, types
+from numba import carray, cfunc, from_dtype, njit, types
 
 from server.simd.support import openmp, team_function
 
@@ -21,6 +21,11 @@ class Kernel:
 
     The arguments of one call are packed into bytes that nobody changes, so that any number of
     threads may call a kernel at once.
+
+    Attributes:
+        arguments: names and kinds, as they were given.
+        address: of a C function of the address of packed arguments, which does the calling
+            thread's part.
     """
 
     def __init__(self, body: Body, arguments: dict[str, str]) -> None:
@@ -30,6 +35,7 @@ class Kernel:
             body: compiled by `numba.njit`; reads an argument as `arguments.name`.
             arguments: names in order, with `q` for whole numbers and addresses, `d` for others.
         """
+        self.arguments = arguments
         kinds = {"q": np.int64, "d": np.float64}
         layout = from_dtype(np.dtype([(name, kinds[kind]) for name, kind in arguments.items()]))
         thread, threads = _asking("omp_get_thread_num"), _asking("omp_get_num_threads")
@@ -40,13 +46,13 @@ class Kernel:
 
         self._pack = struct.Struct("".join(arguments.values())).pack
         self._function = member  # its address is good for as long as this lives
-        self._address: int = member.address
+        self.address: int = member.address
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(member.address)
         self._team = team_function()
 
     def __call__(self, *arguments: float) -> None:
         """Run on as many threads as torch would use, and return when all have finished."""
-        self._team(self._address, self._pack(*arguments), torch.get_num_threads(), 0)
+        self._team(self.address, self._pack(*arguments), torch.get_num_threads(), 0)
 
     def alone(self, *arguments: float) -> None:
         """Run on this thread: for so little work that waking others takes longer."""
@@ -58,3 +64,9 @@ def _asking(name: str) -> Any:
     function = getattr(openmp(), name)
     function.argtypes, function.restype = [], ctypes.c_int
     return function
+
+
+@njit
+def part(count: Any, thread: Any, num_threads: Any) -> Any:
+    """A thread's part of `count`: from the first to before the second."""
+    return count * thread // num_threads, count * (thread + 1) // num_threads

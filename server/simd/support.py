@@ -20,6 +20,7 @@ def missing() -> str | None:
         return f"Numba cannot be imported ({error})"
     try:
         team_function()
+        barrier()
     except (OSError, AttributeError) as error:
         return f"torch's threads cannot be asked for ({error})"
     return None
@@ -56,4 +57,15 @@ def team_function() -> Any:
     function = openmp().GOMP_parallel
     function.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint]
     function.restype = None
+    return function
+
+
+def barrier() -> Any:
+    """`GOMP_barrier()`: each thread of the team waits for all others.
+
+    Raises:
+        OSError, AttributeError: there is none here.
+    """
+    function = openmp().GOMP_barrier
+    function.argtypes, function.restype = [], None
     return function

@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
-# Lanes of what a row of many vectors is worked through with, and of `dot_products`.
+# Lanes of what a row of many vectors is worked through with.
 LANES = 16
 
 FLOAT = ir.FloatType()
@@ -139,7 +139,7 @@ def load(context: Any, address: Any, lanes: Any, bits: Any) -> Any:
     count, width = lanes.literal_value, bits.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _load(builder, args[0], count, width)
+        return load_vector(builder, args[0], count, width)
 
     return Vector(count)(types.int64, lanes, bits), generate
 
@@ -210,72 +210,8 @@ def store_whole(context: Any, address: Any, number: Any) -> Any:
     return types.void(types.int64, types.int64), generate
 
 
-@intrinsic(prefer_literal=True)
-def dot_products(context: Any, x: Any, rows: Any, numbers: Any, size: Any, bits: Any) -> Any:
-    """Products of `x` with LANES rows of a table, as many numbers each.
-
-    All sums are finished together: a sum across lanes for each row would take as long as its
-    products.
-
-    Args:
-        context: Numba's.
-        x: a vector.
-        rows: address of row 0, plus what to skip in each.
-        numbers: address of the int64 numbers of LANES rows.
-        size: of a row, in bytes.
-        bits: of a number in a row; see `load`.
-    """
-    width = bits.literal_value
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        whole, table, first, row_size = args[:4]
-        starts = range(0, x.lanes, LANES)
-        parts = [_part(builder, whole, start, x.lanes) for start in starts]
-        sums = []
-        for lane in range(LANES):
-            place = builder.add(first, ir.Constant(I64, lane * 8))
-            number = builder.load(pointer(builder, place, I64), align=8)
-            address = builder.add(table, builder.mul(number, row_size))
-            sums.append(_partial_sums(builder, parts, address, x.lanes, width))
-        step = 1
-        while len(sums) > 1:
-            pairs = zip(sums[::2], sums[1::2], strict=True)
-            sums = [_merged(builder, *pair, step) for pair in pairs]
-            step *= 2
-        return sums[0]
-
-    return Vector(LANES)(x, types.int64, types.int64, types.int64, bits), generate
-
-
-def _partial_sums(builder: Any, parts: list[Any], address: Any, count: int, width: int) -> Any:
-    """Products of a vector in `parts` with `count` numbers at `address`, added up to LANES sums."""
-    sums = None
-    for number, part in enumerate(parts):
-        place = builder.add(address, ir.Constant(I64, number * LANES * width // 8))
-        numbers = _load(builder, place, min(LANES, count - number * LANES), width)
-        numbers = _part(builder, numbers, 0, numbers.type.count)
-        if sums is None:
-            sums = builder.fmul(part, numbers, flags=FAST)
-        else:
-            sums = call(builder, f"llvm.fma.v{LANES}f32", sums.type, [part, numbers, sums])
-    return sums
-
-
-def _part(builder: Any, x: Any, start: int, count: int) -> Any:
-    """LANES of `x` from `start` on, zeros behind its `count`."""
-    kept = range(start, min(count, start + LANES))
-    return shuffle(builder, x, same(x.type, 0.0), [*kept, *[count] * (LANES - len(kept))])
-
-
-def _merged(builder: Any, x: Any, y: Any, step: int) -> Any:
-    """Sums of lanes i and i ^ step: of `x` where i has not the bit `step`, of `y` where it has."""
-    lanes = range(LANES)
-    kept = [i if not i & step else LANES + i for i in lanes]
-    other = [i ^ step if not i & step else LANES + (i ^ step) for i in lanes]
-    return builder.fadd(shuffle(builder, x, y, kept), shuffle(builder, x, y, other), flags=FAST)
-
-
-def _load(builder: Any, address: Any, count: int, width: int) -> Any:
+def load_vector(builder: Any, address: Any, count: int, width: int) -> Any:
+    """See `load`."""
     if width == 32:
         return builder.load(pointer(builder, address, ir.VectorType(FLOAT, count)), align=4)
     halves = builder.load(pointer(builder, address, ir.VectorType(I16, count)), align=2)

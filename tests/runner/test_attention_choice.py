@@ -189,8 +189,9 @@ def test_cpu_kernels_leave_the_output_alone(directories):
 
 
 @pytest.mark.parametrize("error", [None, ZeroDivisionError("compiled wrongly")])
-def test_failing_operations_are_replaced(directories, monkeypatch, error):
-    """Kernels that give other numbers, or none."""
+@pytest.mark.parametrize("at_once", [False, True])
+def test_failing_operations_are_replaced(directories, monkeypatch, error, at_once):
+    """Kernels that give other numbers, or none, one by one or as a program."""
     needs_kernels()
     plain, _ = load(directories, cpu_kernels="off")
 
@@ -199,7 +200,16 @@ def test_failing_operations_are_replaced(directories, monkeypatch, error):
             raise error
         return TorchOperations().gate(x) * 1.5
 
-    monkeypatch.setattr("server.runner.simd_operations.SimdOperations.gate", gate)
+    def states(self, x, *_):
+        if error:
+            raise error
+        return x
+
+    if at_once:
+        monkeypatch.setattr("server.runner.simd_layers.SimdLayers.states", states)
+    else:
+        monkeypatch.setattr("server.runner.simd_layers.SimdLayers.takes", lambda *_: False)
+        monkeypatch.setattr("server.runner.simd_operations.SimdOperations.gate", gate)
     loaded, lines = load(directories)
     assert sum("falling back to torch's operations" in line for line in lines) == 2
     assert not any(runner.attends_with_kernels for runner in loaded.runners)

@@ -129,24 +129,6 @@ def test_bfloat16_is_rounded_as_torch_rounds():
     assert torch.equal(x, expected.float())
 
 
-@pytest.mark.parametrize("bits", [16, 32])
-@pytest.mark.parametrize("size", [8, 16, 40, 64, 80])
-def test_dot_products(size, bits):
-    @njit
-    def body(a, thread, num_threads):
-        x = vectors.load(a.x, size, 32)
-        y = vectors.dot_products(x, a.table, a.numbers, size * bits // 8, bits)
-        vectors.store(a.output, y, 32)
-
-    dtype = torch.float32 if bits == 32 else torch.bfloat16
-    x, table = torch.randn(size), torch.randn(100, size).to(dtype)
-    numbers = torch.randint(100, (LANES,))
-    output = torch.empty(LANES)
-    kernel = Kernel(body, {"x": "q", "table": "q", "numbers": "q", "output": "q"})
-    kernel.alone(x.data_ptr(), table.data_ptr(), numbers.data_ptr(), output.data_ptr())
-    torch.testing.assert_close(output, table[numbers].float() @ x, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_each_thread_runs_once(threads):
     @njit

@@ -1,0 +1,254 @@
+"""All layers of a Llama-shaped model as one program of the CPU's kernels.
+
+Every kernel is the one that a layer run operation by operation would call, so that states are the
+same to the last bit; what is saved is the way from Python to each of them and back, a quarter of a
+small model's forward over one token. Imported only where the kernels can run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from numba import njit
+from torch import Tensor
+
+from server.cache.kv_store import KVStore
+from server.runner import simd_attention
+from server.runner.attention import PagedAttention
+from server.runner.operations import Heads
+from server.runner.plan import ForwardPlan
+from server.runner.simd_linear import SimdLinear
+from server.runner.simd_operations import SimdNorm, SimdRotation, add_gate
+from server.runner.style import Style
+from server.simd.functions import UNIT, copy
+from server.simd.kernel import Kernel, part
+from server.simd.program import Later, Program
+from server.simd.vectors import LANES, load_whole
+
+# What differs from forward to forward: numbers of rows and groups, and addresses.
+_ROWS, _KEPT = Later("rows"), Later("kept")
+_X, _COS, _SIN, _SLOTS, _KEEP = (Later(name) for name in ("x", "cos", "sin", "slots", "keep"))
+_GROUPS, _NUM_GROUPS = Later("groups"), Later("num_groups")
+_SCRATCH, _SCRATCH_SIZE = Later("scratch"), Later("scratch_size")
+_OUTPUT = Later("output")
+# Rows that layers leave to each other's kernels: normed states, heads, the same rotated, what
+# attention found, what a product adds to the states, the MLP's inner numbers, the same gated; and
+# states and attention of the rows that are kept.
+_NORMED, _HEADS, _ROTATED, _ATTENDED = (
+    Later(name) for name in ("normed", "heads", "rotated", "attended")
+)
+_ADDED, _GATE_UP, _GATED = (Later(name) for name in ("added", "gate_up", "gated"))
+_KEPT_X, _KEPT_ATTENDED = Later("kept_x"), Later("kept_attended")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What one decoder layer computes with."""
+
+    attention_norm: SimdNorm
+    qkv: SimdLinear
+    rotation: SimdRotation
+    style: Style
+    out: SimdLinear
+    mlp_norm: SimdNorm
+    gate_up: SimdLinear
+    down: SimdLinear
+
+    @staticmethod
+    def of(parts: Iterable[object]) -> Layer | None:
+        """Of its fields; None where one of them is not for kernels, or not for a program."""
+        kinds = (
+            SimdNorm,
+            SimdLinear,
+            SimdRotation,
+            Style,
+            SimdLinear,
+            SimdNorm,
+            SimdLinear,
+            SimdLinear,
+        )
+        given: list[Any] = list(parts)
+        if not all(isinstance(one, kind) for one, kind in zip(given, kinds, strict=True)):
+            return None
+        layer = Layer(*given)
+        linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
+        heads = layer.rotation.heads
+        fits = all(linear.is_full for linear in linears)
+        fits &= layer.gate_up.out_features // 2 % LANES == 0
+        fits &= heads.dim * heads.dtype.itemsize % UNIT == 0
+        return layer if fits and simd_attention.attends(heads, layer.style) else None
+
+
+class SimdLayers:
+    """States of a forward; not thread-safe, as runners are not."""
+
+    def __init__(self, layers: Sequence[Layer], norm: SimdNorm, dtype: torch.dtype) -> None:
+        """`layers` in their order, then `norm`; `dtype` is the model's."""
+        self._layers = layers
+        self._norm = norm
+        self._dtype = dtype
+        self._store: KVStore | None = None
+        self._program = Program()
+        self._buffers: dict[str, Tensor] = {}
+
+    def takes(self, attention: PagedAttention) -> bool:
+        """Is `attention` by the kernels? It may have been exchanged."""
+        return attention.short is simd_attention
+
+    def states(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], plan: ForwardPlan, store: KVStore
+    ) -> Tensor:
+        """[num_kept, hidden_size] of the model's type, normed; KV goes to the store.
+
+        Args:
+            x: [T, hidden_size] float32 embeddings, dense, which are changed.
+            rope: cosines and signed sines, as `operations.rotate` takes them.
+            plan: of the forward.
+            store: KV memory.
+        """
+        if store is not self._store:
+            self._program = self._write_program(store)
+            self._store = store
+        num_rows, size = x.shape
+        output = torch.empty(len(plan.keep), size, dtype=self._dtype)
+        groups = simd_attention.describe(plan.groups)
+        scratch_size = self._scratch_size(plan)
+        self._program.run(
+            rows=num_rows,
+            kept=len(plan.keep),
+            x=x.data_ptr(),
+            cos=rope[0].data_ptr(),
+            sin=rope[1].data_ptr(),
+            slots=plan.slots.data_ptr(),
+            keep=plan.keep.data_ptr(),
+            groups=groups.ctypes.data,
+            num_groups=len(plan.groups),
+            scratch=self._buffer("scratch", torch.get_num_threads() * scratch_size),
+            scratch_size=scratch_size,
+            output=output.data_ptr(),
+            **self._workspace(num_rows, size),
+        )
+        return output
+
+    def _scratch_size(self, plan: ForwardPlan) -> int:
+        heads = self._layers[0].rotation.heads
+        longest = max(group.num_tokens for group in plan.groups)
+        return simd_attention.scratch_bytes(longest, heads.num_heads, heads.dim)
+
+    def _workspace(self, num_rows: int, size: int) -> dict[str, int]:
+        """Addresses of what kernels leave to each other."""
+        layer, item = self._layers[0], self._dtype.itemsize
+        heads = layer.rotation.heads
+        sizes = {
+            "normed": size * item,
+            "heads": layer.qkv.out_features * 4,
+            "rotated": layer.qkv.out_features * item,
+            "attended": heads.num_heads * heads.dim * item,
+            "added": size * 4,
+            "gate_up": layer.gate_up.out_features * 4,
+            "gated": layer.gate_up.out_features // 2 * item,
+            "kept_x": size * 4,
+            "kept_attended": heads.num_heads * heads.dim * item,
+        }
+        return {name: self._buffer(name, num_rows * bytes_) for name, bytes_ in sizes.items()}
+
+    def _buffer(self, name: str, num_bytes: int) -> int:
+        """The address of so many bytes at least, the same as long as they are enough."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.nbytes < num_bytes:
+            buffer = torch.empty(1 << max(0, num_bytes - 1).bit_length(), dtype=torch.uint8)
+            self._buffers[name] = buffer
+        return buffer.data_ptr()
+
+    def _write_program(self, store: KVStore) -> Program:
+        program = Program()
+        last = len(self._layers) - 1
+        for index, layer in enumerate(self._layers):
+            layer.attention_norm.add_to(program, _X, _ADDED if index else None, _ROWS, _NORMED)
+            layer.qkv.add_to(program, _NORMED, _ROWS, _HEADS)
+            _add_attention(program, index, layer, store)
+            # Of other rows than the kept ones, the last layer has to leave keys and values only.
+            is_last = index == last
+            x, attended, rows = _X, _ATTENDED, _ROWS
+            if is_last:
+                x, attended, rows = _KEPT_X, _KEPT_ATTENDED, _KEPT
+                heads = layer.rotation.heads
+                _add_choice(program, _X, layer.out.out_features * 4, x)
+                size = heads.num_heads * heads.dim * heads.dtype.itemsize
+                _add_choice(program, _ATTENDED, size, attended)
+            layer.out.add_to(program, attended, rows, _ADDED)
+            layer.mlp_norm.add_to(program, x, _ADDED, rows, _NORMED)
+            layer.gate_up.add_to(program, _NORMED, rows, _GATE_UP)
+            size = layer.down.in_features
+            add_gate(program, _GATE_UP, rows, size, self._dtype, _GATED)
+            layer.down.add_to(program, _GATED, rows, _ADDED)
+        self._norm.add_to(program, _KEPT_X, _ADDED, _KEPT, _OUTPUT)
+        return program
+
+
+def _add_attention(program: Program, index: int, layer: Layer, store: KVStore) -> None:
+    """Rotate, write to the store, attend."""
+    heads = layer.rotation.heads
+    item = heads.dtype.itemsize
+    rotated = _HEADS if heads.dtype == torch.float32 else _ROTATED
+    layer.rotation.add_to(program, _HEADS, _COS, _SIN, _ROWS, rotated)
+    store.allocate(index, _empty(heads), _empty(heads))
+    keys, values = store.slots(index)
+    width = heads.num_kv_heads * heads.dim * item
+    stride = (heads.num_heads + 2 * heads.num_kv_heads) * heads.dim * item
+    first_key = heads.num_heads * heads.dim * item
+    program.add(
+        simd_attention.writer(),
+        slots=_SLOTS,
+        num_rows=_ROWS,
+        keys=Later(rotated.name, first_key),
+        key_stride=stride,
+        stored_keys=keys.data_ptr(),
+        key_size=width,
+        values=Later(rotated.name, first_key + width),
+        value_stride=stride,
+        stored_values=values.data_ptr(),
+        value_size=width,
+    )
+    program.add(
+        simd_attention.attending(simd_attention.kind_of(heads)),
+        queries=rotated,
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        output=_ATTENDED,
+        scratch=_SCRATCH,
+        scratch_size=_SCRATCH_SIZE,
+        groups=_GROUPS,
+        num_groups=_NUM_GROUPS,
+        num_kv_heads=heads.num_kv_heads,
+        query_stride=stride,
+        page_size=store.page_size,
+        window=layer.style.window,
+        scale=layer.style.scale_for(heads.dim),
+    )
+
+
+def _empty(heads: Heads) -> Tensor:
+    """What keys, or values, of one token look like."""
+    return torch.empty(heads.num_kv_heads, heads.dim, dtype=heads.dtype)
+
+
+def _add_choice(program: Program, source: Later, size: int, target: Later) -> None:
+    """The kept ones of rows of `size` bytes."""
+    program.add(_choosing(), source=source, target=target, chosen=_KEEP, num_rows=_KEPT, size=size)
+
+
+@cache
+def _choosing() -> Kernel:
+    @njit
+    def body(a: Any, thread: Any, num_threads: Any) -> None:
+        first, end = part(a.num_rows, thread, num_threads)
+        for row in range(first, end):
+            chosen = load_whole(a.chosen + row * 8)
+            copy(a.source + chosen * a.size, a.target + row * a.size, a.size)
+
+    return Kernel(body, dict.fromkeys(("source", "target", "chosen", "num_rows", "size"), "q"))
