@@ -24,6 +24,7 @@ from server.runner.plan import ForwardPlan
 from server.runner.simd_linear import SimdLinear
 from server.runner.simd_operations import SimdNorm, SimdRotation, add_gate
 from server.runner.style import Style
+from server.simd.attention import attending, scratch_bytes, writer
 from server.simd.functions import UNIT, copy
 from server.simd.kernel import Kernel, part
 from server.simd.program import Later, Program
@@ -137,7 +138,7 @@ class SimdLayers:
     def _scratch_size(self, plan: ForwardPlan) -> int:
         heads = self._layers[0].rotation.heads
         longest = max(group.num_tokens for group in plan.groups)
-        return simd_attention.scratch_bytes(longest, heads.num_heads, heads.dim)
+        return scratch_bytes(longest, heads.num_heads, heads.dim)
 
     def _workspace(self, num_rows: int, size: int) -> dict[str, int]:
         """Addresses of what kernels leave to each other."""
@@ -202,7 +203,7 @@ def _add_attention(program: Program, index: int, layer: Layer, store: KVStore) -
     stride = (heads.num_heads + 2 * heads.num_kv_heads) * heads.dim * item
     first_key = heads.num_heads * heads.dim * item
     program.add(
-        simd_attention.writer(),
+        writer(),
         slots=_SLOTS,
         num_rows=_ROWS,
         keys=Later(rotated.name, first_key),
@@ -215,7 +216,7 @@ def _add_attention(program: Program, index: int, layer: Layer, store: KVStore) -
         value_size=width,
     )
     program.add(
-        simd_attention.attending(simd_attention.kind_of(heads)),
+        attending(simd_attention.kind_of(heads)),
         queries=rotated,
         keys=keys.data_ptr(),
         values=values.data_ptr(),
