@@ -19,6 +19,7 @@ from server.core.sequence import Sequence
 from server.decoding.rng import Purpose, uniform
 
 _MAX_LEAD = 2  # coins; who is further ahead of somebody does not wait for it
+_MAX_KEPT = 1024  # strategies: clients may ask for any
 
 
 class Strategy(Protocol):
@@ -261,10 +262,18 @@ class Strategies:
         self.shared_coins = shared_coins
         self.is_shadowing = False
         self.chooser: Chooser | None = None
-        self.make = lru_cache(maxsize=1024)(self._build)
+        self.make = lru_cache(maxsize=_MAX_KEPT)(self._build)
+        # By the identity of parameters, which are kept with it: hashing them takes longer.
+        self._known: dict[int, tuple[DecodingParams, Strategy]] = {}
 
     def of(self, sequence: Sequence) -> Strategy:
-        return self.make(sequence.schedule)
+        schedule = sequence.schedule
+        known = self._known.get(id(schedule))
+        if known is None:
+            if len(self._known) >= _MAX_KEPT:
+                self._known.clear()
+            known = self._known[id(schedule)] = schedule, self.make(schedule)
+        return known[1]
 
     def settle(self, sequence: Sequence) -> bool:
         """Decode `sequence` from here on as the chooser says; none of its tokens is pending.

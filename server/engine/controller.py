@@ -42,6 +42,10 @@ _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # proposal lengths of the first model tha
 _BONUS_LENGTHS = (1, 2, 4)  # and of the others
 _PERIOD = 16  # steps between choices
 _BATCH_PERIOD = 4  # steps after which a changed batch is looked at
+# Of all ways, only the best few are looked at each time, and all of them every so many times.
+_SWEEP_PERIOD = 4
+_NUM_NEAR = 8
+_ALIKE = 0.8  # at once if as many sequences decode, times this or divided by it, at most
 # Steps that a new choice takes until windows end at all times: at first they all begin together,
 # and one that began is paid for before it gives tokens.
 _MIXING_STEPS = 8
@@ -133,6 +137,8 @@ class _Group:
     Attributes:
         choices: what may be chosen, the plain way first.
         chosen: what is, now.
+        near: the best of them, when all were looked at last, and the plain way first.
+        num_left: decisions until all are looked at again.
         lookup: what prompt lookup takes beside it; None where it is off.
         trials: of what has been tried.
         is_stale: standard decoding is to be timed again.
@@ -140,6 +146,8 @@ class _Group:
 
     choices: tuple[DecodingParams, ...]
     chosen: DecodingParams
+    near: tuple[DecodingParams, ...] = ()
+    num_left: int = 0
     is_new: bool = True
     lookup: LookupCosts | None = None
     trials: dict[DecodingParams, _Trial] = field(default_factory=dict)
@@ -234,6 +242,9 @@ class Controller:
             is_left = len(groups) == 1 and self._compare(
                 interval, next(iter(groups.values())), next(iter(members.values()))
             )
+            if not _ALIKE < batch / self._batch < 1 / _ALIKE:
+                for group in groups.values():
+                    group.num_left = 0
             self._batch = max(1, batch)
             for key, group in groups.items():
                 self._fade(group, members[key][0], self._seconds - interval.begun_at)
@@ -322,19 +333,18 @@ class Controller:
     def _decide(self, group: _Group, members: Row[Sequence], num_steps: int = 0) -> None:
         """Choose for a group; `num_steps` have passed since it was last done."""
         rates = self._rates(group, members)
-        seconds = {choice: self._expected(choice, rates) for choice in group.choices}
-        best = min(group.choices, key=lambda choice: seconds[choice])
+        seconds = self._seconds_of(group, rates)
+        best = min(seconds, key=lambda choice: seconds[choice])
         if not group.is_new and seconds[group.chosen] <= seconds[best] * _HYSTERESIS:
             best = group.chosen
         plain = group.choices[0]
         if plain.strategy == "standard":
-            uncertain = {choice: self._uncertainty(choice, rates) for choice in group.choices}
-            gains = {choice: seconds[plain] / seconds[choice] for choice in group.choices}
+            gains = {choice: seconds[plain] / seconds[choice] for choice in seconds}
             if gains[best] < _MARGIN:
-                best = self._most_hopeful(group, gains, uncertain)
+                best = self._most_hopeful(group, gains, rates)
             group.trial(best).num_steps += num_steps
-            doubt = uncertain[plain].doubt
-            if not self._pays(group, best, gains[best], doubt, uncertain[best]):
+            doubt = self._uncertainty(plain, rates).doubt
+            if not self._pays(group, best, gains[best], doubt, self._uncertainty(best, rates)):
                 best = plain
         group.chosen = best
         group.is_new = False
@@ -344,6 +354,17 @@ class Controller:
             group.lookup = LookupCosts.at(
                 self._costs, scorers, self._batch, lookup.max_tokens, without
             )
+
+    def _seconds_of(self, group: _Group, rates: tuple[float, ...]) -> dict[DecodingParams, float]:
+        """Of a verified token, by choice: of all, or of those that were best lately."""
+        is_sweep = group.num_left == 0
+        choices = group.choices if is_sweep else (*group.near, group.chosen)
+        seconds = {choice: self._expected(choice, rates) for choice in choices}
+        if is_sweep:
+            best = sorted(group.choices[1:], key=lambda choice: seconds[choice])[:_NUM_NEAR]
+            group.near = (group.choices[0], *best)
+        group.num_left = (_SWEEP_PERIOD if is_sweep else group.num_left) - 1
+        return seconds
 
     def _pays(
         self,
@@ -373,23 +394,20 @@ class Controller:
         return True
 
     def _most_hopeful(
-        self,
-        group: _Group,
-        gains: Mapping[DecodingParams, float],
-        uncertain: Mapping[DecodingParams, _Uncertainty],
+        self, group: _Group, gains: Mapping[DecodingParams, float], rates: tuple[float, ...]
     ) -> DecodingParams:
         """Of what has not been tried what may pay most, one that is being tried first; or plain."""
-        hopes = {choice: gains[choice] * uncertain[choice].hope for choice in group.choices}
-        untried = [
-            choice
-            for choice in group.choices[1:]
-            if uncertain[choice].doubt > _TRIED
-            and hopes[choice] >= _MARGIN
-            and self._seconds >= group.trial(choice).not_before
-        ]
-        if group.chosen in untried:
+        plain = group.choices[0]
+        hopes: dict[DecodingParams, float] = {}
+        for choice, gain in gains.items():
+            uncertain = self._uncertainty(choice, rates)
+            hope = gain * uncertain.hope
+            is_open = choice != plain and self._seconds >= group.trial(choice).not_before
+            if is_open and uncertain.doubt > _TRIED and hope >= _MARGIN:
+                hopes[choice] = hope
+        if group.chosen in hopes:
             return group.chosen
-        return max(untried, key=lambda choice: hopes[choice], default=group.choices[0])
+        return max(hopes, key=lambda choice: hopes[choice], default=plain)
 
     def _uncertainty(self, choice: DecodingParams, rates: tuple[float, ...]) -> _Uncertainty:
         """Of the seconds of its forwards, those of standard decoding being known."""

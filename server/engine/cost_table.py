@@ -18,6 +18,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from server.core.stats import Delivery, StepStats
@@ -168,6 +169,7 @@ class CostTable:
         }
         self._extras = [self._measure_extras(model) for model in range(num_models)]
         self._known: dict[tuple[int, float, float], float] = {}
+        self._known_parts: dict[tuple[str, float], float] = {}
 
     @property
     def slowness(self) -> float:
@@ -298,12 +300,22 @@ class CostTable:
         """Seconds at the load of the first timing."""
         if rows <= 0:
             return 0.0
+        key = (kind, rows)
+        if key not in self._known_parts:
+            if len(self._known_parts) > _MAX_KNOWN:
+                self._known_parts.clear()
+            self._known_parts[key] = self._first_part(kind, rows)
+        first = self._known_parts[key]
+        return first if kind == "feed" else first * _bounded(self._rest_factors[kind])
+
+    def _first_part(self, kind: str, rows: float) -> float:
+        """`_rest_part` before anything was learnt."""
         feed = _interpolate(self.timings.batches, self.timings.feed_seconds, rows)
         if kind == "feed":
             return feed
         draw = _interpolate(self.timings.batches, self.timings.draw_seconds, rows)
-        first = {"draw": 1.0, "verify": _VERIFY_FACTOR, "propose": _PROPOSE_FACTOR}[kind]
-        return max(0.0, draw - feed) * first * _bounded(self._rest_factors[kind])
+        factor = {"draw": 1.0, "verify": _VERIFY_FACTOR, "propose": _PROPOSE_FACTOR}[kind]
+        return max(0.0, draw - feed) * factor
 
     def _timed(self, model: int, batch: float, tokens: float, context: _Context) -> float:
         """As measured at start, between and beyond what was measured."""
@@ -347,7 +359,7 @@ class CostTable:
     def _timed_one(self, model: int, batch: float) -> float:
         return _interpolate(self.timings.batches, self.timings.forward_seconds[model], batch)
 
-    def _known_names(self, model: int, batch: float, tokens: float) -> list[Name]:
+    def _known_names(self, model: int, batch: float, tokens: float) -> tuple[Name, ...]:
         """Factors of a forward's seconds, all of them in the filter."""
         names = _names(model, batch, tokens)
         self._factors.add(names[2], _ROUND**2, _TIMED**2)
@@ -356,17 +368,18 @@ class CostTable:
         return names
 
 
-def _names(model: int, batch: float, tokens: float) -> list[Name]:
+@lru_cache(maxsize=_MAX_KNOWN)
+def _names(model: int, batch: float, tokens: float) -> tuple[Name, ...]:
     """The machine's, the model's, and one or two of the shape, the last its very own.
 
     Shapes are about the same by powers of two of sequences and of tokens. Where some feed one token
     and some two, attention takes them apart: that says nothing of steps that feed one each.
     """
     size = round(math.log2(max(1.0, batch)))
-    names = [_MACHINE_NAME, (model,), (model, size)]
+    names: list[Name] = [_MACHINE_NAME, (model,), (model, size)]
     if tokens > _ABOUT_ONE:
         names.append((model, size, max(1, round(math.log2(tokens)))))
-    return names
+    return tuple(names)
 
 
 def _extrapolate(curve: dict[int, float], batch: float) -> float:

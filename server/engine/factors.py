@@ -52,9 +52,8 @@ class Factors:
 
     def value(self, names: Row[Hashable]) -> float:
         """Their product; of those that nobody has added, 1."""
-        return math.exp(
-            sum(self._means[i] for name in names if (i := self._index.get(name, -1)) >= 0)
-        )
+        index, means = self._index, self._means
+        return math.exp(sum([means[index[name]] for name in names if name in index]))
 
     def doubt(self, name: Hashable) -> float:
         """Standard deviation of a factor by the observations it was last in, if it was added.
@@ -70,7 +69,7 @@ class Factors:
         self._means *= kept
         self._covariance *= kept**2
         drift = self._priors * (1 - kept**2)
-        self._covariance[np.diag_indices_from(self._covariance)] += drift
+        self._covariance.flat[:: len(drift) + 1] += drift
         self._own = self._own * kept**2 + drift
 
     def observe(self, names: Row[Hashable], measured: float) -> None:
