@@ -40,7 +40,10 @@ _MODEL = 0.03
 _TIMED = 0.05  # forwards of one token of each sequence, as first timed
 _ROUND = 0.1  # those not seen for long
 _SHAPE = 0.1  # those of more, beside them
-_MEMORY = 120.0  # seconds of steps until 63 % of what was learnt is forgotten, if not seen again
+# Seconds of steps until 63 % of what was learnt is forgotten, if not seen again: how fast a machine
+# is may change at any time; what several tokens cost beside one lies in its kernels.
+_MEMORY = 120.0
+_SHAPE_MEMORY = 1200.0
 
 Name = tuple[int, ...]  # of a factor
 _MACHINE_NAME: Name = ()
@@ -159,10 +162,10 @@ class CostTable:
         self.timings = timings
         num_models = len(timings.forward_seconds)
         self._context = _Context(float(timings.context))
-        self._factors = Factors(_MEMORY, _NOISE**2, _SURPRISE)
-        self._factors.add(_MACHINE_NAME, _MACHINE**2, _MACHINE**2)
+        self._factors = Factors(_NOISE**2, _SURPRISE)
+        self._factors.add(_MACHINE_NAME, _MACHINE**2, _MACHINE**2, _MEMORY)
         for model in range(num_models):
-            self._factors.add((model,), _MODEL**2, _MODEL**2)
+            self._factors.add((model,), _MODEL**2, _MODEL**2, _MEMORY)
         self._charge = Ratio(_CHARGE_MEMORY, _CHARGE_PRIOR)
         self._rest_factors = {
             kind: Ratio(_REST_MEMORY, _REST_PRIOR) for kind in ("draw", "verify", "propose")
@@ -362,9 +365,9 @@ class CostTable:
     def _known_names(self, model: int, batch: float, tokens: float) -> tuple[Name, ...]:
         """Factors of a forward's seconds, all of them in the filter."""
         names = _names(model, batch, tokens)
-        self._factors.add(names[2], _ROUND**2, _TIMED**2)
+        self._factors.add(names[2], _ROUND**2, _TIMED**2, _MEMORY)
         if len(names) > 3:
-            self._factors.add(names[3], _SHAPE**2, _SHAPE**2)
+            self._factors.add(names[3], _SHAPE**2, _SHAPE**2, _SHAPE_MEMORY)
         return names
 
 

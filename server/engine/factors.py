@@ -19,29 +19,36 @@ from numpy.typing import NDArray
 class Factors:
     """Named factors, 1 at first; all variances are of logarithms."""
 
-    def __init__(self, memory: float, noise: float, surprise: float) -> None:
+    def __init__(self, noise: float, surprise: float) -> None:
         """Make one without factors.
 
         Args:
-            memory: seconds after which a factor that is not seen has lost 63 % of what was learnt.
             noise: variance of one observation.
             surprise: standard deviations that one observation counts for at most.
         """
-        self._memory = memory
         self._noise = noise
         self._surprise = surprise
         self._index: dict[Hashable, int] = {}
+        self._memories: NDArray[np.float64] = np.zeros(0)
         self._priors: NDArray[np.float64] = np.zeros(0)
         self._means: NDArray[np.float64] = np.zeros(0)
         self._covariance: NDArray[np.float64] = np.zeros((0, 0))
         self._own: NDArray[np.float64] = np.zeros(0)  # variances, as if the others were known
 
-    def add(self, name: Hashable, prior: float, variance: float) -> None:
-        """Know a factor from now on, if it is new: its `variance` now, and unseen for long."""
+    def add(self, name: Hashable, prior: float, variance: float, memory: float) -> None:
+        """Know a factor from now on, if it is new.
+
+        Args:
+            name: of the factor.
+            prior: its variance when it was not seen for long.
+            variance: the same now.
+            memory: seconds after which it has lost 63 % of what was learnt, if it is not seen.
+        """
         if name in self._index:
             return
         size = len(self._index)
         self._index[name] = size
+        self._memories = np.append(self._memories, memory)
         self._priors = np.append(self._priors, prior)
         self._means = np.append(self._means, 0.0)
         covariance = np.zeros((size + 1, size + 1))
@@ -65,9 +72,9 @@ class Factors:
 
     def pass_time(self, seconds: float) -> None:
         """Nothing was seen for so long."""
-        kept = math.exp(-seconds / self._memory)
+        kept = np.exp(-seconds / self._memories)
         self._means *= kept
-        self._covariance *= kept**2
+        self._covariance *= np.outer(kept, kept)
         drift = self._priors * (1 - kept**2)
         self._covariance.flat[:: len(drift) + 1] += drift
         self._own = self._own * kept**2 + drift

@@ -11,10 +11,10 @@ MACHINE, PLAIN, LONG = "machine", "plain", "long"
 
 
 def make_factors() -> Factors:
-    factors = Factors(memory=120.0, noise=0.1**2, surprise=3.0)
-    factors.add(MACHINE, 0.3**2, 0.3**2)
-    factors.add(PLAIN, 0.1**2, 0.05**2)
-    factors.add(LONG, 0.1**2, 0.1**2)
+    factors = Factors(noise=0.1**2, surprise=3.0)
+    factors.add(MACHINE, 0.3**2, 0.3**2, memory=120.0)
+    factors.add(PLAIN, 0.1**2, 0.05**2, memory=120.0)
+    factors.add(LONG, 0.1**2, 0.1**2, memory=120.0)
     return factors
 
 
@@ -82,5 +82,19 @@ def test_an_outlier_counts_for_little() -> None:
 def test_what_nobody_has_added_is_one() -> None:
     factors = make_factors()
     assert factors.value(["other"]) == 1.0
-    factors.add(LONG, 9.0, 9.0)  # known already
+    factors.add(LONG, 9.0, 9.0, memory=1.0)  # known already
     assert factors.doubt(LONG) == pytest.approx(0.1)
+
+
+def test_each_is_forgotten_in_its_own_time() -> None:
+    factors = make_factors()
+    factors.add("lasting", 0.1**2, 0.1**2, memory=12000.0)
+    for _ in range(100):
+        factors.observe([MACHINE, PLAIN, LONG], 1.2)
+        factors.observe([MACHINE, PLAIN, "lasting"], 1.2)
+    before = factors.value([LONG]), factors.value(["lasting"])
+    assert before[0] == pytest.approx(before[1], rel=0.01)
+    factors.pass_time(120.0)
+    assert math.log(factors.value([LONG])) == pytest.approx(math.log(before[0]) / math.e)
+    assert factors.value(["lasting"]) == pytest.approx(before[1], rel=0.01)
+    assert factors.doubt(LONG) > 0.09 > 0.03 > factors.doubt("lasting")
