@@ -65,7 +65,9 @@ MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist sa
 
 # Where no costs are known, what is looked up must have been right this often of late.
 _MIN_LOOKUP_RATE = 0.5
-_PROBE_PERIOD = 32  # tokens that are drawn, for each that is probed
+# Tokens that are drawn, for each that is probed; and steps from one to the next, at least.
+_PROBE_PERIOD = 32
+_PROBE_STEPS = 8
 _PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
 
 
@@ -120,7 +122,7 @@ class Advancer:
         self._distributions = Distributions(
             self._scores, strategies, eos_token_ids, len(runners), runners[0].vocab_size
         )
-        self._num_draws = 0
+        self._num_draws = self._num_probes = 0  # draws since the last probe
         self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step
         self._device = self._scores.device
         self.timer = Timer(self._device, [runner.device for runner in runners], clock)
@@ -400,11 +402,12 @@ class Advancer:
         candidates = [s for s in drawn if s.decoding.is_auto and s.coin_base is None]
         if chooser is None or not candidates:
             return
-        before, self._num_draws = self._num_draws, self._num_draws + len(candidates)
-        number = self._num_draws // _PROBE_PERIOD
-        if number == before // _PROBE_PERIOD:
+        self._num_draws += len(candidates)
+        if self._num_draws < max(_PROBE_PERIOD, _PROBE_STEPS * len(candidates)):
             return
-        sequence = candidates[number % len(candidates)]
+        self._num_draws = 0
+        self._num_probes += 1
+        sequence = candidates[self._num_probes % len(candidates)]
         place = (sequence, len(sequence) - 1)
         for model in sequence.decoding.combination.scorers:
             chooser.add(sequence, model, self._distributions.overlap(model, place))

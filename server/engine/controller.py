@@ -41,11 +41,11 @@ from server.engine.reality import Reality
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # proposal lengths of the first model that are tried
 _BONUS_LENGTHS = (1, 2, 4)  # and of the others
 _PERIOD = 16  # steps between choices
-_BATCH_PERIOD = 4  # steps after which a changed batch is looked at
+_BATCH_PERIOD = 4  # steps after which another batch is looked at
 # Of all ways, only the best few are looked at each time, and all of them every so many times.
 _SWEEP_PERIOD = 4
 _NUM_NEAR = 8
-_ALIKE = 0.8  # at once if as many sequences decode, times this or divided by it, at most
+_ALIKE = 0.8  # batches of as many sequences, times this or divided by it, at most
 # Steps that a new choice takes until windows end at all times: at first they all begin together,
 # and one that began is paid for before it gives tokens.
 _MIXING_STEPS = 8
@@ -58,7 +58,7 @@ _MARGIN = 1.03
 # anything is compared with it, until they are below the second; there a way has been tried.
 _STALE = 0.07
 _TRIED = 0.045
-_HOPE = 1.5  # deviations that a forward may be faster than timed, but not than one of one token
+_HOPE = 1.0  # deviations that a forward may be faster than timed, but not than one of one token
 _TRIAL_STEPS = 48  # that a trial may last; what reads prompts all the time cannot be timed
 _NO_TRIAL_SECONDS = 120.0  # of decoding, after one that could not
 _BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
@@ -140,6 +140,7 @@ class _Group:
         near: the best of them, when all were looked at last, and the plain way first.
         num_left: decisions until all are looked at again.
         lookup: what prompt lookup takes beside it; None where it is off.
+        rates: [num_models] mean acceptance as last looked at, or little else; None: never.
         trials: of what has been tried.
         is_stale: standard decoding is to be timed again.
     """
@@ -150,6 +151,7 @@ class _Group:
     num_left: int = 0
     is_new: bool = True
     lookup: LookupCosts | None = None
+    rates: tuple[float, ...] | None = None
     trials: dict[DecodingParams, _Trial] = field(default_factory=dict)
     is_stale: bool = False
 
@@ -184,6 +186,8 @@ class Controller:
         self._strategies = strategies
         self._max_gamma = max_gamma
         self._groups: dict[tuple[DecodingParams, Kind], _Group] = {}
+        # The same by the identity of parameters, which are kept with it: hashing them takes longer.
+        self._groups_by_id: dict[tuple[int, Kind], tuple[DecodingParams, _Group]] = {}
         self._acceptance: dict[tuple[Combination, Kind], Acceptance] = {}
         self._chains: dict[DecodingParams, Chain] = {}
         self._profiles: dict[tuple[DecodingParams, tuple[int, ...]], Profile] = {}
@@ -231,7 +235,8 @@ class Controller:
             interval.num_tokens[batch] = interval.num_tokens.get(batch, 0) + count
         if not is_last:
             return
-        changed = batch != self._batch and interval.num_steps >= _BATCH_PERIOD
+        is_alike = _ALIKE <= batch / self._batch <= 1 / _ALIKE
+        changed = not is_alike and interval.num_steps >= _BATCH_PERIOD
         is_due = interval.num_steps >= _PERIOD or changed
         if interval.is_pure and not is_due:
             return
@@ -242,9 +247,8 @@ class Controller:
             is_left = len(groups) == 1 and self._compare(
                 interval, next(iter(groups.values())), next(iter(members.values()))
             )
-            if not _ALIKE < batch / self._batch < 1 / _ALIKE:
-                for group in groups.values():
-                    group.num_left = 0
+            for group in groups.values():
+                group.num_left *= is_alike
             self._batch = max(1, batch)
             for key, group in groups.items():
                 self._fade(group, members[key][0], self._seconds - interval.begun_at)
@@ -435,10 +439,14 @@ class Controller:
         """[num_models] mean acceptance over the sequences at hand."""
         num_models = len(group.chosen.combination.weights)
         acceptance = self._of(members[0].decoding.combination, members[0])
-        return tuple(
+        rates = tuple(
             sum(acceptance.rate_of(sequence, model) for sequence in members) / len(members)
             for model in range(num_models)
         )
+        # What moves by less than a bucket's width would only go to and fro between profiles.
+        if group.rates is None or _differ(rates, group.rates):
+            group.rates = rates
+        return group.rates
 
     def _step_seconds(self, shape: Shape, batch: float) -> float:
         key = (shape, batch)
@@ -484,12 +492,18 @@ class Controller:
         return self._chains[decoding]
 
     def _group(self, sequence: Sequence) -> _Group:
-        key = (sequence.decoding, _kind(sequence))
-        if key not in self._groups:
+        decoding, kind = sequence.decoding, _kind(sequence)
+        known = self._groups_by_id.get((id(decoding), kind))
+        if known is not None:
+            return known[1]
+        if (decoding, kind) not in self._groups:
             _bound(self._groups)
-            choices = make_choices(sequence.decoding, self._max_gamma)
-            self._groups[key] = _Group(choices, choices[0])
-        return self._groups[key]
+            choices = make_choices(decoding, self._max_gamma)
+            self._groups[decoding, kind] = _Group(choices, choices[0])
+        group = self._groups[decoding, kind]
+        _bound(self._groups_by_id)
+        self._groups_by_id[id(decoding), kind] = decoding, group
+        return group
 
     def _of(self, combination: Combination, sequence: Sequence) -> Acceptance:
         key = (combination, _kind(sequence))
@@ -526,6 +540,12 @@ def make_choices(decoding: DecodingParams, max_gamma: int) -> tuple[DecodingPara
         unique = dict.fromkeys((gamma[0], *[1] * (num_models - 1)) for gamma in lengths)
         choices += [replace(plain, strategy="speculative", gamma=gamma) for gamma in unique]
     return tuple(choices) or (plain,)
+
+
+def _differ(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """By a bucket's width, anywhere."""
+    pairs = zip(rates, others, strict=True)
+    return any(abs(rate - other) >= 1 / _BUCKETS for rate, other in pairs)
 
 
 def _follow(group: _Group, members: Row[Sequence]) -> bool:

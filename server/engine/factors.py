@@ -15,6 +15,8 @@ from collections.abc import Hashable, Sequence as Row
 import numpy as np
 from numpy.typing import NDArray
 
+_TICK = 0.1  # seconds, in which nothing drifts to speak of
+
 
 class Factors:
     """Named factors, 1 at first; all variances are of logarithms."""
@@ -28,6 +30,7 @@ class Factors:
         """
         self._noise = noise
         self._surprise = surprise
+        self._passed = 0.0  # seconds that still wait
         self._index: dict[Hashable, int] = {}
         self._memories: NDArray[np.float64] = np.zeros(0)
         self._priors: NDArray[np.float64] = np.zeros(0)
@@ -71,8 +74,12 @@ class Factors:
         return math.sqrt(self._own[self._index[name]])
 
     def pass_time(self, seconds: float) -> None:
-        """Nothing was seen for so long."""
-        kept = np.exp(-seconds / self._memories)
+        """Nothing was seen for so long; what is less than _TICK waits for more."""
+        self._passed += seconds
+        if self._passed < _TICK:
+            return
+        kept = np.exp(-self._passed / self._memories)
+        self._passed = 0.0
         self._means *= kept
         self._covariance *= np.outer(kept, kept)
         drift = self._priors * (1 - kept**2)
