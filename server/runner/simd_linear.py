@@ -25,6 +25,10 @@ _FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLO
 _ROW_TYPES = {FLOAT32: torch.float32, FLOAT16: torch.float32, BFLOAT16: torch.bfloat16}
 # Bytes of rows that a block finds where the one before it left them.
 _CACHED = 384 << 10
+# Of a tile: sums, and what is multiplied, fill the registers.
+_MOST_ROWS, _BLOCKS = 12, 2
+# Of one block with as many rows as leave no few over, and of one with few rows.
+_ALL_ROWS, _FEW_ROWS = 16, 8
 _ARGUMENTS = {
     "x": "q",
     "x_stride": "q",
@@ -123,9 +127,9 @@ def supports(weight: Tensor) -> bool:
     return weight.shape[1] % _FORMATS[weight.dtype].inputs == 0
 
 
-def _rows_of(form: Format, num_rows: int) -> Any:
-    """Code for one block of `num_rows` rows from `row` on, or as many as there are."""
-    multiply = tile(form, num_rows)
+def _tile(form: Format, num_rows: int, num_blocks: int) -> Any:
+    """Code for `num_rows` rows from `row` on, or as many as there are, and some blocks."""
+    multiply = tile(form, num_rows, num_blocks)
 
     @njit
     def run(a: Any, row: Any, block: Any) -> None:
@@ -143,37 +147,58 @@ def _rows_of(form: Format, num_rows: int) -> Any:
     return run
 
 
+def _rows_of(form: Format, num_blocks: int) -> Any:
+    """Code for rows from `start` to before `stop`, and some blocks."""
+    rows_1, rows_2, rows_4 = (_tile(form, count, num_blocks) for count in (1, 2, 4))
+    rows_8, rows_12 = (_tile(form, count, num_blocks) for count in (8, _MOST_ROWS))
+    rows_16 = _tile(form, _ALL_ROWS, 1)
+
+    @njit
+    def run(a: Any, start: Any, stop: Any, block: Any) -> None:
+        row = start
+        while row < stop:
+            left = stop - row
+            if _MOST_ROWS < left <= _ALL_ROWS:
+                for number in range(num_blocks):
+                    rows_16(a, row, block + number)
+                row += _ALL_ROWS
+                continue
+            if left > 8:
+                rows_12(a, row, block)
+            elif left > 4:
+                rows_8(a, row, block)
+            elif left > 2:
+                rows_4(a, row, block)
+            elif left > 1:
+                rows_2(a, row, block)
+            else:
+                rows_1(a, row, block)
+            row += _MOST_ROWS
+
+    return run
+
+
 @cache
 def _kernel(form: Format) -> Kernel:
-    """Compiled in about two seconds, once for each format."""
-    rows_1, rows_2, rows_4 = _rows_of(form, 1), _rows_of(form, 2), _rows_of(form, 4)
-    rows_8, rows_12 = _rows_of(form, 8), _rows_of(form, 12)
-    most = form.most_rows
-    rows_most = _rows_of(form, most)
+    """Compiled in about three seconds, once for each format."""
+    one, together = _rows_of(form, 1), _rows_of(form, _BLOCKS)
 
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
-        """Rows that fit into the cache, with one block after the other."""
+        """Rows that fit into the cache, with some blocks after the others."""
         first = a.num_blocks * thread // num_threads
         end = a.num_blocks * (thread + 1) // num_threads
-        at_once = max(1, _CACHED // (most * a.x_stride)) * most
+        last = end - (end - first) % _BLOCKS
+        at_once = max(1, _CACHED // (_MOST_ROWS * a.x_stride)) * _MOST_ROWS
         for start in range(0, a.num_rows, at_once):
             stop = min(start + at_once, a.num_rows)
-            for block in range(first, end):
-                for row in range(start, stop, most):
-                    left = stop - row
-                    if left > 12:
-                        rows_most(a, row, block)
-                    elif left > 8:
-                        rows_12(a, row, block)
-                    elif left > 4:
-                        rows_8(a, row, block)
-                    elif left > 2:
-                        rows_4(a, row, block)
-                    elif left > 1:
-                        rows_2(a, row, block)
-                    else:
-                        rows_1(a, row, block)
+            done = first
+            if stop - start > _FEW_ROWS:  # fewer wait for memory, which is faster in one stream
+                done = last
+                for block in range(first, last, _BLOCKS):
+                    together(a, start, stop, block)
+            for block in range(done, end):
+                one(a, start, stop, block)
 
     return Kernel(body, _ARGUMENTS)
 

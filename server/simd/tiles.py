@@ -72,14 +72,6 @@ class Format:
         """Of a step."""
         return {"float32": 1, "float16": 2, "bfloat16": 2}[self.weight]
 
-    @property
-    def most_rows(self) -> int:
-        """Of a tile: as many as there are registers for their sums.
-
-        float16 has two for each, of every other input: a few rows would wait for their sums else.
-        """
-        return 12 if self.weight == "float16" else 16
-
 
 FLOAT32 = Format("float32", 4)  # float32 rows
 FLOAT16 = Format("float16", 4)  # float32 rows
@@ -87,13 +79,15 @@ BFLOAT16 = Format("bfloat16", 2)  # bfloat16 rows; products and sums in float32
 
 
 @cache
-def tile(form: Format, num_rows: int) -> Any:
-    """Compiled code of `num_rows` times LANES sums.
+def tile(form: Format, num_rows: int, num_blocks: int) -> Any:
+    """Compiled code of `num_rows` times LANES sums, for neighbouring blocks.
+
+    Few rows take several blocks: a sum waits for its last product, and others are made meanwhile.
 
     It takes, in this order: the address of the first row and the bytes from one to the next; the
-    number of the last row there is, which stands for those behind it; the address of the block,
-    and its steps; where float32 sums go, and the bytes from one row of them to the next; and what
-    they are multiplied by.
+    number of the last row there is, which stands for those behind it; the address of the first
+    block, and the steps of each; where float32 sums go, and the bytes from one row of them to the
+    next; and what they are multiplied by.
     """
 
     @intrinsic
@@ -112,21 +106,24 @@ def tile(form: Format, num_rows: int) -> Any:
             x, x_stride, last, block, num_steps, output, output_stride, scale = args
             rows = [_least(builder, number, last) for number in range(num_rows)]
             inputs = [builder.add(x, builder.mul(row, x_stride)) for row in rows]
+            size = builder.mul(num_steps, ir.Constant(I64, STEP))
+            blocks = [
+                builder.add(block, builder.mul(size, ir.Constant(I64, number)))
+                for number in range(num_blocks)
+            ]
             # LLVM keeps them in registers.
-            parts = range(2 if form is FLOAT16 else 1)
-            sums = [[cgutils.alloca_once(builder, _SUMS) for _ in parts] for _ in rows]
+            sums = [[cgutils.alloca_once(builder, _SUMS) for _ in blocks] for _ in rows]
             for place in (place for places in sums for place in places):
                 builder.store(same(_SUMS, 0.0), place)
             with cgutils.for_range(builder, num_steps) as loop:
-                _step(builder, form, loop.index, inputs, block, sums)
+                _step(builder, form, loop.index, inputs, blocks, sums)
             factor = everywhere(builder, scale, LANES)
             for row, places in zip(rows, sums, strict=True):
-                target = builder.add(output, builder.mul(row, output_stride))
-                first, *others = (builder.load(place) for place in places)
-                result = builder.fadd(first, others[0]) if others else first
-                builder.store(
-                    builder.fmul(result, factor), pointer(builder, target, _SUMS), align=4
-                )
+                first = builder.add(output, builder.mul(row, output_stride))
+                for number, place in enumerate(places):
+                    target = builder.add(first, ir.Constant(I64, number * LANES * 4))
+                    result = builder.fmul(builder.load(place), factor)
+                    builder.store(result, pointer(builder, target, _SUMS), align=4)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7, types.float32), generate
@@ -135,18 +132,27 @@ def tile(form: Format, num_rows: int) -> Any:
 
 
 def _step(
-    builder: Any, form: Format, step: Any, inputs: list[Any], block: Any, sums: list[list[Any]]
+    builder: Any,
+    form: Format,
+    step: Any,
+    inputs: list[Any],
+    blocks: list[Any],
+    sums: list[list[Any]],
 ) -> None:
-    """STEP bytes of the block, times as many numbers of every row."""
-    place = builder.add(block, builder.mul(step, ir.Constant(I64, STEP)))
-    ask_for(builder, builder.add(place, ir.Constant(I64, _AHEAD)))
-    weights = _weights(builder, form, place)
+    """STEP bytes of each block, times as many numbers of every row."""
+    weights = []
+    for block in blocks:
+        place = builder.add(block, builder.mul(step, ir.Constant(I64, STEP)))
+        ask_for(builder, builder.add(place, ir.Constant(I64, _AHEAD)))
+        weights.append(_weights(builder, form, place))
     size = form.inputs * form.row_bytes
     for row, places in zip(inputs, sums, strict=True):
         address = builder.add(row, builder.mul(step, ir.Constant(I64, size)))
         numbers = _numbers(builder, form, address)
-        for number, weight, place in zip(numbers, weights, places, strict=True):
-            total = _multiplied(builder, form, builder.load(place), number, weight)
+        for weight, place in zip(weights, places, strict=True):
+            total = builder.load(place)
+            for number, part in zip(numbers, weight, strict=True):
+                total = _multiplied(builder, form, total, number, part)
             builder.store(total, place)
 
 
