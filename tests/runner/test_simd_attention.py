@@ -8,6 +8,7 @@ from server.runner.style import Style
 from server.simd import support
 from tests.support import attention_cases
 from tests.support.attention_cases import PLAIN, spoil_others
+from tests.support.threads import threads
 
 if reason := support.missing():
     pytest.skip(f"the kernels cannot run here: {reason}", allow_module_level=True)
@@ -27,10 +28,8 @@ def assert_same(case, style=PLAIN):
 
 @pytest.fixture(params=[1, 2, 3])
 def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    with threads(request.param):
+        yield
 
 
 @pytest.mark.usefixtures("_threads")

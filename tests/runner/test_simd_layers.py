@@ -19,6 +19,7 @@ from server.runner.torch_runner import TorchRunner
 from tests.runner.test_llama_body import SHAPES, randomised
 from tests.runner.test_packed_linear import needs_bfloat16
 from tests.runner.test_torch_runner import MAX_LENGTH, NUM_SEQUENCES, Schedule, make_tables
+from tests.support.threads import threads
 from tests.support.tiny_models import VOCAB_SIZE
 
 PAGE_SIZE = 4
@@ -67,17 +68,13 @@ def test_rows_that_nobody_wants_leave_keys_and_values():
 def test_memory_and_threads_may_change():
     """Every forward writes to the memory that there is; rooms grow with the rows."""
     runner, _ = make_runner("qwen2", {}, torch.float32, simd_attention)
-    before = torch.get_num_threads()
     expected = runner.forward(batch_of(8, 8))
     more = runner.forward(batch_of(60, 60))
     assert torch.equal(more[:8], expected)
     first = runner.store
     kept = first.slots(0)[0].clone()
     runner.store = KVStore(40, PAGE_SIZE)
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        with threads(count):
             assert torch.equal(runner.forward(batch_of(60, 8)), more[52:])
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(first.slots(0)[0], kept)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from server.simd import support
+from tests.support.threads import threads
 
 if reason := support.missing():
     pytest.skip(f"the kernels cannot run here: {reason}", allow_module_level=True)
@@ -39,10 +40,8 @@ SCALE = Kernel(double, {"x": "q", "size": "q", "factor": "d"})
 
 @pytest.fixture(params=[1, 2, 3])
 def _threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield
-    torch.set_num_threads(before)
+    with threads(request.param):
+        yield
 
 
 @pytest.mark.usefixtures("_threads")
