@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from numba import njit
@@ -62,16 +62,7 @@ class Layer:
     @staticmethod
     def of(parts: Iterable[object]) -> Layer | None:
         """Of its fields; None where one of them is not for kernels, or not for a program."""
-        kinds = (
-            SimdNorm,
-            SimdLinear,
-            SimdRotation,
-            Style,
-            SimdLinear,
-            SimdNorm,
-            SimdLinear,
-            SimdLinear,
-        )
+        kinds = get_type_hints(Layer).values()
         given: list[Any] = list(parts)
         if not all(isinstance(one, kind) for one, kind in zip(given, kinds, strict=True)):
             return None

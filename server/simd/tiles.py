@@ -1,8 +1,9 @@
 """Products of a few rows with a weight that is laid out in blocks of LANES outputs.
 
-A tile is all that some rows and a block make together: its sums stay in registers while the weight
-streams past, 64 bytes at a step. Every sum runs over its inputs in an order that is the same in all
-tiles, so that a row's products are the same to the last bit whatever rows stand beside it.
+A tile is all that some rows and one or two blocks make together: its sums stay in registers while
+the weight streams past, 64 bytes at a step. Every sum runs over its inputs in an order that is the
+same in all tiles, so that a row's products are the same to the last bit whatever
+rows stand beside it.
 """
 
 from __future__ import annotations

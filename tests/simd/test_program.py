@@ -20,7 +20,7 @@ SIZE = 10_000
 
 @njit
 def shift(a, thread, num_threads):
-    """Every number becomes its neighbour's plus one: others' parts are read."""
+    """Every number becomes its neighbour's plus a step: others' parts are read."""
     first, end = part(a.size, thread, num_threads)
     for place in range(first, end):
         number = load_whole(a.source + (place + 1) % a.size * 8)
@@ -28,14 +28,14 @@ def shift(a, thread, num_threads):
 
 
 @njit
-def double(a, thread, num_threads):
+def scale(a, thread, num_threads):
     first, end = part(a.size, thread, num_threads)
     for place in range(first, end):
         store_number(a.x + place * 4, load_number(a.x + place * 4) * a.factor)
 
 
 SHIFT = Kernel(shift, {"source": "q", "target": "q", "size": "q", "step": "q"})
-SCALE = Kernel(double, {"x": "q", "size": "q", "factor": "d"})
+SCALE = Kernel(scale, {"x": "q", "size": "q", "factor": "d"})
 
 
 @pytest.fixture(params=[1, 2, 3])
