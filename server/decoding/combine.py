@@ -67,7 +67,7 @@ def _mix_probs(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
 
 
 def mix_logits(scores: Scores, combination: Combination) -> Tensor:
-    """sum_k w_k l_k with the plausibility mask, float32 [R, V].
+    """sum_k w_k l_k with the plausibility mask, float32 [R, V]; not to be written to.
 
     A token to which a positively weighted member gives probability zero has probability zero.
     """
@@ -77,7 +77,10 @@ def mix_logits(scores: Scores, combination: Combination) -> Tensor:
         logits = scores(model)
         if weight < 0:
             logits = logits.clamp_min(_FLOOR)
-        total = logits * weight if total is None else total.add_(logits, alpha=weight)
+        if total is not None:
+            total = total.add(logits, alpha=weight)
+        else:
+            total = logits if weight == 1 else logits * weight
     assert total is not None
     if combination.plausibility > 0:
         total = total.masked_fill(_implausible(scores, combination), -torch.inf)

@@ -1,5 +1,8 @@
 """What the models said about undecided positions: written by forwards, read by place.
 
+Most of what a forward says decides something before its model runs again: it is left as it is until
+then, and only what is still open goes to the store.
+
 The head of a small model costs more than its layers. A model with a shortlist may *defer* its
 scores: the forward leaves the states under the head, a proposal needs the shortlist's rows of the
 head only, and the full scores of all positions that are verified together are computed in one
@@ -10,14 +13,42 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence as Row
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from server.cache.on_device import tensor_on
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence
 from server.decoding.warp import Place
 from server.runner.base import Batch, ModelRunner
+
+
+@dataclass(frozen=True, slots=True)
+class _Latest:
+    """What the last forward of a model has said, where the store has not got it.
+
+    Attributes:
+        places: that are scored.
+        rows: of the store, where they belong.
+        logits: [len(rows), V] in the model's dtype.
+    """
+
+    places: Row[Place]
+    rows: Row[int]
+    logits: Tensor
+
+    def find(self, rows: Row[int]) -> list[int]:
+        """Which of the logits belong to these rows of the store; -1 for none of them."""
+        found = {row: number for number, row in enumerate(self.rows)}
+        return [found.get(row, -1) for row in rows]
+
+    def pick(self, numbers: list[int]) -> Tensor:
+        """Those of the logits, which are not copied where they are all of them."""
+        if numbers == list(range(len(self.logits))):
+            return self.logits
+        return self.logits.index_select(0, tensor_on(self.logits.device, numbers))
 
 
 class Scores:
@@ -39,12 +70,14 @@ class Scores:
         self._runners = runners
         self._store = store
         self._clock = clock
+        self._latest: list[_Latest | None] = [None] * len(runners)
 
     def has_shortlist(self, model: int) -> bool:
         return self._runners[model].deferred is not None
 
     def forward(self, model: int, batch: Batch, kept: Row[Place], defer: bool) -> None:
         """Run `model`; `kept` are the places that its kept rows score, `defer` as in the module."""
+        self._settle(model, _is_open)
         rows = self.rows(kept)
         head = self._runners[model].deferred
         if defer and head is not None:
@@ -54,11 +87,17 @@ class Scores:
         else:
             logits = self._runners[model].forward(batch)
             if rows:
-                self._store.write(model, rows, logits)
+                self._latest[model] = _Latest(kept, rows, logits)
 
     def read(self, model: int, places: Row[Place]) -> Tensor:
-        """Raw scores, float32 [len(places), V]."""
+        """Raw scores, float32 [len(places), V]; not to be written to."""
         rows = self.rows(places)
+        if (latest := self._latest[model]) is not None:
+            numbers = latest.find(rows)
+            if -1 not in numbers:
+                return latest.pick(numbers).to(device=self.device, dtype=torch.float32)
+            if max(numbers) >= 0:
+                self._settle(model, lambda sequence, position: True)
         missing = self._store.deferred(model, rows)
         head = self._runners[model].deferred
         if missing and head is not None:
@@ -66,6 +105,16 @@ class Scores:
             self._store.write(model, missing, head.scores(self._store.states(model, missing)))
             self.head_seconds += self._clock() - started
         return self._store.read(model, rows, self.device)
+
+    def _settle(self, model: int, is_wanted: Callable[[Sequence, int], bool]) -> None:
+        """Give the store what the last forward of `model` has said of wanted places."""
+        latest, self._latest[model] = self._latest[model], None
+        if latest is None:
+            return
+        numbers = [i for i, place in enumerate(latest.places) if is_wanted(*place)]
+        if numbers:
+            rows = [latest.rows[number] for number in numbers]
+            self._store.write(model, rows, latest.pick(numbers))
 
     def read_shortlist(self, model: int, places: Row[Place]) -> Tensor:
         """Raw scores of the shortlist of `model`, -inf elsewhere, float32 [len(places), V].
@@ -86,3 +135,8 @@ class Scores:
     def _row(self, sequence: Sequence, position: int) -> int:
         is_prompt = position < sequence.num_prompt
         return self._store.index(sequence.prompt_slot if is_prompt else sequence.slot, position)
+
+
+def _is_open(sequence: Sequence, position: int) -> bool:
+    """May its scores still decide something?"""
+    return sequence.slot >= 0 and position >= sequence.first_open
