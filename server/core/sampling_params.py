@@ -78,6 +78,23 @@ class SamplingParams:
         return self.is_seeded or self.is_greedy
 
     @property
+    def is_unwarped(self) -> bool:
+        """Temperature is all that changes the models' distributions, if anything does."""
+        is_whole = self.is_greedy or (self.top_k == 0 and self.top_p >= 1 and self.min_p == 0)
+        return is_whole and not self.adjusts_scores
+
+    @property
+    def adjusts_scores(self) -> bool:
+        """Scores of single tokens are changed."""
+        return bool(
+            self.has_penalties
+            or self.logit_bias
+            or self.allowed_token_ids is not None
+            or self.bad_words
+            or self.min_tokens
+        )
+
+    @property
     def has_penalties(self) -> bool:
         return (
             self.presence_penalty != 0

@@ -47,14 +47,7 @@ class Warp:
         self._eos = eos_token_ids
         self._device = device
         params = [sequence.params for sequence, _ in places]
-        self._is_plain = not any(
-            p.has_penalties
-            or p.logit_bias
-            or p.allowed_token_ids is not None
-            or p.bad_words
-            or p.min_tokens
-            for p in params
-        )
+        self._is_plain = not any(p.adjusts_scores for p in params)
         self._masks = _masks(places, device)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)

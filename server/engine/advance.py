@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -37,17 +37,10 @@ from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
 from server.core.unread import is_unread, unread
-from server.decoding.rng import Purpose
 from server.decoding.strategies import Strategies, is_scored, num_verifiable
-from server.decoding.verify import (
-    INVALID,
-    Decisions,
-    verdicts,
-    verify,
-    verify_blocks,
-    verify_picks,
-)
+from server.decoding.verify import INVALID, Decisions, verdicts
 from server.decoding.warp import Place, depends_on_tokens
+from server.engine.decider import Decider, Way
 from server.engine.distributions import Distributions, grouped
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.laps import Laps, Timer
@@ -56,10 +49,12 @@ from server.engine.scores import Scores
 from server.runner.base import Batch, ModelRunner, Span
 from server.runner.plan import num_attended
 
+if TYPE_CHECKING:
+    from server.engine.row_kernels import RowKernels
+
 logger = logging.getLogger(__name__)
 
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
-Rule = Literal["coupled", "block", "token"]
 
 MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
 
@@ -113,7 +108,9 @@ class Advancer:
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.perf_counter,
         runs_ahead: bool = False,
+        row_kernels: bool = False,
     ) -> None:
+        """`row_kernels`: decide by kernels, which can run here, where they know how."""
         self.runs_ahead = runs_ahead
         self._runners = runners
         self._store = scores
@@ -122,6 +119,12 @@ class Advancer:
         self._distributions = Distributions(
             self._scores, strategies, eos_token_ids, len(runners), runners[0].vocab_size
         )
+        kernels: RowKernels | None = None
+        if row_kernels:
+            from server.engine.row_kernels import RowKernels  # needs what may be missing
+
+            kernels = RowKernels(self._scores, strategies, len(runners), runners[0].vocab_size)
+        self._decider = Decider(self._distributions, kernels)
         self._num_draws = self._num_probes = 0  # draws since the last probe
         self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step
         self._device = self._scores.device
@@ -273,8 +276,8 @@ class Advancer:
         if not windows:
             return set()
         outcome.stats.tails += [s.num_pending for s, _ in windows]
-        groups = grouped(windows, lambda window: _rule(window[0]))
-        decisions = [self._decisions(rule, group) for rule, group in groups]
+        groups = grouped(windows, lambda window: self._decider.way(window[0]))
+        decisions = [self._decisions(group, way) for way, group in groups]
         # All groups are enqueued; here the host waits for them.
         read = self._read_decisions([sequence for sequence, _ in windows], decisions)
         outcome.has_read = True
@@ -285,20 +288,10 @@ class Advancer:
             self._apply(sequence, verdict.num_accepted, verdict.recovered, outcome)
         return {sequence for sequence, _ in windows}
 
-    def _decisions(self, rule: Rule, windows: list[Window]) -> Decisions:
+    def _decisions(self, windows: list[Window], way: Way) -> Decisions:
         places = _places(windows)
         lengths = [count for _, count in windows]
-        tokens = self._tokens(places)
-        if rule == "coupled":
-            return verify_picks(self._distributions.pick_target(places), tokens, lengths)
-        return (verify_blocks if rule == "block" else verify)(
-            self._distributions.target(places),
-            self._distributions.proposal(places),
-            tokens,
-            lengths,
-            self._distributions.uniforms(places, Purpose.ACCEPT),
-            self._distributions.uniforms(places, Purpose.RECOVER),
-        )
+        return self._decider.verify(places, self._tokens(places), lengths, way)
 
     def _tokens(self, places: list[Place]) -> Tensor:
         """Ids of the pending tokens at `places`, int64 on the device, unread ones included."""
@@ -361,9 +354,9 @@ class Advancer:
         ready = [s for s in sequences if s not in outcome.failed and self._may_draw(s)]
         if not ready:
             return
-        for is_coupled, group in grouped(ready, lambda sequence: sequence.params.is_coupled):
+        for way, group in grouped(ready, self._decider.way):
             places = [(sequence, len(sequence)) for sequence in group]
-            tokens = self._distributions.draw(places, is_coupled)
+            tokens = self._decider.draw(places, way)
             outcome.has_read = True
             for sequence, token_id in zip(group, tokens.tolist(), strict=True):
                 if token_id == INVALID:
@@ -454,14 +447,14 @@ class Advancer:
     ) -> Iterator[tuple[Sequence, int]]:
         """The token that `model` proposes to each sequence, from its own distribution alone."""
 
-        def key(sequence: Sequence) -> tuple[bool, bool, bool]:
+        def key(sequence: Sequence) -> tuple[Way, bool, bool]:
             is_short = self._proposes_short(sequence, model)
             is_ahead = self.runs_ahead and not is_short and not depends_on_tokens(sequence)
-            return sequence.params.is_coupled, is_short, is_ahead
+            return self._decider.way(sequence), is_short, is_ahead
 
-        for (is_coupled, is_short, is_ahead), group in grouped(sequences, key):
+        for (way, is_short, is_ahead), group in grouped(sequences, key):
             places = [(sequence, len(sequence)) for sequence in group]
-            tokens = self._distributions.propose(model, places, is_coupled, is_short)
+            tokens = self._decider.propose(model, places, way, is_short)
             if is_ahead:
                 ids = self._leave_unread(places, tokens)
             else:
@@ -538,13 +531,6 @@ def _guarding(sequence: Sequence, outcome: Outcome) -> Iterator[None]:
 
 def _pairs(numbers: list[int]) -> list[list[int]]:
     return [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
-
-
-def _rule(sequence: Sequence) -> Rule:
-    """How its proposals are verified."""
-    if sequence.params.is_coupled:
-        return "coupled"
-    return "block" if sequence.schedule.verifies_blocks else "token"
 
 
 def _may_look_up(sequence: Sequence) -> bool:

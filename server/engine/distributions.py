@@ -77,7 +77,7 @@ class Distributions:
                 return self._one_hot([sequence.token_ids[position] for sequence, position in group])
             return self._warp(group, proposing=True).probs(self._own_scores(origin, group))
 
-        return self._by_key(places, _origin, evaluate)
+        return self._by_key(places, origin_of, evaluate)
 
     def draw(self, places: list[Place], is_coupled: bool) -> Tensor:
         """A token of each place from its target, int64 [len(places)]; see `verify.sample`."""
@@ -208,7 +208,8 @@ def grouped(items: list[Item], key: Callable[[Item], Key]) -> list[tuple[Key, li
     return list(groups.items())
 
 
-def _origin(place: Place) -> Origin:
+def origin_of(place: Place) -> Origin:
+    """Of the pending token at `place`."""
     sequence, position = place
     offset = position - sequence.num_verified
     return sequence.proposers[offset], sequence.shortlisted[offset]

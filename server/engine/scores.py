@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Sequence as Row
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from server.cache.on_device import tensor_on
@@ -98,13 +100,17 @@ class Scores:
                 return latest.pick(numbers).to(device=self.device, dtype=torch.float32)
             if max(numbers) >= 0:
                 self._settle(model, lambda sequence, position: True)
+        self._complete(model, rows)
+        return self._store.read(model, rows, self.device)
+
+    def _complete(self, model: int, rows: Row[int]) -> None:
+        """Give the store the scores of `rows` that were deferred."""
         missing = self._store.deferred(model, rows)
         head = self._runners[model].deferred
         if missing and head is not None:
             started = self._clock()
             self._store.write(model, missing, head.scores(self._store.states(model, missing)))
             self.head_seconds += self._clock() - started
-        return self._store.read(model, rows, self.device)
 
     def _settle(self, model: int, is_wanted: Callable[[Sequence, int], bool]) -> None:
         """Give the store what the last forward of `model` has said of wanted places."""
@@ -117,7 +123,13 @@ class Scores:
             self._store.write(model, rows, latest.pick(numbers))
 
     def read_shortlist(self, model: int, places: Row[Place]) -> Tensor:
-        """Raw scores of the shortlist of `model`, -inf elsewhere, float32 [len(places), V].
+        """Raw scores of the shortlist of `model`, -inf elsewhere, float32 [len(places), V]."""
+        listed, ids = self.shortlist(model, places)
+        size = len(places), self._runners[model].vocab_size
+        return listed.new_full(size, -torch.inf).index_copy_(1, ids, listed)
+
+    def shortlist(self, model: int, places: Row[Place]) -> tuple[Tensor, Tensor]:
+        """Raw scores of the shortlist of `model`, float32 [len(places), m], and its ids, int64 [m].
 
         The forwards that scored these places deferred.
         """
@@ -126,7 +138,27 @@ class Scores:
         started = self._clock()
         scores = head.shortlist_scores(self._store.states(model, self.rows(places)))
         self.head_seconds += self._clock() - started
-        return scores.to(self.device)
+        return scores.to(self.device), head.shortlist.to(self.device)
+
+    def addresses(self, model: int, places: Row[Place]) -> NDArray[np.int64]:
+        """[len(places)] where the raw scores of `model`, in its `dtype`, lie in a CPU's memory.
+
+        They lie there until the model runs again.
+        """
+        rows = self.rows(places)
+        latest = self._latest[model]
+        numbers = [-1] * len(rows) if latest is None else latest.find(rows)
+        self._complete(model, [row for row, i in zip(rows, numbers, strict=True) if i < 0])
+        stored = self._store.addresses(model, rows)
+        if latest is None:
+            return stored
+        logits, found = latest.logits, np.array(numbers)
+        left = logits.data_ptr() + found * (logits.stride(0) * logits.itemsize)
+        return np.where(found < 0, stored, left)
+
+    def dtype(self, model: int) -> torch.dtype:
+        """Of raw scores."""
+        return self._runners[model].dtype
 
     def rows(self, places: Row[Place]) -> list[int]:
         """Where the store keeps the scores of each place."""

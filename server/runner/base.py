@@ -65,8 +65,13 @@ class DeferredScores(Protocol):
         """States [n, state_size] -> logits [n, vocab_size], those that `forward` returns."""
         ...
 
+    @property
+    def shortlist(self) -> Tensor:
+        """Ids of its tokens, int64 [m], ascending."""
+        ...
+
     def shortlist_scores(self, states: Tensor) -> Tensor:
-        """States [n, state_size] -> float32 [n, vocab_size]: logits of the shortlist, else -inf."""
+        """States [n, state_size] -> float32 [n, m]: logits of the shortlist."""
         ...
 
 

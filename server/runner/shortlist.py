@@ -58,7 +58,7 @@ class Shortlist:
 
     def __init__(self, runner: TorchRunner, body: LlamaBody, ids: Tensor) -> None:
         """`ids` [n] int64 are those that `body` was made with."""
-        self.ids = ids
+        self.shortlist = ids
         self.state_size = body.hidden_size
         self._runner = runner
         self._body = body
@@ -78,5 +78,4 @@ class Shortlist:
     def shortlist_scores(self, states: Tensor) -> Tensor:
         """See DeferredScores.shortlist_scores."""
         assert self._body.short_head is not None
-        scores = torch.full((len(states), self._runner.vocab_size), -torch.inf)
-        return scores.index_copy_(1, self.ids, self._body.short_head(states.float()))
+        return self._body.short_head(states.float())

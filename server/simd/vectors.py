@@ -68,6 +68,21 @@ smaller = _of_two(
 )
 
 
+product = _of_two(lambda builder, x, y: builder.fmul(x, y))
+product.__doc__ = "As `multiply`, and of infinities and NaN what they are."
+
+
+@intrinsic
+def where_less(context: Any, x: Any, y: Any, yes: Any, no: Any) -> Any:
+    """`yes` in lanes where x < y, else `no`; NaN is less than nothing."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        x, y, yes, no = args
+        return builder.select(builder.fcmp_ordered("<", x, y), yes, no)
+
+    return x(x, y, yes, no), generate
+
+
 @intrinsic
 def multiply_add(context: Any, x: Any, y: Any, z: Any) -> Any:
     """X * y + z, rounded once."""

@@ -55,7 +55,7 @@ def test_the_loader_uses_it(folder, tmp_path):
     path = write(tmp_path / "list.json", [9, 4, 30])
     (runner,) = load_models(config_of(folder, shortlist=path), lines.append).runners
     assert isinstance(runner.deferred, Shortlist)
-    assert runner.deferred.ids.tolist() == [4, 9, 30]
+    assert runner.deferred.shortlist.tolist() == [4, 9, 30]
     assert any("shortlist of 3 of" in line for line in lines)
     (plain,) = load_models(config_of(folder, shortlist=path), fast=False).runners
     assert plain.deferred is None
@@ -84,7 +84,7 @@ def test_scores_do_not_depend_on_the_rows_beside(folder, tmp_path, dtype):
     states = torch.randn(30, runner.deferred.state_size, generator=random).to(runner.dtype)
     together = runner.deferred.shortlist_scores(states)
     assert together.dtype == torch.float32
-    assert together.isfinite().sum() == 30 * 3
+    assert together.shape == (30, 3)
     for row in range(30):
         alone = runner.deferred.shortlist_scores(states[row : row + 1])
         # Sums may run in another order; activations in 16 bits would differ far more.

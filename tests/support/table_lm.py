@@ -102,6 +102,7 @@ class TableShortlist:
         self.num_scored = 0
         self._runner = runner
         self._ids = list(ids)
+        self.shortlist = torch.tensor(self._ids)
 
     def states(self, batch: Batch) -> Tensor:
         self.num_deferred += 1
@@ -112,10 +113,7 @@ class TableShortlist:
         return states.flip(-1)
 
     def shortlist_scores(self, states: Tensor) -> Tensor:
-        logits = states.flip(-1)
-        scores = torch.full_like(logits, -torch.inf)
-        scores[:, self._ids] = logits[:, self._ids]
-        return scores
+        return states.flip(-1)[:, self._ids]
 
 
 class DigitDecoder:

@@ -1,0 +1,118 @@
+"""Decides tokens: draws them, proposes them, and verifies what was proposed.
+
+On a CPU that can run them kernels do it for most requests (`engine.row_kernels`), row by row and no
+further than to a window's first rejected token; torch's operations do it for all others. Which of
+the two a request is decided by depends on nothing but the request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from server.core.sequence import Sequence
+from server.decoding.rng import Purpose
+from server.decoding.verify import Decisions, verify, verify_blocks, verify_picks
+from server.decoding.warp import Place
+from server.engine.distributions import Distributions
+from server.runner.base import ModelRunner
+from server.simd import support
+
+if TYPE_CHECKING:
+    from server.engine.row_kernels import RowKernels  # needs what may be missing
+
+_DTYPES = (torch.float32, torch.bfloat16)  # of scores, that kernels read
+
+Rule = Literal["coupled", "block", "token"]
+
+
+class Way(NamedTuple):
+    """How a sequence's tokens are decided; those of one way may be decided together.
+
+    Attributes:
+        rule: of verification.
+        by_kernels: and not by torch's operations.
+    """
+
+    rule: Rule
+    by_kernels: bool
+
+    @property
+    def is_coupled(self) -> bool:
+        """Proposals and targets share their randomness; by kernels, they are greedy."""
+        return self.rule == "coupled"
+
+
+class Decider:
+    """Over places that have been scored; results are on the device of the distributions."""
+
+    def __init__(self, distributions: Distributions, kernels: RowKernels | None) -> None:
+        """`kernels`: None where they cannot run, or are not to."""
+        self._distributions = distributions
+        self._kernels = kernels
+
+    def way(self, sequence: Sequence) -> Way:
+        """How tokens of `sequence` are decided at present."""
+        rule: Rule = "block" if sequence.schedule.verifies_blocks else "token"
+        if sequence.params.is_coupled:
+            rule = "coupled"
+        return Way(rule, self._kernels is not None and self._kernels.take(sequence))
+
+    def draw(self, places: list[Place], way: Way) -> Tensor:
+        """A token of each place from its target, int64 [R]; see `verify.sample`."""
+        if self._kernels is None or not way.by_kernels:
+            return self._distributions.draw(places, way.is_coupled)
+        uniforms = self._uniforms(places, way, Purpose.DRAW)
+        return self._kernels.draw(places, way.is_coupled, uniforms)
+
+    def propose(self, model: int, places: list[Place], way: Way, from_shortlist: bool) -> Tensor:
+        """A token of each place from the distribution of `model` alone, as `draw`."""
+        tokens: Tensor | None = None
+        if self._kernels is not None and way.by_kernels:
+            uniforms = self._uniforms(places, way, Purpose.PROPOSE)
+            tokens = self._kernels.propose(model, places, way.is_coupled, from_shortlist, uniforms)
+        if tokens is None:
+            tokens = self._distributions.propose(model, places, way.is_coupled, from_shortlist)
+        return tokens
+
+    def verify(
+        self, places: list[Place], tokens: Tensor, lengths: list[int], way: Way
+    ) -> Decisions:
+        """Decide windows of proposed tokens.
+
+        Args:
+            places: of the rows of all windows, one window after the other.
+            tokens: proposed there, int64 [R].
+            lengths: rows of each window.
+            way: of all the sequences.
+        """
+        distributions = self._distributions
+        uniforms = (
+            self._uniforms(places, way, Purpose.ACCEPT),
+            self._uniforms(places, way, Purpose.RECOVER),
+        )
+        if self._kernels is not None and way.by_kernels and way.rule != "block":
+            decided = self._kernels.verify(places, tokens, lengths, way.is_coupled, uniforms)
+            if decided is not None:
+                return decided
+        if way.is_coupled:
+            return verify_picks(distributions.pick_target(places), tokens, lengths)
+        rule = verify_blocks if way.rule == "block" else verify
+        target, proposal = distributions.target(places), distributions.proposal(places)
+        return rule(target, proposal, tokens, lengths, *uniforms)
+
+    def _uniforms(self, places: list[Place], way: Way, purpose: Purpose) -> Tensor:
+        """float32 [R]; nobody asks for those of coupled places."""
+        if way.is_coupled:
+            return torch.zeros(len(places), device=self._distributions.device)
+        return self._distributions.uniforms(places, purpose)
+
+
+def can_decide(runners: Iterable[ModelRunner]) -> bool:
+    """Can kernels decide here, by what these models say?"""
+    return support.missing() is None and all(
+        runner.device.type == "cpu" and runner.dtype in _DTYPES for runner in runners
+    )

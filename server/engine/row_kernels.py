@@ -1,0 +1,256 @@
+"""Decisions by the CPU's kernels, for requests whose distributions they know how to make.
+
+Imported only where the kernels can run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from server.core.combination import Combination
+from server.core.lookup import LOOKUP
+from server.core.sequence import Sequence
+from server.decoding.strategies import Strategies
+from server.decoding.verify import Decisions
+from server.decoding.warp import Place
+from server.engine.distributions import Origin, grouped, origin_of
+from server.engine.scores import Scores
+from server.simd.decisions import (
+    CERTAIN,
+    DRAWN,
+    INVALID,
+    NARROW,
+    SHORT,
+    WIDE,
+    decider,
+    scratch_bytes,
+)
+
+Ids = NDArray[np.int64]
+Reals = NDArray[np.float32]
+
+_BITS = {torch.float32: 32, torch.bfloat16: 16}
+_KINDS = {torch.float32: WIDE, torch.bfloat16: NARROW}
+
+
+@dataclass(frozen=True, slots=True)
+class _Laws:
+    """What R rows are drawn from, as the kernel takes it.
+
+    Attributes:
+        num_columns: of a row.
+        bits: [K] of a score.
+        scores, scales, shares: [R, K].
+        kept: what the addresses point into.
+    """
+
+    num_columns: int
+    bits: Ids
+    scores: Ids
+    scales: Reals
+    shares: Reals
+    kept: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Origins:
+    """What the tokens of R rows were proposed from: [R, 4] and [R]; `kept` as of _Laws."""
+
+    numbers: Ids
+    scales: Reals
+    kept: tuple[Tensor, ...]
+
+
+class RowKernels:
+    """Draws and verifies; what is taken of a request depends on nothing but the request."""
+
+    def __init__(
+        self, scores: Scores, strategies: Strategies, num_models: int, vocab_size: int
+    ) -> None:
+        self._scores = scores
+        self._strategies = strategies
+        self._num_models = num_models
+        self._vocab_size = vocab_size
+        self._bits = np.array([_BITS.get(scores.dtype(k), 0) for k in range(num_models)])
+        self._scratch = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, sequence: Sequence) -> bool:
+        """Is the sequence's every distribution of a kind that kernels make?"""
+        params = sequence.params
+        return (
+            params.is_unwarped
+            and (params.is_greedy or not params.is_seeded)
+            and sequence.matcher is None
+            and sequence.decoding.combination.plausibility == 0
+        )
+
+    def draw(self, places: list[Place], is_greedy: bool, uniforms: Tensor) -> Tensor:
+        """A token of each place from its target, int64 [R]; see `verify.sample` and `pick`."""
+        return self._draw(self._targets(places), is_greedy, uniforms)
+
+    def propose(
+        self, model: int, places: list[Place], is_greedy: bool, is_short: bool, uniforms: Tensor
+    ) -> Tensor | None:
+        """The same from `model` alone; None where a shortlist has no token to give."""
+        if not is_short:
+            only = Combination.only(self._num_models, model)
+            return self._draw(self._laws(places, [only] * len(places)), is_greedy, uniforms)
+        listed = self._listed(model, places)
+        if listed is None:
+            return None
+        rows, ids = listed
+        laws = _Laws(
+            num_columns=rows.shape[1],
+            bits=np.array([32]),
+            scores=_addresses(rows)[:, None],
+            scales=_inverse_temperatures(places)[:, None],
+            shares=np.zeros((len(places), 1), np.float32),
+            kept=rows,
+        )
+        numbers = self._draw(laws, is_greedy, uniforms)
+        return torch.where(numbers == INVALID, INVALID, ids[numbers])
+
+    def verify(
+        self,
+        places: list[Place],
+        tokens: Tensor,
+        lengths: list[int],
+        is_greedy: bool,
+        uniforms: tuple[Tensor, Tensor],
+    ) -> Decisions | None:
+        """As `verify.verify` and `verify.verify_picks`; None as `propose`.
+
+        Args:
+            places: of the rows of all windows.
+            tokens: proposed there, int64 [R].
+            lengths: of the windows.
+            is_greedy: all the sequences are.
+            uniforms: float32 [R] each, that decide acceptance and draw what is recovered.
+        """
+        origins = self._origins(places, is_greedy)
+        if origins is None:
+            return None
+        return self._decide(self._targets(places), origins, tokens, lengths, is_greedy, uniforms)
+
+    def _draw(self, laws: _Laws, is_greedy: bool, uniforms: Tensor) -> Tensor:
+        count = len(laws.scores)
+        origins = _Origins(np.full((count, 4), DRAWN, np.int64), np.ones(count, np.float32), ())
+        tokens = torch.full((count,), INVALID)
+        decided = self._decide(laws, origins, tokens, [1] * count, is_greedy, (uniforms, uniforms))
+        return decided[:, 1]
+
+    def _decide(
+        self,
+        laws: _Laws,
+        origins: _Origins,
+        tokens: Tensor,
+        lengths: list[int],
+        is_greedy: bool,
+        uniforms: tuple[Tensor, Tensor],
+    ) -> Decisions:
+        num_threads = min(len(lengths), torch.get_num_threads())
+        scratch_size = scratch_bytes(laws.num_columns)
+        if self._scratch.nbytes < num_threads * scratch_size:
+            self._scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
+        windows = np.cumsum([0, *lengths])
+        decisions = torch.empty(len(lengths), 2, dtype=torch.int64)
+        kernel: Any = decider()
+        (kernel.alone if num_threads == 1 else kernel)(
+            laws.num_columns,
+            laws.scores.shape[1],
+            len(lengths),
+            windows.ctypes.data,
+            laws.scores.ctypes.data,
+            laws.bits.ctypes.data,
+            laws.scales.ctypes.data,
+            laws.shares.ctypes.data,
+            origins.numbers.ctypes.data,
+            origins.scales.ctypes.data,
+            tokens.data_ptr(),
+            uniforms[0].data_ptr(),
+            uniforms[1].data_ptr(),
+            is_greedy,
+            self._scratch.data_ptr(),
+            scratch_size,
+            decisions.data_ptr(),
+        )
+        return decisions
+
+    def _targets(self, places: list[Place]) -> _Laws:
+        targets = [
+            self._strategies.of(sequence).target(sequence, position)
+            for sequence, position in places
+        ]
+        return self._laws(places, targets)
+
+    def _laws(self, places: list[Place], targets: list[Combination]) -> _Laws:
+        shape = len(places), self._num_models
+        scores = np.zeros(shape, np.int64)
+        scales, shares = np.ones(shape, np.float32), np.zeros(shape, np.float32)
+        for target, rows in grouped(list(range(len(places))), targets.__getitem__):
+            for model in target.scorers:
+                scores[rows, model] = self._scores.addresses(model, [places[i] for i in rows])
+            weights = np.array(target.weights, np.float32)
+            if target.is_logit_level:
+                scales[rows] = weights
+            elif len(target.scorers) > 1:  # a share of 0 would say that scores are added
+                shares[rows] = np.where(weights == 0, 1, weights)
+        scales *= _inverse_temperatures(places)[:, None]
+        return _Laws(self._vocab_size, self._bits, scores, scales, shares)
+
+    def _origins(self, places: list[Place], is_greedy: bool) -> _Origins | None:
+        numbers = np.zeros((len(places), 4), np.int64)
+        scales = _inverse_temperatures(places)
+        kept: list[Tensor] = []
+        if is_greedy:  # whatever was proposed is right or wrong
+            return _Origins(numbers, scales, ())
+        for origin, rows in grouped(list(range(len(places))), lambda row: origin_of(places[row])):
+            group = [places[row] for row in rows]
+            found = self._origin(origin, group, kept)
+            if found is None:
+                return None
+            numbers[rows] = found
+        return _Origins(numbers, scales, tuple(kept))
+
+    def _origin(self, origin: Origin, places: list[Place], kept: list[Tensor]) -> Ids | None:
+        """Rows [n, 4]; adds to `kept`."""
+        model, is_short = origin
+        numbers = np.zeros((len(places), 4), np.int64)
+        if model == LOOKUP:
+            numbers[:, 0] = CERTAIN
+        elif not is_short:
+            numbers[:, 0] = _KINDS[self._scores.dtype(model)]
+            numbers[:, 1] = self._scores.addresses(model, places)
+        else:
+            listed = self._listed(model, places)
+            if listed is None:
+                return None
+            rows, ids = listed
+            numbers[:, 0] = SHORT
+            numbers[:, 1] = _addresses(rows)
+            numbers[:, 2:] = ids.data_ptr(), len(ids)
+            kept += listed
+        return numbers
+
+    def _listed(self, model: int, places: list[Place]) -> tuple[Tensor, Tensor] | None:
+        """Scores of a shortlist [n, m] and its ids [m]; None where one gives nothing to any."""
+        rows, ids = self._scores.shortlist(model, places)
+        return None if bool((rows.amax(-1) == -torch.inf).any()) else (rows, ids)
+
+
+def _addresses(rows: Tensor) -> Ids:
+    """Of dense rows."""
+    start = rows.data_ptr()
+    return start + np.arange(len(rows)) * (rows.stride(0) * rows.itemsize)
+
+
+def _inverse_temperatures(places: list[Place]) -> Reals:
+    """[R]; of greedy rows 1."""
+    temperatures = [sequence.params.temperature or 1.0 for sequence, _ in places]
+    return (1 / np.array(temperatures)).astype(np.float32)

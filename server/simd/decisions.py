@@ -1,0 +1,416 @@
+"""Deciding tokens: rows of scores in, tokens out.
+
+What decides a token passes over whole rows of a vocabulary: scores are combined, made
+probabilities, compared with those that a proposal was drawn from, and added up until a token is
+found. Here a thread does all of it with one row after another, in memory that stays in its
+processor's cache, and ends a window at its first rejected token. The rules are those of
+`decoding.verify` and `decoding.combine`, which say what is decided and why that is exact.
+
+Scores may be -inf. A row with NaN, or without any token, is no distribution.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from server.simd import vectors
+from server.simd.functions import exp
+from server.simd.kernel import Kernel, part
+from server.simd.vectors import LANES
+
+# Where the proposal of a row came from: nobody, so that its token is drawn; a row of float32 or of
+# bfloat16 scores; float32 scores of a shortlist; the text itself, which was certain of it.
+DRAWN, WIDE, NARROW, SHORT, CERTAIN = range(5)
+INVALID = -1
+
+_NUMBER, _FLOAT = 8, 4  # bytes
+_VECTOR = LANES * _FLOAT
+_BLOCK = 16 * LANES  # columns that are added up together
+# A score of -inf, as finite numbers have it. Where scores are combined, a negative weight takes it
+# for the second.
+_NEVER, _FLOOR = np.float32(-1e30), np.float32(-1e4)
+_LEAST = np.float32(-87.0)  # logarithm of the least probability, beside the largest, that is not 0
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+_ARGUMENTS = {
+    "num_columns": "q",
+    "num_models": "q",
+    "num_windows": "q",
+    "windows": "q",
+    "scores": "q",
+    "bits": "q",
+    "scales": "q",
+    "shares": "q",
+    "origins": "q",
+    "origin_scales": "q",
+    "tokens": "q",
+    "accept_uniforms": "q",
+    "choose_uniforms": "q",
+    "is_greedy": "q",
+    "scratch": "q",
+    "scratch_size": "q",
+    "decisions": "q",
+}
+
+
+def scratch_bytes(num_columns: int) -> int:
+    """Working memory of a thread: two rows, and the sums of a row's blocks."""
+    num_padded = -(-num_columns // _BLOCK) * _BLOCK
+    return 2 * num_padded * _FLOAT + num_padded // _BLOCK * _FLOAT
+
+
+class _Row(NamedTuple):
+    """One row's law, and where it is worked out.
+
+    Attributes:
+        scores: address of [num_models] addresses of scores; 0: the model says nothing.
+        scales, shares: addresses of [num_models] float32; see `decider`.
+        origin: address of four numbers: kind, scores, ids of the shortlist, and how many.
+        origin_scale: of the proposal's scores.
+        weights, others, sums: scratch.
+    """
+
+    scores: Any
+    scales: Any
+    shares: Any
+    origin: Any
+    origin_scale: Any
+    weights: Any
+    others: Any
+    sums: Any
+
+
+@cache
+def decider() -> Kernel:
+    """Decides windows; a thread takes its `part` of them. Compiled in some seconds.
+
+    Arguments, addresses of dense arrays unless they are numbers; R rows, W windows, K models:
+        num_columns, num_models, num_windows: of scores, K, W.
+        windows: int64 [W + 1]; window w is of the rows from its number to before the next.
+        scores: int64 [R, K] addresses of rows of scores; 0: the model says nothing.
+        bits: int64 [K], of a score; see `vectors.load`.
+        scales: float32 [R, K], that scores are multiplied with before they are added.
+        shares: float32 [R, K]; of a row that begins with 0, scores are added; of others, each
+            model's probabilities are, times its share.
+        origins: int64 [R, 4]: what the row's token was proposed from, as in this module; the
+            address of its scores; for a shortlist, the address of its ids, int64, and how many.
+        origin_scales: float32 [R], that those scores are multiplied with.
+        tokens: int64 [R], proposed.
+        accept_uniforms, choose_uniforms: float32 [R]; the second draws tokens.
+        is_greedy: tokens are the most probable ones, and accepted if they are that.
+        scratch, scratch_size: of all threads, and of one; see `scratch_bytes`.
+        decisions: int64 [W, 2], written; see `decoding.verify.Decisions`.
+    """
+
+    @njit
+    def body(a: Any, thread: Any, num_threads: Any) -> None:
+        weights = a.scratch + thread * a.scratch_size
+        others = weights + _padded(a.num_columns) * _FLOAT
+        sums = others + _padded(a.num_columns) * _FLOAT
+        first_window, last_window = part(a.num_windows, thread, num_threads)
+        for window in range(first_window, last_window):
+            first = vectors.load_whole(a.windows + window * _NUMBER)
+            end = vectors.load_whole(a.windows + (window + 1) * _NUMBER)
+            count, token = end - first, INVALID
+            for number in range(first, end):
+                row = _Row(
+                    a.scores + number * a.num_models * _NUMBER,
+                    a.scales + number * a.num_models * _FLOAT,
+                    a.shares + number * a.num_models * _FLOAT,
+                    a.origins + number * 4 * _NUMBER,
+                    vectors.load_number(a.origin_scales + number * _FLOAT),
+                    weights,
+                    others,
+                    sums,
+                )
+                proposed = vectors.load_whole(a.tokens + number * _NUMBER)
+                choose = vectors.load_number(a.choose_uniforms + number * _FLOAT)
+                if a.is_greedy:
+                    token = _most_probable(a, row)
+                    is_accepted = token == proposed and token != INVALID
+                else:
+                    accept = vectors.load_number(a.accept_uniforms + number * _FLOAT)
+                    is_accepted, token = _verify(a, row, proposed, accept, choose)
+                if not is_accepted:
+                    count = number - first
+                    break
+            vectors.store_whole(a.decisions + window * 2 * _NUMBER, count)
+            vectors.store_whole(a.decisions + window * 2 * _NUMBER + _NUMBER, token)
+
+    return Kernel(body, _ARGUMENTS)
+
+
+@njit
+def _padded(num_columns: Any) -> Any:
+    """Columns of whole blocks."""
+    return (num_columns + _BLOCK - 1) // _BLOCK * _BLOCK
+
+
+@njit
+def _most_probable(a: Any, row: Any) -> Any:
+    """The token of the largest weight, the first of them."""
+    if _is_sum(row):
+        largest = _mix(a, row)
+        is_valid = largest > _NEVER
+    else:
+        is_valid = _target(a, row) > _ZERO
+        largest = _largest(row.weights, _padded(a.num_columns))
+    if not is_valid:
+        return INVALID
+    return _find(row.weights, largest)
+
+
+@njit
+def _verify(a: Any, row: Any, proposed: Any, accept: Any, choose: Any) -> Any:
+    """Is `proposed` accepted, and the token that is drawn in its place if not."""
+    num_columns = _padded(a.num_columns)
+    mass = _target(a, row)
+    if not mass > _ZERO:
+        return False, INVALID
+    kind = vectors.load_whole(row.origin)
+    if kind == DRAWN:
+        return False, _draw(row, num_columns, choose)
+    # Of the proposal, in units of the weights: `share` of what stands in `others`.
+    share, given = _ONE, mass
+    if kind != CERTAIN:
+        largest, size, place = _proposal(a, row, kind, proposed)
+        total = _exponentials(row.others, size, largest)
+        if not total > _ZERO:
+            return False, INVALID
+        share = mass / total
+        given = vectors.load_number(row.others + place * _FLOAT) * share
+    if accept * given < vectors.load_number(row.weights + proposed * _FLOAT):
+        return True, proposed
+    if kind == CERTAIN:
+        vectors.store_number(row.weights + proposed * _FLOAT, _ZERO)
+    elif kind == SHORT:
+        _take_listed(row, share)
+    else:
+        _take(row.weights, row.others, num_columns, share)
+    token = _draw(row, num_columns, choose)
+    if token == INVALID:
+        # Rounding alone can reject a token where nothing is left over but the target itself.
+        _target(a, row)
+        token = _draw(row, num_columns, choose)
+    return False, token
+
+
+@njit
+def _is_sum(row: Any) -> Any:
+    """Are scores added, and not probabilities?"""
+    return vectors.load_number(row.shares) == _ZERO
+
+
+@njit
+def _target(a: Any, row: Any) -> Any:
+    """Fill `weights` with the target, not normalised; returns its mass, 0 if there is none."""
+    num_columns = _padded(a.num_columns)
+    if _is_sum(row):
+        largest = _mix(a, row)
+        return _exponentials(row.weights, num_columns, largest) if largest > _NEVER else _ZERO
+    mass = _ZERO
+    for model in range(a.num_models):
+        scores = vectors.load_whole(row.scores + model * _NUMBER)
+        if scores:
+            scale = vectors.load_number(row.scales + model * _FLOAT)
+            bits = vectors.load_whole(a.bits + model * _NUMBER)
+            largest = _add_scores(row.others, scores, bits, scale, a.num_columns, True)
+            total = _exponentials(row.others, num_columns, largest)
+            if not total > _ZERO:
+                return _ZERO
+            share = vectors.load_number(row.shares + model * _FLOAT)
+            _add(row.weights, row.others, num_columns, share / total, mass == _ZERO)
+            mass += share
+    return mass
+
+
+@njit
+def _mix(a: Any, row: Any) -> Any:
+    """Fill `weights` with the sum of scores; returns the largest, _NEVER if there is none."""
+    largest, is_first = _NEVER, True
+    for model in range(a.num_models):
+        scores = vectors.load_whole(row.scores + model * _NUMBER)
+        if scores:
+            scale = vectors.load_number(row.scales + model * _FLOAT)
+            bits = vectors.load_whole(a.bits + model * _NUMBER)
+            found = _add_scores(row.weights, scores, bits, scale, a.num_columns, is_first)
+            # What is no number stays none.
+            largest = found if is_first or largest > _NEVER else _NEVER
+            is_first = False
+    return largest
+
+
+@njit
+def _proposal(a: Any, row: Any, kind: Any, proposed: Any) -> Any:
+    """Fill `others` with what `proposed` was proposed from.
+
+    Returns the largest score, how many there are, padded, and where that of `proposed` stands.
+    """
+    scores = vectors.load_whole(row.origin + _NUMBER)
+    size = a.num_columns
+    place = proposed
+    if kind == SHORT:
+        ids = vectors.load_whole(row.origin + 2 * _NUMBER)
+        size = vectors.load_whole(row.origin + 3 * _NUMBER)
+        place = 0
+        while place < size - 1 and vectors.load_whole(ids + place * _NUMBER) != proposed:
+            place += 1
+    bits = np.int64(16) if kind == NARROW else np.int64(32)
+    largest = _add_scores(row.others, scores, bits, row.origin_scale, size, True)
+    return largest, _padded(size), place
+
+
+def _adder(bits: int, lanes: int) -> Any:
+    """Code that adds scaled scores to a row, `lanes` at once."""
+
+    @njit
+    def run(
+        target: Any, scores: Any, scale: Any, first: Any, end: Any, is_first: Any, bad: Any
+    ) -> Any:
+        """Returns the largest sum, and `bad` or more where a score is no number."""
+        factor = vectors.splat(scale, lanes)
+        never, limit = vectors.splat(_NEVER, lanes), vectors.splat(-_NEVER, lanes)
+        least = vectors.splat(_FLOOR if scale < _ZERO else np.float32(-np.inf), lanes)
+        one = vectors.splat(_ONE, lanes)
+        largest, faults = never, vectors.splat(bad, lanes)
+        for column in range(first, end, lanes):
+            x = vectors.load(scores + column * (bits // 8), lanes, bits)
+            x = vectors.where_less(x, least, least, x)
+            x = vectors.product(x, factor)
+            faults = vectors.where_less(x, limit, faults, one)
+            x = vectors.where_less(x, limit, x, limit)
+            x = vectors.where_less(never, x, x, never)
+            place = target + column * _FLOAT
+            if not is_first:
+                x = vectors.add(x, vectors.load(place, lanes, 32))
+            vectors.store(place, x, 32)
+            largest = vectors.larger(largest, x)
+        return vectors.largest(largest), vectors.largest(faults)
+
+    return run
+
+
+_add_wide, _add_one_wide = _adder(32, LANES), _adder(32, 1)
+_add_narrow, _add_one_narrow = _adder(16, LANES), _adder(16, 1)
+
+
+@njit
+def _add_scores(target: Any, scores: Any, bits: Any, scale: Any, size: Any, is_first: Any) -> Any:
+    """Add scaled scores to a row, or write them into it and _NEVER behind them, up to a block.
+
+    Returns the largest sum; _NEVER if there is none, or where a score is no number.
+    """
+    whole = size // LANES * LANES
+    if bits == 16:
+        largest, bad = _add_narrow(target, scores, scale, 0, whole, is_first, _ZERO)
+        last, bad = _add_one_narrow(target, scores, scale, whole, size, is_first, bad)
+    else:
+        largest, bad = _add_wide(target, scores, scale, 0, whole, is_first, _ZERO)
+        last, bad = _add_one_wide(target, scores, scale, whole, size, is_first, bad)
+    for column in range(size, _padded(size)):
+        vectors.store_number(target + column * _FLOAT, _NEVER)
+    largest = max(largest, last)
+    return largest if bad == _ZERO and largest > _NEVER / 2 else _NEVER
+
+
+@njit
+def _exponentials(row: Any, size: Any, largest: Any) -> Any:
+    """In place of scores, whole blocks of them; returns their sum, 0 if there is no `largest`."""
+    if not largest > _NEVER:
+        return _ZERO
+    total = 0.0
+    least = vectors.splat(_LEAST, LANES)
+    for start in range(row, row + size * _FLOAT, _BLOCK * _FLOAT):
+        part_sum = vectors.splat(_ZERO, LANES)
+        for place in range(start, start + _BLOCK * _FLOAT, _VECTOR):
+            x = vectors.load(place, LANES, 32)
+            x = vectors.subtract(x, vectors.splat(largest, LANES))
+            y = vectors.where_less(x, least, vectors.splat(_ZERO, LANES), exp(x))
+            vectors.store(place, y, 32)
+            part_sum = vectors.add(part_sum, y)
+        total += vectors.total(part_sum)
+    return np.float32(total)
+
+
+@njit
+def _add(row: Any, others: Any, size: Any, factor: Any, is_first: Any) -> Any:
+    """Add `factor` times `others`, or write it."""
+    for column in range(0, size * _FLOAT, _VECTOR):
+        x = vectors.multiply(vectors.load(others + column, LANES, 32), vectors.splat(factor, LANES))
+        if not is_first:
+            x = vectors.add(x, vectors.load(row + column, LANES, 32))
+        vectors.store(row + column, x, 32)
+
+
+@njit
+def _take(row: Any, others: Any, size: Any, factor: Any) -> None:
+    """Take `factor` times `others` away, where that is more, all."""
+    for column in range(0, size * _FLOAT, _VECTOR):
+        x = vectors.multiply(vectors.load(others + column, LANES, 32), vectors.splat(factor, LANES))
+        x = vectors.subtract(vectors.load(row + column, LANES, 32), x)
+        vectors.store(row + column, vectors.larger(x, vectors.splat(_ZERO, LANES)), 32)
+
+
+@njit
+def _take_listed(row: Any, factor: Any) -> None:
+    """`_take`, of the columns on a shortlist."""
+    ids = vectors.load_whole(row.origin + 2 * _NUMBER)
+    for number in range(vectors.load_whole(row.origin + 3 * _NUMBER)):
+        place = row.weights + vectors.load_whole(ids + number * _NUMBER) * _FLOAT
+        given = vectors.load_number(row.others + number * _FLOAT) * factor
+        vectors.store_number(place, max(_ZERO, vectors.load_number(place) - given))
+
+
+@njit
+def _largest(row: Any, size: Any) -> Any:
+    """Of whole blocks."""
+    found = vectors.load(row, LANES, 32)
+    for place in range(row, row + size * _FLOAT, _VECTOR):
+        found = vectors.larger(found, vectors.load(place, LANES, 32))
+    return vectors.largest(found)
+
+
+@njit
+def _find(row: Any, number: Any) -> Any:
+    """The first column with a `number` that is the row's largest."""
+    block = 0
+    while _largest(row + block * _FLOAT, _BLOCK) < number:
+        block += _BLOCK
+    while vectors.load_number(row + block * _FLOAT) < number:
+        block += 1
+    return block
+
+
+@njit
+def _draw(row: Any, size: Any, uniform: Any) -> Any:
+    """A column by inverse CDF over `weights`; INVALID if there is nothing to draw from."""
+    total = 0.0
+    for block in range(size // _BLOCK):
+        start = row.weights + block * _BLOCK * _FLOAT
+        block_sum = vectors.splat(_ZERO, LANES)
+        for place in range(start, start + _BLOCK * _FLOAT, _VECTOR):
+            block_sum = vectors.add(block_sum, vectors.load(place, LANES, 32))
+        mass = vectors.total(block_sum)
+        vectors.store_number(row.sums + block * _FLOAT, mass)
+        total += mass
+    if not total > 0.0:
+        return INVALID
+    threshold = uniform * total  # below the total, for a uniform is below 1 by more than rounding
+    before = 0.0
+    block = 0
+    while before + vectors.load_number(row.sums + block * _FLOAT) <= threshold:
+        before += vectors.load_number(row.sums + block * _FLOAT)
+        block += 1
+    found = INVALID
+    for column in range(block * _BLOCK, (block + 1) * _BLOCK):
+        mass = vectors.load_number(row.weights + column * _FLOAT)
+        if mass > _ZERO:
+            found = column
+            before += mass
+            if before > threshold:
+                break
+    return found
