@@ -24,6 +24,8 @@ _FACTOR_32_2 = 0x31848BAB
 _MAX_INT32 = (1 << 31) - 1
 _BITS = 24  # a float32 holds 24 bits exactly, so no uniform rounds up to 1
 
+_FEW = 16  # uniforms that Python computes sooner than tensors
+
 
 class Purpose(IntEnum):
     """What a uniform is for; no two draws at one position share one."""
@@ -57,6 +59,9 @@ def uniforms(
     seeds: Sequence[int], positions: Sequence[int], purpose: Purpose, device: torch.device
 ) -> Tensor:
     """float32 [len(seeds)] in [0, 1 - 2**-24] on `device`."""
+    if len(seeds) <= _FEW:
+        numbers = [uniform(*which, purpose) for which in zip(seeds, positions, strict=True)]
+        return tensor_on(device, numbers, torch.float32)
     state = _mix(tensor_on(device, [_signed(seed) for seed in seeds]))
     state = _mix(state + tensor_on(device, positions) * _signed(_GOLDEN))
     state = _mix(state + _signed(int(purpose) * _GOLDEN))

@@ -3,7 +3,7 @@
 Table LMs are enumerated exactly (tests/support/exact.py, written apart from the product) and
 samples of the whole engine are compared by chi-square. Seeds are fixed, so a test either always
 passes or always fails. For a correct engine and fresh seeds one comparison exceeds z = 4.5 with
-probability 3.4e-6, so any of the fewer than 250 here would fail with probability below 1e-3.
+probability 3.4e-6, so any of the fewer than 270 here would fail with probability below 1e-3.
 """
 
 from __future__ import annotations
@@ -89,10 +89,13 @@ def check_law(
     eos: frozenset[int] = frozenset(),
     num_samples: int = NUM_SAMPLES,
     combination: Combination | None = None,
+    cpu_kernels: bool = True,
 ) -> None:
     options = {"max_tokens": 4, **(warp or {})}
     params = [SamplingParams(**options, seed=seed) for seed in range(num_samples)]
-    engine = make_engine(lms, eos=eos, max_sequences=500, max_step_tokens=4096)
+    engine = make_engine(
+        lms, eos=eos, max_sequences=500, max_step_tokens=4096, cpu_kernels=cpu_kernels
+    )
     samples = decode(engine, PROMPT, params, decoding)
     law = exact_law(lms, combination or decoding.combination, params[0], PROMPT, eos)
     assert sum(law.values()) == pytest.approx(1)
@@ -107,12 +110,19 @@ def test_law_of_every_strategy_and_combination(name: str, schedule: str) -> None
     check_law(make_lms(len(combination.weights)), decoding_of(schedule, combination))
 
 
-@pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
-@pytest.mark.parametrize("name", ["weighted-2", "contrastive-3"])
-def test_law_of_token_verification(name: str, schedule: str) -> None:
+@pytest.mark.parametrize("cpu_kernels", [True, False])
+@pytest.mark.parametrize("schedule", ["standard", "speculative-3", "cos-3", "cos-each-2"])
+@pytest.mark.parametrize(
+    ("name", "zero_share", "temperature"),
+    [("weighted-2", 0.0, 1.0), ("contrastive-3", 0.0, 1.7), ("weighted-3", 0.4, 0.8)],
+)
+def test_law_of_token_verification(
+    name: str, zero_share: float, temperature: float, schedule: str, cpu_kernels: bool
+) -> None:
     combination = COMBINATIONS[name]
-    lms = make_lms(len(combination.weights))
-    check_law(lms, replace(decoding_of(schedule, combination), verification="token"))
+    lms = make_lms(len(combination.weights), zero_share)
+    decoding = replace(decoding_of(schedule, combination), verification="token")
+    check_law(lms, decoding, {"temperature": temperature}, cpu_kernels=cpu_kernels)
 
 
 @pytest.mark.parametrize("gamma", [(6, 6), (6, 1), (2, 5)])
@@ -324,10 +334,15 @@ def test_greedy_output_is_that_of_standard(name: str, schedule: str, eos: frozen
         SamplingParams(max_tokens=12, temperature=0.0, top_k=1, min_tokens=3),
     ]
     texts = [
-        decode(make_engine(lms, eos=eos), PROMPT, params, decoding_of(kind, combination))
-        for kind in ("standard", schedule)
+        decode(
+            make_engine(lms, eos=eos, cpu_kernels=cpu_kernels),
+            PROMPT,
+            params,
+            decoding_of(kind, combination),
+        )
+        for kind, cpu_kernels in (("standard", True), (schedule, True), (schedule, False))
     ]
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     if not eos:
         law = exact_law(lms, combination, params[0], PROMPT)
         assert law == {texts[0][0]: 1.0}

@@ -1,0 +1,282 @@
+"""Kernels decide as torch's operations do: the same greedy tokens, and draws of the same laws."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from server.cache.score_store import ScoreStore
+from server.core.combination import Combination
+from server.core.sampling_params import SamplingParams
+from server.core.sequence import Sequence
+from server.decoding.rng import Purpose
+from server.decoding.strategies import SharedCoins, Strategies
+from server.decoding.verify import INVALID
+from server.decoding.warp import Place
+from server.engine.decider import Decider, can_decide
+from server.engine.distributions import Distributions
+from server.engine.scores import Scores
+from server.runner.base import Batch, Span
+from server.simd import support
+from tests.support.engines import make_decoding
+from tests.support.table_lm import TableLM, TableRunner
+from tests.support.threads import threads
+
+pytestmark = pytest.mark.skipif(support.missing() is not None, reason="no Numba")
+
+COMBINATIONS = {
+    "weighted": Combination.weighted([0.5, 0.3, 0.2]),
+    "last two": Combination.weighted([0.0, 0.4, 0.6]),
+    "one": Combination.only(3, 1),
+    "contrastive": Combination.contrastive(3, 0.4),
+    "linear": Combination.linear([0.5, -0.3, 0.9]),
+}
+SIZES = [1, 3, 16, 257, 1500]
+CPU = torch.device("cpu")
+NUM_WINDOWS, LENGTH = 12, 3
+
+
+class RowsRunner:
+    """Says what it is told to."""
+
+    deferred = None
+    device = CPU
+
+    def __init__(self, vocab_size: int, dtype: torch.dtype) -> None:
+        self.vocab_size = vocab_size
+        self.dtype = dtype
+        self.rows = torch.empty(0)
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.rows
+
+
+class Bench:
+    """Windows of tokens that model 0 or 1 proposed, over random scores of three models.
+
+    Scores of model 1 are in bfloat16. Those of some places lie in the store, others where the last
+    forward left them.
+    """
+
+    def __init__(
+        self,
+        combination: Combination,
+        vocab_size: int,
+        *,
+        temperature: float = 1.0,
+        zero_share: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.random = torch.Generator().manual_seed(seed)
+        dtypes = [torch.float32, torch.bfloat16, torch.float32]
+        runners = [RowsRunner(vocab_size, dtype) for dtype in dtypes]
+        store = ScoreStore(NUM_WINDOWS, LENGTH + 3, vocab_size, dtypes, [CPU] * 3)
+        self.scores = Scores(runners, store)  # type: ignore[arg-type]
+        strategies = Strategies(SharedCoins(0))
+        distributions = Distributions(self.scores, strategies, frozenset(), 3, vocab_size)
+        from server.engine.row_kernels import RowKernels  # needs what may be missing
+
+        kernels = RowKernels(self.scores, strategies, 3, vocab_size)
+        self.by_kernels = Decider(distributions, kernels)
+        self.by_torch = Decider(distributions, None)
+        self.distributions = distributions
+        decoding = make_decoding("cos", combination, verification="token")
+        self.sequences = []
+        for number in range(NUM_WINDOWS):
+            params = SamplingParams(max_tokens=9, temperature=temperature, seed=number)
+            sequence = Sequence.start(f"s{number}", [0, 0], params, decoding)
+            sequence.slot = store.take_slot()
+            self.sequences.append(sequence)
+        self.places = [(s, 2 + i) for s in self.sequences for i in range(LENGTH + 1)]
+        for part in (self.places[:7], self.places[7:]):
+            common = torch.randn(len(part), vocab_size, generator=self.random) * 3
+            for model, runner in enumerate(runners):
+                runner.rows = self._near(common, zero_share).to(runner.dtype)
+                spans = tuple(Span([1], 0, [0], 1) for _ in part)
+                self.scores.forward(model, Batch(spans), part, defer=False)
+        for sequence in self.sequences:
+            for i in range(LENGTH):
+                model = i % 2
+                place = [(sequence, len(sequence))]
+                way = self.by_torch.way(sequence)
+                token = self.by_torch.propose(model, place, way, from_shortlist=False)
+                sequence.propose(int(token), model)
+
+    def _near(self, common: Tensor, zero_share: float) -> Tensor:
+        """Models agree more or less."""
+        rows = common + torch.randn(common.shape, generator=self.random) * 0.7
+        zeros = torch.rand(common.shape, generator=self.random) < zero_share
+        zeros[:, 0] = False
+        return rows.masked_fill(zeros, -torch.inf)
+
+    @property
+    def pending(self) -> list[Place]:
+        """The places of all windows' rows."""
+        return [place for place in self.places if place[1] < len(place[0])]
+
+    @property
+    def tokens(self) -> Tensor:
+        return torch.tensor([s.token_ids[position] for s, position in self.pending])
+
+    def verify(self, decider: Decider) -> Tensor:
+        way = decider.way(self.sequences[0])
+        return decider.verify(self.pending, self.tokens, [LENGTH] * NUM_WINDOWS, way)
+
+    def rows(self, rows: Tensor) -> np.ndarray:
+        return rows.to(torch.float64).numpy()
+
+
+def assert_drawn(weights: np.ndarray, token: int, uniform: float) -> None:
+    """By inverse CDF, but for rounding."""
+    assert weights[token] > 0
+    total = weights.sum()
+    before, after = weights[:token].sum() / total, weights[: token + 1].sum() / total
+    assert before - 1e-5 <= uniform <= after + 1e-5
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("zero_share", [0.0, 0.6])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_greedy_tokens_are_the_same(name: str, zero_share: float, vocab_size: int) -> None:
+    bench = Bench(COMBINATIONS[name], vocab_size, temperature=0.0, zero_share=zero_share)
+    ways = [decider.way(bench.sequences[0]) for decider in (bench.by_kernels, bench.by_torch)]
+    assert [way.by_kernels for way in ways] == [True, False]
+    found, expected = bench.verify(bench.by_kernels), bench.verify(bench.by_torch)
+    assert found[:, 0].tolist() == expected[:, 0].tolist()
+    assert len(set(found[:, 0].tolist())) > 1 or vocab_size == 1 or zero_share
+    rejected = expected[:, 0] < LENGTH
+    assert found[rejected].tolist() == expected[rejected].tolist()
+    with threads(2):
+        drawn = bench.by_kernels.draw(bench.places, ways[0])
+    assert drawn.tolist() == bench.by_torch.draw(bench.places, ways[1]).tolist()
+    for model in range(3):
+        picked = bench.by_kernels.propose(model, bench.places, ways[0], False)
+        assert torch.equal(picked, bench.by_torch.propose(model, bench.places, ways[1], False))
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("zero_share", [0.0, 0.6])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_draws_are_of_the_target(
+    name: str, temperature: float, zero_share: float, vocab_size: int
+) -> None:
+    bench = Bench(
+        COMBINATIONS[name], vocab_size, temperature=temperature, zero_share=zero_share, seed=1
+    )
+    way = bench.by_kernels.way(bench.sequences[0])
+    uniforms = bench.distributions.uniforms(bench.places, Purpose.DRAW).tolist()
+    targets = bench.rows(bench.distributions.target(bench.places))
+    for row, token in enumerate(bench.by_kernels.draw(bench.places, way).tolist()):
+        assert_drawn(targets[row], token, uniforms[row])
+    uniforms = bench.distributions.uniforms(bench.places, Purpose.PROPOSE).tolist()
+    for model in range(3):
+        tokens = bench.by_kernels.propose(model, bench.places, way, False).tolist()
+        for row, place in enumerate(bench.places):
+            logits = bench.rows(bench.scores.read(model, [place])[0]) / temperature
+            assert_drawn(np.exp(logits - logits.max()), tokens[row], uniforms[row])
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("zero_share", [0.0, 0.6])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_windows_end_where_they_should(name: str, zero_share: float, vocab_size: int) -> None:
+    for seed in range(3):
+        bench = Bench(COMBINATIONS[name], vocab_size, zero_share=zero_share, seed=seed)
+        accept = bench.distributions.uniforms(bench.pending, Purpose.ACCEPT).tolist()
+        recover = bench.distributions.uniforms(bench.pending, Purpose.RECOVER).tolist()
+        targets = bench.rows(bench.distributions.target(bench.pending))
+        proposals = bench.rows(bench.distributions.proposal(bench.pending))
+        for window, (count, recovered) in enumerate(bench.verify(bench.by_kernels).tolist()):
+            for i in range(min(count + 1, LENGTH)):
+                row = window * LENGTH + i
+                token = int(bench.tokens[row])
+                ratio = targets[row, token] / proposals[row, token]
+                assert (accept[row] < ratio) == (i < count) or abs(accept[row] - ratio) < 1e-4
+            if count < LENGTH:
+                residual = np.maximum(targets[row] - proposals[row], 0)
+                assert_drawn(residual, recovered, recover[row])
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["weighted", "one", "linear"])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_no_distribution_gives_no_token(
+    name: str, temperature: float, broken: float
+) -> None:
+    bench = Bench(COMBINATIONS[name], 40, temperature=temperature)
+    rows = bench.scores._store._rows[1]
+    way = bench.by_kernels.way(bench.sequences[0])
+    # Read from the store, all of them.
+    bench.scores._latest[1] = None
+    if broken == -torch.inf:
+        rows[:] = broken
+    else:
+        rows[:, 7] = broken
+    places = bench.places[:7]
+    drawn = bench.by_kernels.draw(places, way)
+    if name != "linear" or broken != broken:  # a negative weight makes a token of either infinity
+        assert drawn.tolist() == [INVALID] * 7
+    expected = bench.by_torch.draw(places, bench.by_torch.way(bench.sequences[0]))
+    assert torch.equal(drawn == INVALID, expected == INVALID)
+    assert temperature or torch.equal(drawn, expected)
+    assert bench.by_kernels.propose(1, places, way, False).tolist() == [INVALID] * 7
+    fine = bench.by_kernels.propose(0, places, way, False)
+    assert INVALID not in fine.tolist()
+
+
+def test_what_was_looked_up_is_never_recovered() -> None:
+    bench = Bench(COMBINATIONS["contrastive"], 5)
+    for sequence in bench.sequences:
+        tail = sequence.token_ids[2:]
+        sequence.recover(0)
+        sequence.num_verified = 2
+        del sequence.token_ids[2:]
+        sequence.look_up(tail)
+    targets = bench.rows(bench.distributions.target(bench.pending))
+    found, expected = bench.verify(bench.by_kernels), bench.verify(bench.by_torch)
+    assert found[:, 0].tolist() == expected[:, 0].tolist()
+    for window, (count, recovered) in enumerate(found.tolist()):
+        if count < LENGTH:
+            row = window * LENGTH + count
+            assert recovered != int(bench.tokens[row])
+            assert targets[row, recovered] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "is_taken"),
+    [
+        ({}, True),
+        ({"temperature": 0.0, "top_p": 0.5, "is_seeded": True}, True),
+        ({"temperature": 0.7}, True),
+        ({"logprobs": 3}, True),
+        ({"is_seeded": True}, False),
+        ({"top_p": 0.9}, False),
+        ({"top_k": 4}, False),
+        ({"min_p": 0.1}, False),
+        ({"min_tokens": 2}, False),
+        ({"repetition_penalty": 1.2}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"logit_bias": ((1, 2.0),)}, False),
+        ({"allowed_token_ids": (1,)}, False),
+        ({"bad_words": ((1,),)}, False),
+    ],
+)
+def test_kernels_take_what_they_know(options: dict[str, object], is_taken: bool) -> None:
+    bench = Bench(COMBINATIONS["one"], 3)
+    decoding = make_decoding("cos", COMBINATIONS["contrastive"])
+    params = SamplingParams(max_tokens=4, **options)  # type: ignore[arg-type]
+    sequence = Sequence.start("s", [0], params, decoding)
+    assert bench.by_kernels.way(sequence).by_kernels is is_taken
+    plausible = make_decoding("cos", Combination.contrastive(3, 0.4, plausibility=0.1))
+    sequence = Sequence.start("s", [0], params, plausible)
+    assert not bench.by_kernels.way(sequence).by_kernels
+
+
+def test_models_whose_scores_kernels_read() -> None:
+    runners = [TableRunner(TableLM(1)), TableRunner(TableLM(2))]
+    assert can_decide(runners)
+    runners[1].dtype = torch.float16
+    assert not can_decide(runners)
