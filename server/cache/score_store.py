@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from server.cache.on_device import tensor_on
@@ -118,10 +116,11 @@ class ScoreStore:
         store = self._states[model]
         return store.index_select(0, tensor_on(store.device, rows))
 
-    def addresses(self, model: int, rows: Sequence[int]) -> NDArray[np.int64]:
-        """[len(rows)] addresses of the scores of `model`, on a CPU."""
+    def addresses(self, model: int, rows: Sequence[int]) -> list[int]:
+        """Of the scores of `model`, on a CPU."""
         store = self._rows[model]
-        return store.data_ptr() + np.array(rows) * (store.stride(0) * store.itemsize)
+        start, step = store.data_ptr(), store.stride(0) * store.itemsize
+        return [start + row * step for row in rows]
 
     def read(self, model: int, rows: Sequence[int], device: torch.device) -> Tensor:
         """Scores [len(rows), vocab_size] as float32 on `device`."""

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,17 +39,15 @@ from server.core.unread import is_unread, unread
 from server.decoding.strategies import Strategies, is_scored, num_verifiable
 from server.decoding.verify import INVALID, Decisions, verdicts
 from server.decoding.warp import Place, depends_on_tokens
-from server.engine.decider import Decider, Way
+from server.engine.decider import Decider, Way, find_kernels
 from server.engine.distributions import Distributions, grouped
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.laps import Laps, Timer
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
+from server.runner.attention_choice import CpuKernels
 from server.runner.base import Batch, ModelRunner, Span
 from server.runner.plan import num_attended
-
-if TYPE_CHECKING:
-    from server.engine.row_kernels import RowKernels
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +105,8 @@ class Advancer:
         eos_token_ids: frozenset[int],
         clock: Callable[[], float] = time.perf_counter,
         runs_ahead: bool = False,
-        row_kernels: bool = False,
+        cpu_kernels: CpuKernels = "off",
     ) -> None:
-        """`row_kernels`: decide by kernels, which can run here, where they know how."""
         self.runs_ahead = runs_ahead
         self._runners = runners
         self._store = scores
@@ -119,11 +115,7 @@ class Advancer:
         self._distributions = Distributions(
             self._scores, strategies, eos_token_ids, len(runners), runners[0].vocab_size
         )
-        kernels: RowKernels | None = None
-        if row_kernels:
-            from server.engine.row_kernels import RowKernels  # needs what may be missing
-
-            kernels = RowKernels(self._scores, strategies, len(runners), runners[0].vocab_size)
+        kernels = find_kernels(runners, self._scores, strategies, cpu_kernels)
         self._decider = Decider(self._distributions, kernels)
         self._num_draws = self._num_probes = 0  # draws since the last probe
         self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step

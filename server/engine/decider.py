@@ -7,7 +7,8 @@ the two a request is decided by depends on nothing but the request.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Sequence as Row
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -15,14 +16,20 @@ from torch import Tensor
 
 from server.core.sequence import Sequence
 from server.decoding.rng import Purpose
+from server.decoding.strategies import Strategies
 from server.decoding.verify import Decisions, verify, verify_blocks, verify_picks
 from server.decoding.warp import Place
 from server.engine.distributions import Distributions
+from server.engine.scores import Scores
+from server.errors import ConfigError
+from server.runner.attention_choice import CpuKernels
 from server.runner.base import ModelRunner
 from server.simd import support
 
 if TYPE_CHECKING:
     from server.engine.row_kernels import RowKernels  # needs what may be missing
+
+logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)  # of scores, that kernels read
 
@@ -111,8 +118,27 @@ class Decider:
         return self._distributions.uniforms(places, purpose)
 
 
-def can_decide(runners: Iterable[ModelRunner]) -> bool:
-    """Can kernels decide here, by what these models say?"""
-    return support.missing() is None and all(
+def find_kernels(
+    runners: Row[ModelRunner], scores: Scores, strategies: Strategies, wanted: CpuKernels
+) -> RowKernels | None:
+    """Kernels for the scores of these models; None where they are not wanted, or not to be had.
+
+    Raises:
+        ConfigError: they are wanted `on` and give other tokens than they should, or none.
+    """
+    can_run = support.missing() is None and all(
         runner.device.type == "cpu" and runner.dtype in _DTYPES for runner in runners
     )
+    if wanted == "off" or not can_run:
+        return None
+    from server.engine.row_kernels import RowKernels, check  # needs what may be missing
+
+    try:
+        check()
+    except Exception as error:  # a kernel may fail to compile in any way
+        reason = str(error).split("\n")[0]
+        if wanted == "on":
+            raise ConfigError(f"engine.cpu_kernels: on, but they fail here: {reason}") from error
+        logger.warning("tokens are decided by torch's operations, kernels fail: %s", reason)
+        return None
+    return RowKernels(scores, strategies, len(runners), runners[0].vocab_size)

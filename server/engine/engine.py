@@ -17,11 +17,11 @@ from server.decoding.strategies import SharedCoins, Strategies
 from server.engine.advance import Advancer, Outcome
 from server.engine.controller import Controller
 from server.engine.cost_table import CostTable
-from server.engine.decider import can_decide
 from server.engine.detokenizer import Decoder, TextStream
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.shadow import Shadow
+from server.runner.attention_choice import CpuKernels
 from server.runner.base import ModelRunner
 
 logger = logging.getLogger(__name__)
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 class EngineLimits:
     """Sizes of an engine; see `EngineConfig` and `DecodingConfig` for their meaning.
 
-    `runs_ahead`: None for wherever all models work beside the host, on GPUs. `cpu_kernels`: let
-    those of CPUs decide tokens, where they can run.
+    `runs_ahead`: None for wherever all models work beside the host, on GPUs. `cpu_kernels`: see
+    `engine.row_kernels`.
     """
 
     max_sequences: int = 64
@@ -42,7 +42,7 @@ class EngineLimits:
     max_prefill_tokens: int = 512
     prefix_cache: bool = True
     runs_ahead: bool | None = None
-    cpu_kernels: bool = True
+    cpu_kernels: CpuKernels = "auto"
 
     @staticmethod
     def of(config: ServerConfig, runners: Iterable[ModelRunner]) -> EngineLimits:
@@ -59,7 +59,7 @@ class EngineLimits:
             max_prefill_tokens=prefill,
             prefix_cache=engine.prefix_cache,
             runs_ahead={"auto": None, "on": True, "off": False}[engine.run_ahead],
-            cpu_kernels=engine.cpu_kernels != "off",
+            cpu_kernels=engine.cpu_kernels,
         )
 
 
@@ -158,7 +158,7 @@ class Engine:
             eos_token_ids,
             clock,
             runs_ahead,
-            row_kernels=limits.cpu_kernels and can_decide(runners),
+            limits.cpu_kernels,
         )
         self.scheduler = Scheduler(
             [PagePool(runner.num_pages, runner.page_size) for runner in runners],

@@ -6,7 +6,7 @@ Imported only where the kernels can run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]
 
 _BITS = {torch.float32: 32, torch.bfloat16: 16}
+_CHECKED = 300  # columns
 _KINDS = {torch.float32: WIDE, torch.bfloat16: NARROW}
 
 
@@ -78,7 +79,6 @@ class RowKernels:
         self._num_models = num_models
         self._vocab_size = vocab_size
         self._bits = np.array([_BITS.get(scores.dtype(k), 0) for k in range(num_models)])
-        self._scratch = torch.empty(0, dtype=torch.uint8)
 
     def take(self, sequence: Sequence) -> bool:
         """Is the sequence's every distribution of a kind that kernels make?"""
@@ -136,51 +136,14 @@ class RowKernels:
         origins = self._origins(places, is_greedy)
         if origins is None:
             return None
-        return self._decide(self._targets(places), origins, tokens, lengths, is_greedy, uniforms)
+        return _decide(self._targets(places), origins, tokens, lengths, is_greedy, uniforms)
 
     def _draw(self, laws: _Laws, is_greedy: bool, uniforms: Tensor) -> Tensor:
         count = len(laws.scores)
         origins = _Origins(np.full((count, 4), DRAWN, np.int64), np.ones(count, np.float32), ())
         tokens = torch.full((count,), INVALID)
-        decided = self._decide(laws, origins, tokens, [1] * count, is_greedy, (uniforms, uniforms))
+        decided = _decide(laws, origins, tokens, [1] * count, is_greedy, (uniforms, uniforms))
         return decided[:, 1]
-
-    def _decide(
-        self,
-        laws: _Laws,
-        origins: _Origins,
-        tokens: Tensor,
-        lengths: list[int],
-        is_greedy: bool,
-        uniforms: tuple[Tensor, Tensor],
-    ) -> Decisions:
-        num_threads = min(len(lengths), torch.get_num_threads())
-        scratch_size = scratch_bytes(laws.num_columns)
-        if self._scratch.nbytes < num_threads * scratch_size:
-            self._scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
-        windows = np.cumsum([0, *lengths])
-        decisions = torch.empty(len(lengths), 2, dtype=torch.int64)
-        kernel: Any = decider()
-        (kernel.alone if num_threads == 1 else kernel)(
-            laws.num_columns,
-            laws.scores.shape[1],
-            len(lengths),
-            windows.ctypes.data,
-            laws.scores.ctypes.data,
-            laws.bits.ctypes.data,
-            laws.scales.ctypes.data,
-            laws.shares.ctypes.data,
-            origins.numbers.ctypes.data,
-            origins.scales.ctypes.data,
-            tokens.data_ptr(),
-            uniforms[0].data_ptr(),
-            uniforms[1].data_ptr(),
-            is_greedy,
-            self._scratch.data_ptr(),
-            scratch_size,
-            decisions.data_ptr(),
-        )
-        return decisions
 
     def _targets(self, places: list[Place]) -> _Laws:
         targets = [
@@ -192,15 +155,12 @@ class RowKernels:
     def _laws(self, places: list[Place], targets: list[Combination]) -> _Laws:
         shape = len(places), self._num_models
         scores = np.zeros(shape, np.int64)
-        scales, shares = np.ones(shape, np.float32), np.zeros(shape, np.float32)
+        scales, shares = np.empty(shape, np.float32), np.empty(shape, np.float32)
         for target, rows in grouped(list(range(len(places))), targets.__getitem__):
+            group = [places[row] for row in rows]
             for model in target.scorers:
-                scores[rows, model] = self._scores.addresses(model, [places[i] for i in rows])
-            weights = np.array(target.weights, np.float32)
-            if target.is_logit_level:
-                scales[rows] = weights
-            elif len(target.scorers) > 1:  # a share of 0 would say that scores are added
-                shares[rows] = np.where(weights == 0, 1, weights)
+                scores[rows, model] = self._scores.addresses(model, group)
+            scales[rows], shares[rows] = _weights(target)
         scales *= _inverse_temperatures(places)[:, None]
         return _Laws(self._vocab_size, self._bits, scores, scales, shares)
 
@@ -242,6 +202,85 @@ class RowKernels:
         """Scores of a shortlist [n, m] and its ids [m]; None where one gives nothing to any."""
         rows, ids = self._scores.shortlist(model, places)
         return None if bool((rows.amax(-1) == -torch.inf).any()) else (rows, ids)
+
+
+def _decide(
+    laws: _Laws,
+    origins: _Origins,
+    tokens: Tensor,
+    lengths: list[int],
+    is_greedy: bool,
+    uniforms: tuple[Tensor, Tensor],
+) -> Decisions:
+    """See `decider`; R rows in windows of `lengths`."""
+    num_threads = min(len(lengths), torch.get_num_threads())
+    scratch_size = scratch_bytes(laws.num_columns)
+    scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
+    windows = np.cumsum([0, *lengths])
+    decisions = torch.empty(len(lengths), 2, dtype=torch.int64)
+    kernel = decider()
+    (kernel.alone if num_threads == 1 else kernel)(
+        laws.num_columns,
+        laws.scores.shape[1],
+        len(lengths),
+        windows.ctypes.data,
+        laws.scores.ctypes.data,
+        laws.bits.ctypes.data,
+        laws.scales.ctypes.data,
+        laws.shares.ctypes.data,
+        origins.numbers.ctypes.data,
+        origins.scales.ctypes.data,
+        tokens.data_ptr(),
+        uniforms[0].data_ptr(),
+        uniforms[1].data_ptr(),
+        is_greedy,
+        scratch.data_ptr(),
+        scratch_size,
+        decisions.data_ptr(),
+    )
+    return decisions
+
+
+def check() -> None:
+    """Compile the kernel, in some seconds, and decide what is known.
+
+    Raises:
+        RuntimeError: it decides otherwise.
+        Exception: of many kinds, where it cannot be compiled.
+    """
+    # Of two models' scores each row's sum gives the third token a half and the fourth the rest.
+    scores = torch.full((2, _CHECKED), -torch.inf)
+    scores[0, 2:4] = scores[1, 2:4] = torch.tensor([0.5, 0.5])
+    proposal = torch.zeros(_CHECKED)  # of which the third token is likelier than of the target
+    proposal[2] = 30.0
+    rows = 3
+    laws = _Laws(
+        num_columns=_CHECKED,
+        bits=np.array([32, 32]),
+        scores=np.repeat(_addresses(scores)[None], rows, 0),
+        scales=np.ones((rows, 2), np.float32),
+        shares=np.zeros((rows, 2), np.float32),
+    )
+    origins = _Origins(np.zeros((rows, 4), np.int64), np.ones(rows, np.float32), ())
+    origins.numbers[:2, 0], origins.numbers[:2, 1] = WIDE, proposal.data_ptr()
+    tokens = torch.tensor([2, 2, INVALID])
+    uniforms = torch.tensor([0.4, 0.6, 0.0]), torch.tensor([0.3, 0.3, 0.3])
+    found = _decide(laws, origins, tokens, [2, 1], False, uniforms).tolist()
+    greedy = _decide(laws, origins, tokens, [2, 1], True, uniforms).tolist()
+    if found != [[1, 3], [0, 2]] or greedy != [[2, 2], [0, 2]]:
+        raise RuntimeError(f"decided {found} and {greedy}")
+
+
+@lru_cache(maxsize=1024)
+def _weights(target: Combination) -> tuple[Reals, Reals]:
+    """[K] each: what scores are multiplied with, and shares; see `decider`."""
+    weights = np.array(target.weights, np.float32)
+    if target.is_logit_level:
+        return weights, np.zeros_like(weights)
+    if len(target.scorers) == 1:
+        return np.ones_like(weights), np.zeros_like(weights)
+    # A share of 0 would say that scores are added.
+    return np.ones_like(weights), np.where(weights == 0, np.float32(1), weights)
 
 
 def _addresses(rows: Tensor) -> Ids:

@@ -15,9 +15,7 @@ import time
 from collections.abc import Callable, Sequence as Row
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from server.cache.on_device import tensor_on
@@ -140,21 +138,22 @@ class Scores:
         self.head_seconds += self._clock() - started
         return scores.to(self.device), head.shortlist.to(self.device)
 
-    def addresses(self, model: int, places: Row[Place]) -> NDArray[np.int64]:
-        """[len(places)] where the raw scores of `model`, in its `dtype`, lie in a CPU's memory.
+    def addresses(self, model: int, places: Row[Place]) -> list[int]:
+        """Where the raw scores of `model`, in its `dtype`, lie in a CPU's memory.
 
         They lie there until the model runs again.
         """
         rows = self.rows(places)
         latest = self._latest[model]
-        numbers = [-1] * len(rows) if latest is None else latest.find(rows)
-        self._complete(model, [row for row, i in zip(rows, numbers, strict=True) if i < 0])
-        stored = self._store.addresses(model, rows)
         if latest is None:
-            return stored
-        logits, found = latest.logits, np.array(numbers)
-        left = logits.data_ptr() + found * (logits.stride(0) * logits.itemsize)
-        return np.where(found < 0, stored, left)
+            self._complete(model, rows)
+            return self._store.addresses(model, rows)
+        numbers = latest.find(rows)
+        stored = [row for row, number in zip(rows, numbers, strict=True) if number < 0]
+        self._complete(model, stored)
+        others = iter(self._store.addresses(model, stored))
+        start, step = latest.logits.data_ptr(), latest.logits.stride(0) * latest.logits.itemsize
+        return [next(others) if number < 0 else start + number * step for number in numbers]
 
     def dtype(self, model: int) -> torch.dtype:
         """Of raw scores."""

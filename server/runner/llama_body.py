@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from server.runner.attention import PagedAttention
 from server.runner.operations import Heads, Norm, Operations, TorchOperations
 from server.runner.packed_linear import (
+    HalfEmbedding,
     PackingReport,
     multiplies_bfloat16,
     pack_embedding,
@@ -125,7 +126,6 @@ class LlamaBody:
             index, layer = len(self._layers), body.layers[0]
             self._layers.append(_Layer(index, layer, keep, self._types, operations))
             del body.layers[0]
-        self.at_once = _at_once(self._layers, self._norm, model.dtype) if self._kernels else None
         self.hidden_size: int = parts.lm_head.in_features
         self.short_head: Linear | None = None
         if shortlist is not None:
@@ -134,24 +134,28 @@ class LlamaBody:
                 rows = widened(rows)
             self.packing.saved -= rows.weight.nbytes  # the model had no such copy
             self.short_head = keep(rows).forward
-        self.head: Linear = keep(parts.lm_head).forward
+        head = keep(parts.lm_head)
+        self.head: Linear = head.forward
         self._embed = (
             pack_embedding(body.embed_tokens, self.packing, is_tied)
             if packed
             else body.embed_tokens
         )
         body.embed_tokens = parts.lm_head = None
+        self.at_once = self._all_at_once(head, model.dtype) if self._kernels else None
 
     def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
-        """Logits [num_kept, rows of the head] of the model's type."""
+        """Logits [num_kept, rows of the head] of the model's type, or float32."""
+        if self.at_once is not None and self.at_once.has_head and self.at_once.takes(attention):
+            return self.at_once.logits(plan, attention.store)
         return self.head(self.states(plan, attention))
 
     def states(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
         """What the head is applied to, [num_kept, hidden_size] of the model's type."""
+        if self.at_once is not None and self.at_once.takes(attention):
+            return self.at_once.states(plan, attention.store)
         x: Tensor = self._embed(plan.token_ids[0]).to(self._types.states)
         rope = self._rope(plan.position_ids[0])
-        if self.at_once is not None and self.at_once.takes(attention):
-            return self.at_once.states(x, rope, plan, attention.store)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             # Of other rows than the kept ones, the last layer has to leave keys and values only.
@@ -182,6 +186,21 @@ class LlamaBody:
         """Run layers operation by operation again."""
         for layer in self._layers:
             layer.before, layer.after = _Layer.attention_inputs, _Layer.add_outputs
+
+    def _all_at_once(self, head: nn.Module, dtype: torch.dtype) -> SimdLayers | None:
+        """All layers as one program, where they are all of kernels."""
+        from server.runner.simd_layers import Layer, SimdLayers  # needs what may be missing
+        from server.runner.simd_linear import SimdLinear
+        from server.runner.simd_operations import SimdNorm
+
+        made = [Layer.of(layer.parts) for layer in self._layers]
+        found = [layer for layer in made if layer is not None]
+        if len(found) < len(made) or not isinstance(self._norm, SimdNorm):
+            return None
+        embed: Any = self._embed
+        table = embed.table if isinstance(embed, HalfEmbedding) else embed.weight.detach()
+        product = head if isinstance(head, SimdLinear) else None
+        return SimdLayers(found, self._norm, dtype, table, self._rope, product)
 
     def _packed(self, linear: nn.Linear) -> nn.Module:
         return pack_linear(linear, self.packing, self._kernels)
@@ -219,18 +238,6 @@ def _product(linear: nn.Module) -> Linear:
     """Of a layer, whose operations take what is not rounded as well."""
     product: Linear = getattr(linear, "product", linear.forward)
     return product
-
-
-def _at_once(layers: Sequence[_Layer], norm: Norm, dtype: torch.dtype) -> SimdLayers | None:
-    """All layers as one program, where they are all of kernels."""
-    from server.runner.simd_layers import Layer, SimdLayers  # needs what may be missing
-    from server.runner.simd_operations import SimdNorm
-
-    made = [Layer.of(layer.parts) for layer in layers]
-    found = [layer for layer in made if layer is not None]
-    if len(found) < len(made) or not isinstance(norm, SimdNorm):
-        return None
-    return SimdLayers(found, norm, dtype)
 
 
 class _Types(NamedTuple):

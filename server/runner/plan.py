@@ -154,10 +154,15 @@ class SpanGroup(Group):
     def paging(self) -> Paging:
         """See Group.paging."""
         if self._paging is None:
-            rows = zip(self.lengths, self._table(), strict=True)
-            numbers = [[length - self.num_tokens, length, *table] for length, table in rows]
-            packed = tensor_on(self.device, numbers)
-            self._paging = Paging(packed[:, 2:], packed[:, 0].clone(), packed[:, 1].clone())
+            starts = [length - self.num_tokens for length in self.lengths]
+            table = [page for row in self._table() for page in row]
+            count = len(starts)
+            packed = tensor_on(self.device, [*starts, *self.lengths, *table])
+            self._paging = Paging(
+                table=packed[2 * count :].view(count, -1),
+                starts=packed[:count],
+                lengths=packed[count : 2 * count],
+            )
         return self._paging
 
     def shared(self) -> SharedKeys | None:
@@ -258,6 +263,7 @@ class ForwardPlan:
         slots: [T] int64, where each token's KV goes.
         keep: [num_kept] int64, packed rows whose logits are wanted, in the batch's order.
         groups: cover the packed rows in order.
+        num_positions: all of position_ids are below it.
     """
 
     token_ids: Tensor
@@ -265,13 +271,17 @@ class ForwardPlan:
     slots: Tensor
     keep: Tensor
     groups: tuple[Group, ...]
+    num_positions: int
 
 
 def make_plan(
     batch: Batch, page_size: int, device: torch.device, gathers: bool = False
 ) -> ForwardPlan:
     """Prepare a forward of `batch`; `gathers` as in ModelRunner."""
-    order = sorted(range(len(batch.spans)), key=lambda i: _place(batch.spans[i], page_size))
+    if gathers:
+        order = sorted(range(len(batch.spans)), key=lambda i: _place(batch.spans[i], page_size))
+    else:
+        order = sorted(range(len(batch.spans)), key=lambda i: len(batch.spans[i].token_ids))
     spans = [batch.spans[i] for i in order]
     token_ids: list[int] = []
     positions: list[int] = []
@@ -283,14 +293,16 @@ def make_plan(
         slots += _slots(span, page_size)
         kept[index] = range(len(token_ids) - span.num_kept, len(token_ids))
     keep = [row for index in range(len(spans)) for row in kept[index]]
+    count = len(token_ids)
     # One copy to the device instead of four.
-    packed = tensor_on(device, [token_ids, positions, slots])
+    packed = tensor_on(device, [*token_ids, *positions, *slots, *keep], torch.int64)
     return ForwardPlan(
-        token_ids=known_ids(packed[0:1], batch.drafted),
-        position_ids=packed[1:2],
-        slots=packed[2],
-        keep=tensor_on(device, keep, torch.int64),
+        token_ids=known_ids(packed[None, :count], batch.drafted),
+        position_ids=packed[None, count : 2 * count],
+        slots=packed[2 * count : 3 * count],
+        keep=packed[3 * count :],
         groups=tuple(_make_groups(spans, page_size, device, gathers)),
+        num_positions=max(positions, default=-1) + 1,
     )
 
 
@@ -336,10 +348,9 @@ def _split(
 
     Of `spans` those that begin alike lie side by side.
     """
-    longest = max(span.num_past for span in spans) + num_tokens
     if num_tokens > MAX_GROUPED_TOKENS:
         return [([span], 0) for span in spans]
-    if not gathers or longest <= MAX_GATHERED_LENGTH:
+    if not gathers or max(span.num_past for span in spans) + num_tokens <= MAX_GATHERED_LENGTH:
         return [(spans, 0)]
     parts: list[tuple[list[Span], int]] = []
     for beginning, alike in groupby(spans, key=lambda span: _beginning(span, page_size)):

@@ -7,7 +7,7 @@ small model's forward over one token. Imported only where the kernels can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
@@ -24,6 +24,7 @@ from server.runner.plan import ForwardPlan
 from server.runner.simd_linear import SimdLinear
 from server.runner.simd_operations import SimdNorm, SimdRotation, add_gate
 from server.runner.style import Style
+from server.simd import vectors
 from server.simd.attention import attending, scratch_bytes, writer
 from server.simd.functions import UNIT, copy
 from server.simd.kernel import Kernel, part
@@ -32,18 +33,23 @@ from server.simd.vectors import LANES, load_whole
 
 # What differs from forward to forward: numbers of rows and groups, and addresses.
 _ROWS, _KEPT = Later("rows"), Later("kept")
-_X, _COS, _SIN, _SLOTS, _KEEP = (Later(name) for name in ("x", "cos", "sin", "slots", "keep"))
+_IDS, _POSITIONS, _SLOTS, _KEEP = (Later(n) for n in ("ids", "positions", "slots", "keep"))
+_COSINES, _SINES = Later("cosines"), Later("sines")  # of all positions
 _GROUPS, _NUM_GROUPS = Later("groups"), Later("num_groups")
 _SCRATCH, _SCRATCH_SIZE = Later("scratch"), Later("scratch_size")
 _OUTPUT = Later("output")
-# Rows that layers leave to each other's kernels: normed states, heads, the same rotated, what
+# Rows that kernels leave to each other: states, cosines and sines of their positions; of a layer
+# normed states, heads, the same rotated, what
 # attention found, what a product adds to the states, the MLP's inner numbers, the same gated; and
 # states and attention of the rows that are kept.
+_X, _COS, _SIN = Later("x"), Later("cos"), Later("sin")
 _NORMED, _HEADS, _ROTATED, _ATTENDED = (
     Later(name) for name in ("normed", "heads", "rotated", "attended")
 )
 _ADDED, _GATE_UP, _GATED = (Later(name) for name in ("added", "gate_up", "gated"))
 _KEPT_X, _KEPT_ATTENDED = Later("kept_x"), Later("kept_attended")
+_KEPT_NORMED = Later("kept_normed")
+_LEAST_POSITIONS = 1024  # of which cosines and sines are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,45 +82,75 @@ class Layer:
 
 
 class SimdLayers:
-    """States of a forward; not thread-safe, as runners are not."""
+    """A model's forward; not thread-safe, as runners are not."""
 
-    def __init__(self, layers: Sequence[Layer], norm: SimdNorm, dtype: torch.dtype) -> None:
-        """`layers` in their order, then `norm`; `dtype` is the model's."""
+    def __init__(
+        self,
+        layers: Sequence[Layer],
+        norm: SimdNorm,
+        dtype: torch.dtype,
+        embedding: Tensor,
+        rope: Callable[[Tensor], tuple[Tensor, Tensor]],
+        head: SimdLinear | None,
+    ) -> None:
+        """Tokens go through `embedding`, `layers` in their order, `norm` and `head`.
+
+        Args:
+            layers: all of the model's.
+            norm: behind them.
+            dtype: the model's.
+            embedding: [V, hidden_size] of any float type.
+            rope: positions [N] -> cosines and signed sines, as `operations.rotate` takes them.
+            head: where it is one of kernels.
+        """
         self._layers = layers
         self._norm = norm
         self._dtype = dtype
+        self._embedding = embedding.contiguous()
+        self._rope = rope
+        self._head = head
         self._store: KVStore | None = None
-        self._program = Program()
+        self._programs: dict[bool, Program] = {}  # by whether the head is part of it
+        self._room = 0  # rows that the workspace holds
+        self._workspace: dict[str, int] = {}
         self._buffers: dict[str, Tensor] = {}
+        self._cosines = self._sines = torch.empty(0)
 
     def takes(self, attention: PagedAttention) -> bool:
         """Is `attention` by the kernels? It may have been exchanged."""
         return attention.short is simd_attention
 
-    def states(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], plan: ForwardPlan, store: KVStore
-    ) -> Tensor:
-        """[num_kept, hidden_size] of the model's type, normed; KV goes to the store.
+    @property
+    def has_head(self) -> bool:
+        """May `logits` be asked for?"""
+        return self._head is not None and self._head.is_full
 
-        Args:
-            x: [T, hidden_size] float32 embeddings, dense, which are changed.
-            rope: cosines and signed sines, as `operations.rotate` takes them.
-            plan: of the forward.
-            store: KV memory.
-        """
+    def states(self, plan: ForwardPlan, store: KVStore) -> Tensor:
+        """[num_kept, hidden_size] of the model's type, normed; KV goes to the store."""
+        size = self._embedding.shape[1]
+        return self._run(plan, store, torch.empty(len(plan.keep), size, dtype=self._dtype), False)
+
+    def logits(self, plan: ForwardPlan, store: KVStore) -> Tensor:
+        """float32 [num_kept, rows of the head]; KV goes to the store."""
+        assert self._head is not None
+        return self._run(plan, store, torch.empty(len(plan.keep), self._head.out_features), True)
+
+    def _run(self, plan: ForwardPlan, store: KVStore, output: Tensor, with_head: bool) -> Tensor:
+        """Fill `output`."""
         if store is not self._store:
-            self._program = self._write_program(store)
+            self._programs.clear()
             self._store = store
-        num_rows, size = x.shape
-        output = torch.empty(len(plan.keep), size, dtype=self._dtype)
+        if with_head not in self._programs:
+            self._programs[with_head] = self._write_program(store, with_head)
+        num_rows = plan.token_ids.shape[1]
+        self._make_room(num_rows, plan.num_positions)
         groups = simd_attention.describe(plan.groups)
         scratch_size = self._scratch_size(plan)
-        self._program.run(
+        self._programs[with_head].run(
             rows=num_rows,
             kept=len(plan.keep),
-            x=x.data_ptr(),
-            cos=rope[0].data_ptr(),
-            sin=rope[1].data_ptr(),
+            ids=plan.token_ids.data_ptr(),
+            positions=plan.position_ids.data_ptr(),
             slots=plan.slots.data_ptr(),
             keep=plan.keep.data_ptr(),
             groups=groups.ctypes.data,
@@ -122,7 +158,7 @@ class SimdLayers:
             scratch=self._buffer("scratch", torch.get_num_threads() * scratch_size),
             scratch_size=scratch_size,
             output=output.data_ptr(),
-            **self._workspace(num_rows, size),
+            **self._workspace,
         )
         return output
 
@@ -131,11 +167,22 @@ class SimdLayers:
         longest = max(group.num_tokens for group in plan.groups)
         return scratch_bytes(longest, heads.num_heads, heads.dim)
 
-    def _workspace(self, num_rows: int, size: int) -> dict[str, int]:
-        """Addresses of what kernels leave to each other."""
-        layer, item = self._layers[0], self._dtype.itemsize
+    def _make_room(self, num_rows: int, num_positions: int) -> None:
+        """For what kernels leave to each other, and of positions what attention rotates by."""
+        if num_positions > len(self._cosines):
+            count = max(_LEAST_POSITIONS, 1 << (num_positions - 1).bit_length())
+            cosines, sines = self._rope(torch.arange(count))
+            self._cosines, self._sines = cosines.contiguous(), sines.contiguous()
+            self._workspace["cosines"] = self._cosines.data_ptr()
+            self._workspace["sines"] = self._sines.data_ptr()
+        if num_rows <= self._room:
+            return
+        layer, item, size = self._layers[0], self._dtype.itemsize, self._embedding.shape[1]
         heads = layer.rotation.heads
         sizes = {
+            "x": size * 4,
+            "cos": heads.dim * 4,
+            "sin": heads.dim * 4,
             "normed": size * item,
             "heads": layer.qkv.out_features * 4,
             "rotated": layer.qkv.out_features * item,
@@ -145,8 +192,11 @@ class SimdLayers:
             "gated": layer.gate_up.out_features // 2 * item,
             "kept_x": size * 4,
             "kept_attended": heads.num_heads * heads.dim * item,
+            "kept_normed": size * item,
         }
-        return {name: self._buffer(name, num_rows * bytes_) for name, bytes_ in sizes.items()}
+        for name, num_bytes in sizes.items():
+            self._workspace[name] = self._buffer(name, num_rows * num_bytes)
+        self._room = num_rows
 
     def _buffer(self, name: str, num_bytes: int) -> int:
         """The address of so many bytes at least, the same as long as they are enough."""
@@ -156,8 +206,9 @@ class SimdLayers:
             self._buffers[name] = buffer
         return buffer.data_ptr()
 
-    def _write_program(self, store: KVStore) -> Program:
+    def _write_program(self, store: KVStore, with_head: bool) -> Program:
         program = Program()
+        self._add_beginning(program)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             layer.attention_norm.add_to(program, _X, _ADDED if index else None, _ROWS, _NORMED)
@@ -169,17 +220,37 @@ class SimdLayers:
             if is_last:
                 x, attended, rows = _KEPT_X, _KEPT_ATTENDED, _KEPT
                 heads = layer.rotation.heads
-                _add_choice(program, _X, layer.out.out_features * 4, x)
+                _add_choice(program, _X, layer.out.out_features * 4, x, _KEEP, _KEPT)
                 size = heads.num_heads * heads.dim * heads.dtype.itemsize
-                _add_choice(program, _ATTENDED, size, attended)
+                _add_choice(program, _ATTENDED, size, attended, _KEEP, _KEPT)
             layer.out.add_to(program, attended, rows, _ADDED)
             layer.mlp_norm.add_to(program, x, _ADDED, rows, _NORMED)
             layer.gate_up.add_to(program, _NORMED, rows, _GATE_UP)
             size = layer.down.in_features
             add_gate(program, _GATE_UP, rows, size, self._dtype, _GATED)
             layer.down.add_to(program, _GATED, rows, _ADDED)
-        self._norm.add_to(program, _KEPT_X, _ADDED, _KEPT, _OUTPUT)
+        normed = _KEPT_NORMED if with_head else _OUTPUT
+        self._norm.add_to(program, _KEPT_X, _ADDED, _KEPT, normed)
+        if with_head:
+            assert self._head is not None
+            self._head.add_to(program, normed, _KEPT, _OUTPUT)
         return program
+
+    def _add_beginning(self, program: Program) -> None:
+        """Look up what rows begin with, and what they are rotated by."""
+        size = self._embedding.shape[1]
+        program.add(
+            _embedding(self._embedding.dtype),
+            ids=_IDS,
+            num_rows=_ROWS,
+            size=size,
+            table=self._embedding.data_ptr(),
+            output=_X,
+            waits=False,
+        )
+        row = self._layers[0].rotation.heads.dim * 4
+        _add_choice(program, _COSINES, row, _COS, _POSITIONS, _ROWS)
+        _add_choice(program, _SINES, row, _SIN, _POSITIONS, _ROWS)
 
 
 def _add_attention(program: Program, index: int, layer: Layer, store: KVStore) -> None:
@@ -229,9 +300,13 @@ def _empty(heads: Heads) -> Tensor:
     return torch.empty(heads.num_kv_heads, heads.dim, dtype=heads.dtype)
 
 
-def _add_choice(program: Program, source: Later, size: int, target: Later) -> None:
-    """The kept ones of rows of `size` bytes."""
-    program.add(_choosing(), source=source, target=target, chosen=_KEEP, num_rows=_KEPT, size=size)
+def _add_choice(
+    program: Program, source: Later, size: int, target: Later, chosen: Later, num_rows: Later
+) -> None:
+    """The `chosen` ones of rows of `size` bytes."""
+    program.add(
+        _choosing(), source=source, target=target, chosen=chosen, num_rows=num_rows, size=size
+    )
 
 
 @cache
@@ -244,3 +319,25 @@ def _choosing() -> Kernel:
             copy(a.source + chosen * a.size, a.target + row * a.size, a.size)
 
     return Kernel(body, dict.fromkeys(("source", "target", "chosen", "num_rows", "size"), "q"))
+
+
+@cache
+def _embedding(dtype: torch.dtype) -> Kernel:
+    """Rows of a table as float32."""
+    bits, num_bytes = 16 if dtype == torch.bfloat16 else 32, dtype.itemsize
+    is_half = dtype == torch.float16
+
+    @njit
+    def load(address: Any) -> Any:
+        return vectors.load_half(address, LANES) if is_half else vectors.load(address, LANES, bits)
+
+    @njit
+    def body(a: Any, thread: Any, num_threads: Any) -> None:
+        first, end = part(a.num_rows, thread, num_threads)
+        for row in range(first, end):
+            source = a.table + load_whole(a.ids + row * 8) * a.size * num_bytes
+            target = a.output + row * a.size * 4
+            for column in range(0, a.size, LANES):
+                vectors.store(target + column * 4, load(source + column * num_bytes), 32)
+
+    return Kernel(body, dict.fromkeys(("ids", "num_rows", "size", "table", "output"), "q"))

@@ -251,6 +251,7 @@ class StaticBuffers:
             slots=slots.view(rows),
             keep=torch.arange(rows, device=self.device),
             groups=(group,),
+            num_positions=self.width * self.page_size,
         )
 
 

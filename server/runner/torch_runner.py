@@ -137,7 +137,7 @@ class TorchRunner:
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """See ModelRunner.forward."""
-        return self.run(self.plan(batch))
+        return self._logits(self.plan(batch))
 
     def plan(self, batch: Batch) -> ForwardPlan:
         """Prepare a forward of `batch`."""
@@ -146,7 +146,13 @@ class TorchRunner:
     @torch.inference_mode()
     def run(self, plan: ForwardPlan) -> Tensor:
         """A prepared forward: logits [len(plan.keep), vocab_size]."""
-        return self.run_part(plan, self._body)[:, : self.vocab_size].to(self.dtype)
+        return self._logits(plan)
+
+    def _logits(self, plan: ForwardPlan) -> Tensor:
+        logits = self.run_part(plan, self._body)
+        if logits.shape[1] != self.vocab_size:
+            logits = logits[:, : self.vocab_size]
+        return logits.to(self.dtype)
 
     def run_part(
         self, plan: ForwardPlan, part: Callable[[ForwardPlan, PagedAttention], Tensor]

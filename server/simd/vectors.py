@@ -160,6 +160,19 @@ def load(context: Any, address: Any, lanes: Any, bits: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
+def load_half(context: Any, address: Any, lanes: Any) -> Any:
+    """`lanes` float16 numbers from `address` on."""
+    count = lanes.literal_value
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = ir.VectorType(ir.HalfType(), count)
+        halves = builder.load(pointer(builder, args[0], kind), align=2)
+        return builder.fpext(halves, ir.VectorType(FLOAT, count))
+
+    return Vector(count)(types.int64, lanes), generate
+
+
+@intrinsic(prefer_literal=True)
 def store(context: Any, address: Any, x: Any, bits: Any) -> Any:
     """Write `x` from `address` on, as float32 or rounded to bfloat16; see `load`."""
     width = bits.literal_value

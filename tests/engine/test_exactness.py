@@ -19,6 +19,7 @@ from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.decoding import warp
 from server.engine import distributions
+from server.runner.attention_choice import CpuKernels
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
 from tests.support.exact import chi_square_z, exact_law
 from tests.support.table_lm import TableLM
@@ -89,7 +90,7 @@ def check_law(
     eos: frozenset[int] = frozenset(),
     num_samples: int = NUM_SAMPLES,
     combination: Combination | None = None,
-    cpu_kernels: bool = True,
+    cpu_kernels: CpuKernels = "auto",
 ) -> None:
     options = {"max_tokens": 4, **(warp or {})}
     params = [SamplingParams(**options, seed=seed) for seed in range(num_samples)]
@@ -110,14 +111,14 @@ def test_law_of_every_strategy_and_combination(name: str, schedule: str) -> None
     check_law(make_lms(len(combination.weights)), decoding_of(schedule, combination))
 
 
-@pytest.mark.parametrize("cpu_kernels", [True, False])
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("schedule", ["standard", "speculative-3", "cos-3", "cos-each-2"])
 @pytest.mark.parametrize(
     ("name", "zero_share", "temperature"),
     [("weighted-2", 0.0, 1.0), ("contrastive-3", 0.0, 1.7), ("weighted-3", 0.4, 0.8)],
 )
 def test_law_of_token_verification(
-    name: str, zero_share: float, temperature: float, schedule: str, cpu_kernels: bool
+    name: str, zero_share: float, temperature: float, schedule: str, cpu_kernels: CpuKernels
 ) -> None:
     combination = COMBINATIONS[name]
     lms = make_lms(len(combination.weights), zero_share)
@@ -340,7 +341,7 @@ def test_greedy_output_is_that_of_standard(name: str, schedule: str, eos: frozen
             params,
             decoding_of(kind, combination),
         )
-        for kind, cpu_kernels in (("standard", True), (schedule, True), (schedule, False))
+        for kind, cpu_kernels in (("standard", "auto"), (schedule, "auto"), (schedule, "off"))
     ]
     assert texts[0] == texts[1] == texts[2]
     if not eos:

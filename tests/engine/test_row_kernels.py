@@ -15,16 +15,21 @@ from server.decoding.rng import Purpose
 from server.decoding.strategies import SharedCoins, Strategies
 from server.decoding.verify import INVALID
 from server.decoding.warp import Place
-from server.engine.decider import Decider, can_decide
+from server.engine.decider import Decider, find_kernels
 from server.engine.distributions import Distributions
 from server.engine.scores import Scores
+from server.errors import ConfigError
+from server.runner.attention_choice import CpuKernels
 from server.runner.base import Batch, Span
 from server.simd import support
 from tests.support.engines import make_decoding
 from tests.support.table_lm import TableLM, TableRunner
 from tests.support.threads import threads
 
-pytestmark = pytest.mark.skipif(support.missing() is not None, reason="no Numba")
+if reason := support.missing():
+    pytest.skip(f"the kernels cannot run here: {reason}", allow_module_level=True)
+
+from server.engine.row_kernels import RowKernels
 
 COMBINATIONS = {
     "weighted": Combination.weighted([0.5, 0.3, 0.2]),
@@ -76,8 +81,6 @@ class Bench:
         self.scores = Scores(runners, store)  # type: ignore[arg-type]
         strategies = Strategies(SharedCoins(0))
         distributions = Distributions(self.scores, strategies, frozenset(), 3, vocab_size)
-        from server.engine.row_kernels import RowKernels  # needs what may be missing
-
         kernels = RowKernels(self.scores, strategies, 3, vocab_size)
         self.by_kernels = Decider(distributions, kernels)
         self.by_torch = Decider(distributions, None)
@@ -275,8 +278,28 @@ def test_kernels_take_what_they_know(options: dict[str, object], is_taken: bool)
     assert not bench.by_kernels.way(sequence).by_kernels
 
 
-def test_models_whose_scores_kernels_read() -> None:
-    runners = [TableRunner(TableLM(1)), TableRunner(TableLM(2))]
-    assert can_decide(runners)
-    runners[1].dtype = torch.float16
-    assert not can_decide(runners)
+def kernels_for(wanted: CpuKernels, dtype: torch.dtype = torch.float32) -> RowKernels | None:
+    runners = [TableRunner(TableLM(number)) for number in range(2)]
+    runners[1].dtype = dtype
+    store = ScoreStore(1, 4, 3, [torch.float32] * 2, [CPU] * 2)
+    return find_kernels(runners, Scores(runners, store), Strategies(SharedCoins(0)), wanted)
+
+
+def test_kernels_are_used_where_they_can_be() -> None:
+    assert kernels_for("auto") is not None
+    assert kernels_for("on", torch.bfloat16) is not None
+    assert kernels_for("off") is None
+    assert kernels_for("auto", torch.float16) is None
+
+
+def test_kernels_that_decide_wrongly_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def wrong(*arguments: object) -> Tensor:
+        return torch.zeros(2, 2, dtype=torch.int64)
+
+    monkeypatch.setattr("server.engine.row_kernels._decide", wrong)
+    assert kernels_for("auto") is None
+    assert "kernels fail: decided [[0, 0], [0, 0]]" in caplog.text
+    with pytest.raises(ConfigError, match="cpu_kernels: on, but they fail here: decided"):
+        kernels_for("on")

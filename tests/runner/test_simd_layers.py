@@ -12,7 +12,7 @@ from server.simd import support
 if reason := support.missing():
     pytest.skip(f"the kernels cannot run here: {reason}", allow_module_level=True)
 
-from server.runner import simd_attention
+from server.runner import simd_attention, simd_layers
 from server.runner.base import Batch, Span
 from server.runner.llama_body import LlamaBody
 from server.runner.torch_runner import TorchRunner
@@ -78,3 +78,20 @@ def test_memory_and_threads_may_change():
         with threads(count):
             assert torch.equal(runner.forward(batch_of(60, 8)), more[52:])
     assert torch.equal(first.slots(0)[0], kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_states_are_those_under_the_head(dtype):
+    runner, body = make_runner("llama", {}, dtype, simd_attention)
+    logits = runner.forward(batch_of(9, 5))
+    states = runner.run_part(runner.plan(batch_of(9, 5)), body.states)
+    assert states.dtype == dtype
+    assert torch.equal(body.head(states), logits)
+
+
+def test_rotations_of_later_positions_are_added(monkeypatch):
+    ours, _ = make_runner("llama", {}, torch.float32, simd_attention)
+    plain, _ = make_runner("llama", {}, torch.float32, ONE_BY_ONE)
+    monkeypatch.setattr(simd_layers, "_LEAST_POSITIONS", 1)
+    for count in (3, 8, 9, 60, 5):
+        assert torch.equal(ours.forward(batch_of(count, 1)), plain.forward(batch_of(count, 1)))
