@@ -76,7 +76,11 @@ class _Branch:
 
 
 class Chain:
-    """All states that one strategy reaches for one sequence, and what leads where."""
+    """All states that one strategy reaches for one sequence, and what leads where.
+
+    Attributes:
+        proposers: models whose proposals are verified; profiles depend on no other's acceptance.
+    """
 
     def __init__(self, decoding: DecodingParams, strategy: Strategy) -> None:
         """`strategy` decides by counters alone (not a mixture)."""
@@ -91,6 +95,13 @@ class Chain:
         states = [start]
         while len(self._branches) < len(states):
             self._branches.append(self._expand(states[len(self._branches)], states))
+        self.proposers = frozenset(
+            proposer
+            for branches in self._branches
+            for branch in branches
+            for proposer in (*branch.accepted, branch.rejected)
+            if proposer is not None
+        )
 
     def profile(self, acceptance: tuple[float, ...]) -> Profile:
         """`acceptance` [num_models]: probability that a model's proposal is accepted."""

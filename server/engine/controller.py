@@ -190,7 +190,7 @@ class Controller:
         self._groups_by_id: dict[tuple[int, Kind], tuple[DecodingParams, _Group]] = {}
         self._acceptance: dict[tuple[Combination, Kind], Acceptance] = {}
         self._chains: dict[DecodingParams, Chain] = {}
-        self._profiles: dict[tuple[DecodingParams, tuple[int, ...]], Profile] = {}
+        self._profiles: dict[tuple[Chain, tuple[int, ...]], Profile] = {}
         self._reality = Reality()
         self._interval = _Interval()
         self._num_followed = 0  # steps since all took up the choice
@@ -474,22 +474,28 @@ class Controller:
         return total
 
     def _profile(self, decoding: DecodingParams, acceptance: tuple[float, ...]) -> Profile:
-        # Weights do not matter for who runs when, but for being zero.
-        weights = tuple(float(weight != 0) for weight in decoding.combination.weights)
-        decoding = replace(decoding, combination=Combination("linear", weights))
-        buckets = tuple(round(rate * _BUCKETS) for rate in acceptance)
-        key = (decoding, buckets)
+        chain = self._chain(decoding)
+        buckets = tuple(
+            round(rate * _BUCKETS) if model in chain.proposers else 0
+            for model, rate in enumerate(acceptance)
+        )
+        key = (chain, buckets)
         if key not in self._profiles:
             _bound(self._profiles)
             rates = tuple(bucket / _BUCKETS for bucket in buckets)
-            self._profiles[key] = self._chain(decoding).profile(rates)
+            self._profiles[key] = chain.profile(rates)
         return self._profiles[key]
 
     def _chain(self, decoding: DecodingParams) -> Chain:
-        if decoding not in self._chains:
+        chain = self._chains.get(decoding)
+        if chain is None:
+            # Weights do not matter for who runs when, but for being zero.
+            weights = tuple(float(weight != 0) for weight in decoding.combination.weights)
+            alike = replace(decoding, combination=Combination("linear", weights))
+            chain = self._chains.get(alike) or Chain(alike, self._strategies.make(alike))
             _bound(self._chains)
-            self._chains[decoding] = Chain(decoding, self._strategies.make(decoding))
-        return self._chains[decoding]
+            self._chains[alike] = self._chains[decoding] = chain
+        return chain
 
     def _group(self, sequence: Sequence) -> _Group:
         decoding, kind = sequence.decoding, _kind(sequence)

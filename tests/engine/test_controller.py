@@ -359,3 +359,19 @@ def test_a_model_that_never_runs_adds_no_states(strategy: str) -> None:
     assert {shape.model for shape in shapes} == {0, 2}
     named = {shape._replace(model=shape.model // 2): rate for shape, rate in shapes.items()}
     assert named == pytest.approx(alone)
+
+
+@pytest.mark.parametrize("gamma", [(3, 1), (0, 3), (2, 2)])
+def test_profiles_depend_on_no_other_acceptance_than_that_of_proposers(
+    gamma: tuple[int, int],
+) -> None:
+    for strategy in ("standard", "cos", "speculative"):
+        if strategy == "speculative" and not gamma[0]:
+            continue
+        decoding = make_decoding(strategy, CONTRASTIVE, gamma)
+        chain = Chain(decoding, Strategies(SharedCoins(0)).make(decoding))
+        for model in range(2):
+            rates = [(0.7, 0.7), (0.2, 0.7) if model == 0 else (0.7, 0.2)]
+            same = chain.profile(rates[0]) == chain.profile(rates[1])
+            assert same is (model not in chain.proposers)
+    assert chain.proposers <= {0, 1}
