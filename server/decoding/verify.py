@@ -36,11 +36,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from server.cache.on_device import reading_waits, tensor_on
+
+Rule = Literal["coupled", "block", "token"]
 
 INVALID = -1  # sampled from a row that is no distribution: NaN or without mass
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Row
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch import Tensor
 from server.core.sequence import Sequence
 from server.decoding.rng import Purpose
 from server.decoding.strategies import Strategies
-from server.decoding.verify import Decisions, verify, verify_blocks, verify_picks
+from server.decoding.verify import Decisions, Rule, verify, verify_blocks, verify_picks
 from server.decoding.warp import Place
 from server.engine.distributions import Distributions
 from server.engine.scores import Scores
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _DTYPES = (torch.float32, torch.bfloat16)  # of scores, that kernels read
-
-Rule = Literal["coupled", "block", "token"]
 
 
 class Way(NamedTuple):
@@ -101,8 +99,8 @@ class Decider:
             self._uniforms(places, way, Purpose.ACCEPT),
             self._uniforms(places, way, Purpose.RECOVER),
         )
-        if self._kernels is not None and way.by_kernels and way.rule != "block":
-            decided = self._kernels.verify(places, tokens, lengths, way.is_coupled, uniforms)
+        if self._kernels is not None and way.by_kernels:
+            decided = self._kernels.verify(places, tokens, lengths, way.rule, uniforms)
             if decided is not None:
                 return decided
         if way.is_coupled:

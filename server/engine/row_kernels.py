@@ -17,16 +17,19 @@ from server.core.combination import Combination
 from server.core.lookup import LOOKUP
 from server.core.sequence import Sequence
 from server.decoding.strategies import Strategies
-from server.decoding.verify import Decisions
+from server.decoding.verify import Decisions, Rule
 from server.decoding.warp import Place
 from server.engine.distributions import Origin, grouped, origin_of
 from server.engine.scores import Scores
 from server.simd.decisions import (
+    BLOCKS,
     CERTAIN,
     DRAWN,
     INVALID,
     NARROW,
+    PICKS,
     SHORT,
+    TOKENS,
     WIDE,
     decider,
     scratch_bytes,
@@ -36,6 +39,7 @@ Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]
 
 _BITS = {torch.float32: 32, torch.bfloat16: 16}
+_RULES: dict[Rule, int] = {"token": TOKENS, "coupled": PICKS, "block": BLOCKS}
 _CHECKED = 300  # columns
 _KINDS = {torch.float32: WIDE, torch.bfloat16: NARROW}
 
@@ -121,28 +125,29 @@ class RowKernels:
         places: list[Place],
         tokens: Tensor,
         lengths: list[int],
-        is_greedy: bool,
+        rule: Rule,
         uniforms: tuple[Tensor, Tensor],
     ) -> Decisions | None:
-        """As `verify.verify` and `verify.verify_picks`; None as `propose`.
+        """As `verify.verify`, `verify_picks` and `verify_blocks`; None as `propose`.
 
         Args:
             places: of the rows of all windows.
             tokens: proposed there, int64 [R].
             lengths: of the windows.
-            is_greedy: all the sequences are.
+            rule: of all the sequences; those that are coupled are greedy.
             uniforms: float32 [R] each, that decide acceptance and draw what is recovered.
         """
-        origins = self._origins(places, is_greedy)
+        origins = self._origins(places, rule == "coupled")
         if origins is None:
             return None
-        return _decide(self._targets(places), origins, tokens, lengths, is_greedy, uniforms)
+        return _decide(self._targets(places), origins, tokens, lengths, _RULES[rule], uniforms)
 
     def _draw(self, laws: _Laws, is_greedy: bool, uniforms: Tensor) -> Tensor:
         count = len(laws.scores)
         origins = _Origins(np.full((count, 4), DRAWN, np.int64), np.ones(count, np.float32), ())
         tokens = torch.full((count,), INVALID)
-        decided = _decide(laws, origins, tokens, [1] * count, is_greedy, (uniforms, uniforms))
+        rule = PICKS if is_greedy else TOKENS
+        decided = _decide(laws, origins, tokens, [1] * count, rule, (uniforms, uniforms))
         return decided[:, 1]
 
     def _targets(self, places: list[Place]) -> _Laws:
@@ -209,7 +214,7 @@ def _decide(
     origins: _Origins,
     tokens: Tensor,
     lengths: list[int],
-    is_greedy: bool,
+    rule: int,
     uniforms: tuple[Tensor, Tensor],
 ) -> Decisions:
     """See `decider`; R rows in windows of `lengths`."""
@@ -233,7 +238,7 @@ def _decide(
         tokens.data_ptr(),
         uniforms[0].data_ptr(),
         uniforms[1].data_ptr(),
-        is_greedy,
+        rule,
         scratch.data_ptr(),
         scratch_size,
         decisions.data_ptr(),
@@ -265,10 +270,12 @@ def check() -> None:
     origins.numbers[:2, 0], origins.numbers[:2, 1] = WIDE, proposal.data_ptr()
     tokens = torch.tensor([2, 2, INVALID])
     uniforms = torch.tensor([0.4, 0.6, 0.0]), torch.tensor([0.3, 0.3, 0.3])
-    found = _decide(laws, origins, tokens, [2, 1], False, uniforms).tolist()
-    greedy = _decide(laws, origins, tokens, [2, 1], True, uniforms).tolist()
-    if found != [[1, 3], [0, 2]] or greedy != [[2, 2], [0, 2]]:
-        raise RuntimeError(f"decided {found} and {greedy}")
+    found = [
+        _decide(laws, origins, tokens, lengths, rule, uniforms).tolist()
+        for lengths, rule in (([2, 1], TOKENS), ([2, 1], PICKS), ([2], BLOCKS))
+    ]
+    if found != [[[1, 3], [0, 2]], [[2, 2], [0, 2]], [[0, 3]]]:
+        raise RuntimeError(f"decided {found}")
 
 
 @lru_cache(maxsize=1024)

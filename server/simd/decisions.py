@@ -25,6 +25,8 @@ from server.simd.vectors import LANES
 # Where the proposal of a row came from: nobody, so that its token is drawn; a row of float32 or of
 # bfloat16 scores; float32 scores of a shortlist; the text itself, which was certain of it.
 DRAWN, WIDE, NARROW, SHORT, CERTAIN = range(5)
+# How windows are decided: token by token, free or picked; or as blocks.
+TOKENS, PICKS, BLOCKS = range(3)
 INVALID = -1
 
 _NUMBER, _FLOAT = 8, 4  # bytes
@@ -50,7 +52,7 @@ _ARGUMENTS = {
     "tokens": "q",
     "accept_uniforms": "q",
     "choose_uniforms": "q",
-    "is_greedy": "q",
+    "rule": "q",
     "scratch": "q",
     "scratch_size": "q",
     "decisions": "q",
@@ -71,6 +73,7 @@ class _Row(NamedTuple):
         scales, shares: addresses of [num_models] float32; see `decider`.
         origin: address of four numbers: kind, scores, ids of the shortlist, and how many.
         origin_scale: of the proposal's scores.
+        proposed: the token.
         weights, others, sums: scratch.
     """
 
@@ -79,6 +82,7 @@ class _Row(NamedTuple):
     shares: Any
     origin: Any
     origin_scale: Any
+    proposed: Any
     weights: Any
     others: Any
     sums: Any
@@ -101,43 +105,23 @@ def decider() -> Kernel:
         origin_scales: float32 [R], that those scores are multiplied with.
         tokens: int64 [R], proposed.
         accept_uniforms, choose_uniforms: float32 [R]; the second draws tokens.
-        is_greedy: tokens are the most probable ones, and accepted if they are that.
+        rule: TOKENS; or PICKS: tokens are the most probable ones, and accepted if they are that;
+            or BLOCKS.
         scratch, scratch_size: of all threads, and of one; see `scratch_bytes`.
         decisions: int64 [W, 2], written; see `decoding.verify.Decisions`.
     """
 
     @njit
     def body(a: Any, thread: Any, num_threads: Any) -> None:
-        weights = a.scratch + thread * a.scratch_size
-        others = weights + _padded(a.num_columns) * _FLOAT
-        sums = others + _padded(a.num_columns) * _FLOAT
+        room = a.scratch + thread * a.scratch_size
         first_window, last_window = part(a.num_windows, thread, num_threads)
         for window in range(first_window, last_window):
             first = vectors.load_whole(a.windows + window * _NUMBER)
             end = vectors.load_whole(a.windows + (window + 1) * _NUMBER)
-            count, token = end - first, INVALID
-            for number in range(first, end):
-                row = _Row(
-                    a.scores + number * a.num_models * _NUMBER,
-                    a.scales + number * a.num_models * _FLOAT,
-                    a.shares + number * a.num_models * _FLOAT,
-                    a.origins + number * 4 * _NUMBER,
-                    vectors.load_number(a.origin_scales + number * _FLOAT),
-                    weights,
-                    others,
-                    sums,
-                )
-                proposed = vectors.load_whole(a.tokens + number * _NUMBER)
-                choose = vectors.load_number(a.choose_uniforms + number * _FLOAT)
-                if a.is_greedy:
-                    token = _most_probable(a, row)
-                    is_accepted = token == proposed and token != INVALID
-                else:
-                    accept = vectors.load_number(a.accept_uniforms + number * _FLOAT)
-                    is_accepted, token = _verify(a, row, proposed, accept, choose)
-                if not is_accepted:
-                    count = number - first
-                    break
+            if a.rule == BLOCKS:
+                count, token = _decide_block(a, first, end, room)
+            else:
+                count, token = _decide_tokens(a, first, end, room)
             vectors.store_whole(a.decisions + window * 2 * _NUMBER, count)
             vectors.store_whole(a.decisions + window * 2 * _NUMBER + _NUMBER, token)
 
@@ -151,6 +135,76 @@ def _padded(num_columns: Any) -> Any:
 
 
 @njit
+def _row(a: Any, number: Any, room: Any) -> Any:
+    """Row `number`, worked out in the scratch at `room`."""
+    size = _padded(a.num_columns) * _FLOAT
+    return _Row(
+        a.scores + number * a.num_models * _NUMBER,
+        a.scales + number * a.num_models * _FLOAT,
+        a.shares + number * a.num_models * _FLOAT,
+        a.origins + number * 4 * _NUMBER,
+        vectors.load_number(a.origin_scales + number * _FLOAT),
+        vectors.load_whole(a.tokens + number * _NUMBER),
+        room,
+        room + size,
+        room + 2 * size,
+    )
+
+
+@njit
+def _decide_tokens(a: Any, first: Any, end: Any, room: Any) -> Any:
+    """Of a window, one by one: how many are accepted, and what replaces the first that is not."""
+    token = INVALID
+    for number in range(first, end):
+        row = _row(a, number, room)
+        if a.rule == PICKS:
+            token = _most_probable(a, row)
+            is_accepted = token == row.proposed and token != INVALID
+        else:
+            accept = vectors.load_number(a.accept_uniforms + number * _FLOAT)
+            choose = vectors.load_number(a.choose_uniforms + number * _FLOAT)
+            is_accepted, token = _verify(a, row, accept, choose)
+        if not is_accepted:
+            return number - first, token
+    return end - first, token
+
+
+@njit
+def _decide_block(a: Any, first: Any, end: Any, room: Any) -> Any:
+    """Of a window, as a whole; see `verify.block_tests` for the names."""
+    count, kept, p = 0, _ONE, _ONE
+    for number in range(first, end):
+        row = _row(a, number, room)
+        mass = _target(a, row)
+        share, given, size = _proposal(a, row, mass)
+        is_valid = mass > _ZERO and share > _ZERO
+        test = p
+        if is_valid and number > first:
+            excess = _excess(a, row, mass, p, share, size)
+            rest = excess + _ONE - p
+            test = excess / rest if rest > _ZERO else _ONE
+        if number > first and _accept_uniform(a, number - 1) < test:
+            count, kept = number - first, p
+        # 0 / 0 is a token that neither gives anything to.
+        wanted = vectors.load_number(row.weights + row.proposed * _FLOAT)
+        p = min(_ONE, p * (wanted / given)) if is_valid and given > _ZERO else _ZERO
+    if _accept_uniform(a, end - 1) < p:
+        return end - first, INVALID
+    row = _row(a, first + count, room)
+    mass = _target(a, row)
+    share, _, size = _proposal(a, row, mass)
+    if not (mass > _ZERO and share > _ZERO):
+        return count, INVALID
+    choose = vectors.load_number(a.choose_uniforms + (first + count) * _FLOAT)
+    return count, _recover(a, row, share / kept, size, choose)
+
+
+@njit
+def _accept_uniform(a: Any, number: Any) -> Any:
+    return vectors.load_number(a.accept_uniforms + number * _FLOAT)
+
+
+@njit
 def _most_probable(a: Any, row: Any) -> Any:
     """The token of the largest weight, the first of them."""
     if _is_sum(row):
@@ -159,44 +213,43 @@ def _most_probable(a: Any, row: Any) -> Any:
     else:
         is_valid = _target(a, row) > _ZERO
         largest = _largest(row.weights, _padded(a.num_columns))
-    if not is_valid:
-        return INVALID
-    return _find(row.weights, largest)
+    return _find(row.weights, largest) if is_valid else INVALID
 
 
 @njit
-def _verify(a: Any, row: Any, proposed: Any, accept: Any, choose: Any) -> Any:
-    """Is `proposed` accepted, and the token that is drawn in its place if not."""
-    num_columns = _padded(a.num_columns)
+def _verify(a: Any, row: Any, accept: Any, choose: Any) -> Any:
+    """Is the proposed token accepted, and what is drawn in its place if not."""
     mass = _target(a, row)
     if not mass > _ZERO:
         return False, INVALID
+    if vectors.load_whole(row.origin) == DRAWN:
+        return False, _draw(row, _padded(a.num_columns), choose)
+    share, given, size = _proposal(a, row, mass)
+    if not share > _ZERO:
+        return False, INVALID
+    if accept * given < vectors.load_number(row.weights + row.proposed * _FLOAT):
+        return True, row.proposed
+    return False, _recover(a, row, share, size, choose)
+
+
+@njit
+def _recover(a: Any, row: Any, share: Any, size: Any, choose: Any) -> Any:
+    """What replaces a rejected token: from the target, less `share` times the proposal."""
     kind = vectors.load_whole(row.origin)
-    if kind == DRAWN:
-        return False, _draw(row, num_columns, choose)
-    # Of the proposal, in units of the weights: `share` of what stands in `others`.
-    share, given = _ONE, mass
-    if kind != CERTAIN:
-        largest, size, place = _proposal(a, row, kind, proposed)
-        total = _exponentials(row.others, size, largest)
-        if not total > _ZERO:
-            return False, INVALID
-        share = mass / total
-        given = vectors.load_number(row.others + place * _FLOAT) * share
-    if accept * given < vectors.load_number(row.weights + proposed * _FLOAT):
-        return True, proposed
     if kind == CERTAIN:
-        vectors.store_number(row.weights + proposed * _FLOAT, _ZERO)
+        place = row.weights + row.proposed * _FLOAT
+        left = vectors.load_number(place) - share
+        vectors.store_number(place, max(_ZERO, left))
     elif kind == SHORT:
         _take_listed(row, share)
     else:
-        _take(row.weights, row.others, num_columns, share)
-    token = _draw(row, num_columns, choose)
+        _take(row.weights, row.others, size, share)
+    token = _draw(row, _padded(a.num_columns), choose)
     if token == INVALID:
         # Rounding alone can reject a token where nothing is left over but the target itself.
         _target(a, row)
-        token = _draw(row, num_columns, choose)
-    return False, token
+        token = _draw(row, _padded(a.num_columns), choose)
+    return token
 
 
 @njit
@@ -245,23 +298,58 @@ def _mix(a: Any, row: Any) -> Any:
 
 
 @njit
-def _proposal(a: Any, row: Any, kind: Any, proposed: Any) -> Any:
-    """Fill `others` with what `proposed` was proposed from.
+def _proposal(a: Any, row: Any, mass: Any) -> Any:
+    """Fill `others` with what the token was proposed from, if that is scores.
 
-    Returns the largest score, how many there are, padded, and where that of `proposed` stands.
+    Returns what its numbers times make them comparable with weights of this `mass`, 0 if they are
+    no distribution; what it so gives to the token; and how many there are, padded.
     """
+    kind = vectors.load_whole(row.origin)
+    if kind == CERTAIN:
+        return mass, mass, 0
     scores = vectors.load_whole(row.origin + _NUMBER)
-    size = a.num_columns
-    place = proposed
+    size, place = a.num_columns, row.proposed
     if kind == SHORT:
         ids = vectors.load_whole(row.origin + 2 * _NUMBER)
         size = vectors.load_whole(row.origin + 3 * _NUMBER)
         place = 0
-        while place < size - 1 and vectors.load_whole(ids + place * _NUMBER) != proposed:
+        while place < size - 1 and vectors.load_whole(ids + place * _NUMBER) != row.proposed:
             place += 1
-    bits = np.int64(16) if kind == NARROW else np.int64(32)
+    bits = 16 if kind == NARROW else 32
     largest = _add_scores(row.others, scores, bits, row.origin_scale, size, True)
-    return largest, _padded(size), place
+    total = _exponentials(row.others, _padded(size), largest)
+    share = mass / total if total > _ZERO else _ZERO
+    return share, vectors.load_number(row.others + place * _FLOAT) * share, _padded(size)
+
+
+@njit
+def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
+    """The sum of what `p` times the target is above the proposal, where it is."""
+    kind = vectors.load_whole(row.origin)
+    if kind == CERTAIN:
+        return p * (_ONE - vectors.load_number(row.weights + row.proposed * _FLOAT) / mass)
+    if kind == SHORT:
+        below = 0.0  # of the target
+        ids = vectors.load_whole(row.origin + 2 * _NUMBER)
+        for number in range(vectors.load_whole(row.origin + 3 * _NUMBER)):
+            place = row.weights + vectors.load_whole(ids + number * _NUMBER) * _FLOAT
+            given = vectors.load_number(row.others + number * _FLOAT) * share
+            below += min(p * vectors.load_number(place), given)
+        return np.float32(p - below / mass)
+    above = 0.0
+    for start in range(0, size * _FLOAT, _BLOCK * _FLOAT):
+        block_sum = vectors.splat(_ZERO, LANES)
+        for column in range(start, start + _BLOCK * _FLOAT, _VECTOR):
+            x = vectors.multiply(
+                vectors.load(row.weights + column, LANES, 32), vectors.splat(p, LANES)
+            )
+            y = vectors.multiply(
+                vectors.load(row.others + column, LANES, 32), vectors.splat(share, LANES)
+            )
+            x = vectors.larger(vectors.subtract(x, y), vectors.splat(_ZERO, LANES))
+            block_sum = vectors.add(block_sum, x)
+        above += vectors.total(block_sum)
+    return np.float32(above / mass)
 
 
 def _adder(bits: int, lanes: int) -> Any:

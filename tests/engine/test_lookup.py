@@ -147,8 +147,10 @@ def test_a_wrong_proposal_law_is_noticed(monkeypatch: pytest.MonkeyPatch, eager:
         return torch.full((len(token_ids), 3), 1 / 3)
 
     monkeypatch.setattr(Distributions, "_one_hot", even)
+    lms = [TableLM(seed=11 + k) for k in range(2)]
+    engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, cpu_kernels="off")
     with pytest.raises(AssertionError):
-        check_law(with_lookup(decoding_of("standard", WEIGHTED)))
+        check_law(with_lookup(decoding_of("standard", WEIGHTED)), lms=lms, engine=engine)
 
 
 @pytest.mark.usefixtures("eager")

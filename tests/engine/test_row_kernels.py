@@ -13,7 +13,7 @@ from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.rng import Purpose
 from server.decoding.strategies import SharedCoins, Strategies
-from server.decoding.verify import INVALID
+from server.decoding.verify import INVALID, block_tests
 from server.decoding.warp import Place
 from server.engine.decider import Decider, find_kernels
 from server.engine.distributions import Distributions
@@ -73,6 +73,7 @@ class Bench:
         temperature: float = 1.0,
         zero_share: float = 0.0,
         seed: int = 0,
+        verification: str = "token",
     ) -> None:
         self.random = torch.Generator().manual_seed(seed)
         dtypes = [torch.float32, torch.bfloat16, torch.float32]
@@ -85,7 +86,7 @@ class Bench:
         self.by_kernels = Decider(distributions, kernels)
         self.by_torch = Decider(distributions, None)
         self.distributions = distributions
-        decoding = make_decoding("cos", combination, verification="token")
+        decoding = make_decoding("cos", combination, verification=verification)
         self.sequences = []
         for number in range(NUM_WINDOWS):
             params = SamplingParams(max_tokens=9, temperature=temperature, seed=number)
@@ -203,6 +204,31 @@ def test_windows_end_where_they_should(name: str, zero_share: float, vocab_size:
                 assert_drawn(residual, recovered, recover[row])
 
 
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize("zero_share", [0.0, 0.6])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_blocks_end_where_they_should(name: str, zero_share: float, vocab_size: int) -> None:
+    lengths = [LENGTH] * NUM_WINDOWS
+    for seed in range(3):
+        bench = Bench(
+            COMBINATIONS[name], vocab_size, zero_share=zero_share, seed=seed, verification="block"
+        )
+        accept = bench.distributions.uniforms(bench.pending, Purpose.ACCEPT).tolist()
+        recover = bench.distributions.uniforms(bench.pending, Purpose.RECOVER).tolist()
+        target = bench.distributions.target(bench.pending).double()
+        proposal = bench.distributions.proposal(bench.pending).double()
+        tests, carry = block_tests(target, proposal, bench.tokens, lengths)
+        for window, (count, recovered) in enumerate(bench.verify(bench.by_kernels).tolist()):
+            rows = range(window * LENGTH, (window + 1) * LENGTH)
+            passed = [i + 1 for i, row in enumerate(rows) if accept[row] < tests[row]]
+            is_close = any(abs(accept[row] - tests[row]) < 1e-3 for row in rows)
+            assert count == max(passed, default=0) or is_close
+            if count < LENGTH:
+                row = rows[count]
+                residual = (carry[row] * target[row] - proposal[row]).clamp_min(0)
+                assert_drawn(residual.numpy(), recovered, recover[row])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["weighted", "one", "linear"])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
@@ -230,8 +256,9 @@ def test_what_is_no_distribution_gives_no_token(
     assert INVALID not in fine.tolist()
 
 
-def test_what_was_looked_up_is_never_recovered() -> None:
-    bench = Bench(COMBINATIONS["contrastive"], 5)
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_what_was_looked_up_is_never_recovered(verification: str) -> None:
+    bench = Bench(COMBINATIONS["contrastive"], 5, verification=verification)
     for sequence in bench.sequences:
         tail = sequence.token_ids[2:]
         sequence.recover(0)
@@ -300,6 +327,6 @@ def test_kernels_that_decide_wrongly_are_not_used(
 
     monkeypatch.setattr("server.engine.row_kernels._decide", wrong)
     assert kernels_for("auto") is None
-    assert "kernels fail: decided [[0, 0], [0, 0]]" in caplog.text
+    assert "kernels fail: decided [[[0, 0], [0, 0]]" in caplog.text
     with pytest.raises(ConfigError, match="cpu_kernels: on, but they fail here: decided"):
         kernels_for("on")
