@@ -131,7 +131,8 @@ class EngineMetrics:
         self.forwards.labels(name, stats.phase).inc()
         self.sequence_forwards.labels(name).inc(stats.num_decoding)
         self.forward_seconds.labels(name, stats.phase).inc(stats.forward_seconds)
-        self.forward_tokens.labels(name, "prefill").inc(stats.num_prefill_tokens)
+        if stats.num_prefill_tokens:
+            self.forward_tokens.labels(name, "prefill").inc(stats.num_prefill_tokens)
         self.forward_tokens.labels(name, "decode").inc(num_decode_tokens)
         self.step_seconds.observe(stats.step_seconds)
         self.combine_seconds.inc(stats.combine_seconds)
@@ -140,7 +141,8 @@ class EngineMetrics:
             self.generated.labels(method, strategy).inc(count)
         self.preemptions.inc(stats.num_preempted)
         for cached_by, count in zip(self._names, stats.num_cached, strict=False):
-            self.cached_tokens.labels(cached_by).inc(count)
+            if count:
+                self.cached_tokens.labels(cached_by).inc(count)
 
     def observe_fault(self, fault: Fault) -> None:
         self.faults.labels(fault).inc()

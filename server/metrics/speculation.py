@@ -100,9 +100,11 @@ class SpeculationMetrics:
 
     def observe(self, stats: StepStats) -> None:
         name = self._names[stats.model]
-        self.proposed.labels(name).inc(stats.num_proposed)
-        self.bonus.labels(name).inc(stats.num_bonus)
-        self.proposed.labels(LOOKUP_NAME).inc(stats.num_looked_up)
+        if stats.num_proposed:
+            self.proposed.labels(name).inc(stats.num_proposed)
+            self.bonus.labels(name).inc(stats.num_bonus)
+        if stats.num_looked_up:
+            self.proposed.labels(LOOKUP_NAME).inc(stats.num_looked_up)
         for outcome in stats.lookups:
             self.lookups.labels(outcome).inc()
         for (proposer, offset, accepted), count in Tally(stats.verified_by_offset).items():
