@@ -218,9 +218,9 @@ class EngineConfig(Section):
     )
     cpu_kernels: Literal["auto", "off", "on"] = Field(
         "auto",
-        description="Kernels for CPUs, compiled by Numba at start, for products, attention and "
-        "what layers do between them. auto: where Numba is installed and they give the logits of "
-        "torch's operations; on: refuse to start elsewhere.",
+        description="Kernels for CPUs, compiled by Numba at start, for products, attention, what "
+        "layers do between them, and for deciding tokens. auto: where Numba is installed and they "
+        "give what torch's operations give; on: refuse to start elsewhere.",
     )
     cuda_graphs: Literal["auto", "off", "static"] = Field(
         "auto",
