@@ -106,50 +106,58 @@ class Chain:
     def profile(self, acceptance: tuple[float, ...]) -> Profile:
         """`acceptance` [num_models]: probability that a model's proposal is accepted."""
         acceptance = tuple(min(1 - _EDGE, max(_EDGE, rate)) for rate in acceptance)
-        size = len(self._branches)
-        flow = torch.zeros(size, size, dtype=torch.float64)
-        for state, branches in enumerate(self._branches):
-            for branch in branches:
-                flow[branch.target, state] += _probability(branch, acceptance)
-        # pi = flow pi, with the last equation replaced by sum(pi) = 1.
-        system = flow - torch.eye(size, dtype=torch.float64)
-        system[-1] = 1.0
-        right = torch.zeros(size, dtype=torch.float64)
-        right[-1] = 1.0
-        share: list[float] = torch.linalg.solve(system, right).tolist()
+        odds = [
+            [_probability(branch, acceptance) for branch in branches] for branches in self._branches
+        ]
         rates: dict[Shape, float] = {}
         num_tokens = 0.0
-        for mass, branches in zip(share, self._branches, strict=True):
-            for branch in branches:
-                weight = mass * _probability(branch, acceptance)
+        for mass, branches, chances in zip(self._masses(odds), self._branches, odds, strict=True):
+            for branch, chance in zip(branches, chances, strict=True):
+                weight = mass * chance
                 rates[branch.shape] = rates.get(branch.shape, 0.0) + weight
                 num_tokens += weight * branch.num_verified
         scaled = {shape: rate / num_tokens for shape, rate in rates.items()}
-        return Profile(scaled, self._shares(acceptance))
+        return Profile(scaled, self._shares(odds))
 
-    def _shares(self, acceptance: tuple[float, ...]) -> dict[int, float]:
+    def _masses(self, odds: list[list[float]]) -> list[float]:
+        """The stationary distribution over states, given the odds of each one's branches."""
+        size = len(self._branches)
+        system = [[0.0] * size for _ in range(size)]
+        for state, (branches, chances) in enumerate(zip(self._branches, odds, strict=True)):
+            system[state][state] -= 1.0
+            for branch, chance in zip(branches, chances, strict=True):
+                system[branch.target][state] += chance
+        # pi = flow pi, with the last equation replaced by sum(pi) = 1.
+        system[-1] = [1.0] * size
+        right = torch.zeros(size, dtype=torch.float64)
+        right[-1] = 1.0
+        masses: list[float] = torch.linalg.solve(
+            torch.tensor(system, dtype=torch.float64), right
+        ).tolist()
+        return masses
+
+    def _shares(self, odds: list[list[float]]) -> dict[int, float]:
         """See `Profile.shares`; a batch so large that shares of it take the branches' odds."""
-        odds = [
-            [(branch.target, _probability(branch, acceptance)) for branch in branches]
-            for branches in self._branches
+        moves = [
+            [(branch.target, chance) for branch, chance in zip(branches, chances, strict=True)]
+            for branches, chances in zip(self._branches, odds, strict=True)
         ]
-        models = [branches[0].shape.model for branches in self._branches]
-        masses = [1.0] + [0.0] * (len(odds) - 1)
+        wanting: dict[int, list[int]] = {}  # states by the model that they want
+        for state, branches in enumerate(self._branches):
+            wanting.setdefault(branches[0].shape.model, []).append(state)
+        masses = [1.0] + [0.0] * (len(moves) - 1)
         seen: dict[int, list[float]] = {}
         for step in range(_SETTLING_STEPS + _COUNTED_STEPS):
-            wanted: dict[int, float] = {}
-            for model, mass in zip(models, masses, strict=True):
-                if mass > 0:
-                    wanted[model] = wanted.get(model, 0.0) + mass
-            turn = next_model(wanted)
+            wanted = {model: sum([masses[s] for s in states]) for model, states in wanting.items()}
+            turn = next_model({model: mass for model, mass in wanted.items() if mass > 0})
             if step >= _SETTLING_STEPS:
                 seen.setdefault(turn, []).append(wanted[turn])
-            after = [0.0 if model == turn else m for model, m in zip(models, masses, strict=True)]
-            for state, mass in enumerate(masses):
-                if models[state] == turn and mass > 0:
-                    for target, probability in odds[state]:
-                        after[target] += mass * probability
-            masses = after
+            moving = [(state, masses[state]) for state in wanting[turn] if masses[state] > 0]
+            for state, _ in moving:
+                masses[state] = 0.0
+            for state, mass in moving:
+                for target, chance in moves[state]:
+                    masses[target] += mass * chance
         return {model: sum(shares) / len(shares) for model, shares in seen.items()}
 
     def _expand(self, state: _State, states: list[_State]) -> list[_Branch]:
