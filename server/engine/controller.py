@@ -390,7 +390,7 @@ class Controller:
             trial.num_steps = 0
             return is_sure
         group.is_stale = plain_doubt > (_TRIED if group.is_stale else _STALE)
-        if group.is_stale:
+        if group.is_stale and gain * (1 - doubt - plain_doubt) < _MARGIN:
             return False
         if is_sure or doubt <= _TRIED:
             trial.num_steps = 0

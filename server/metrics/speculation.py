@@ -99,12 +99,7 @@ class SpeculationMetrics:
                 self.accepted_at.labels(name, index)
 
     def observe(self, stats: StepStats) -> None:
-        name = self._names[stats.model]
-        if stats.num_proposed:
-            self.proposed.labels(name).inc(stats.num_proposed)
-            self.bonus.labels(name).inc(stats.num_bonus)
-        if stats.num_looked_up:
-            self.proposed.labels(LOOKUP_NAME).inc(stats.num_looked_up)
+        self._observe_proposed(stats)
         for outcome in stats.lookups:
             self.lookups.labels(outcome).inc()
         for (proposer, offset, accepted), count in Tally(stats.verified_by_offset).items():
@@ -126,3 +121,11 @@ class SpeculationMetrics:
         self.recovered.inc(stats.num_recovered)
         self.drawn.inc(stats.num_drawn)
         self.discarded.inc(stats.num_discarded)
+
+    def _observe_proposed(self, stats: StepStats) -> None:
+        name = self._names[stats.model]
+        if stats.num_proposed:
+            self.proposed.labels(name).inc(stats.num_proposed)
+            self.bonus.labels(name).inc(stats.num_bonus)
+        if stats.num_looked_up:
+            self.proposed.labels(LOOKUP_NAME).inc(stats.num_looked_up)
