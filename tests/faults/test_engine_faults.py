@@ -17,8 +17,9 @@ from server.core.output import TokenDelta
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.strategies import Strategies
-from server.decoding.warp import Warp
+from server.decoding.warp import Place
 from server.engine import scheduler
+from server.engine.decider import Decider
 from server.engine.detokenizer import TextStream
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
@@ -110,21 +111,40 @@ def test_nan_scores_end_one_sequence(strategy: str, temperature: float) -> None:
     assert faults == ["invalid_scores"]
 
 
+def fail_deciding(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, fails: Callable[[list[Place]], bool]
+) -> None:
+    """Raise `error` wherever tokens of such places are decided."""
+
+    def wrap(method: str, argument: int) -> None:
+        original = getattr(Decider, method)
+
+        def raising(self: Decider, *arguments: Any, **named: Any) -> Tensor:
+            if fails(arguments[argument]):
+                raise error
+            decided: Tensor = original(self, *arguments, **named)
+            return decided
+
+        monkeypatch.setattr(Decider, method, raising)
+
+    wrap("draw", 0)
+    wrap("verify", 0)
+    wrap("propose", 1)
+
+
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("logprobs", [None, 2])
 @pytest.mark.parametrize("strategy", STRATEGIES[:3])
 def test_an_error_while_deciding_ends_one_sequence(
-    monkeypatch: pytest.MonkeyPatch, strategy: str, logprobs: int | None
+    monkeypatch: pytest.MonkeyPatch, strategy: str, logprobs: int | None, cpu_kernels: str
 ) -> None:
     """Raised for every batch that the sequence is in, as by its grammar or its bias."""
-    original = Warp.__init__
 
-    def raising(self: Warp, places: list[Any], *rest: Any) -> None:
-        if any(s.id == f"s{BAD}" and position > 6 for s, position in places):
-            raise ValueError("told to fail")
-        original(self, places, *rest)
+    def is_bad(places: list[Place]) -> bool:
+        return any(s.id == f"s{BAD}" and position > 6 for s, position in places)
 
-    monkeypatch.setattr(Warp, "__init__", raising)
-    engine, _ = make_engine()
+    fail_deciding(monkeypatch, ValueError("told to fail"), is_bad)
+    engine, _ = make_engine(cpu_kernels=cpu_kernels)
     faults = record_faults(engine)
     deltas = run(engine, make_sequences(strategy, logprobs=logprobs))
     monkeypatch.undo()
@@ -198,15 +218,9 @@ def test_what_does_not_fit_alone_is_refused() -> None:
 def test_memory_that_runs_out_while_deciding_costs_nobody_a_token(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    original = Warp.__init__
-
-    def raising(self: Warp, places: list[Any], *rest: Any) -> None:
-        if len({s.id for s, _ in places}) > 2:
-            raise torch.OutOfMemoryError("told to fail")
-        original(self, places, *rest)
-
     expected = clean_run(logprobs=1)
-    monkeypatch.setattr(Warp, "__init__", raising)
+    error = torch.OutOfMemoryError("told to fail")
+    fail_deciding(monkeypatch, error, lambda places: len({s.id for s, _ in places}) > 2)
     engine, _ = make_engine()
     faults = record_faults(engine)
     deltas = run(engine, make_sequences(logprobs=1))
