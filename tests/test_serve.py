@@ -63,13 +63,13 @@ def process(**options: Any) -> Iterator[Process]:
         reader = threading.Thread(target=read)
         reader.start()
         try:
-            wait_until(lambda: server.find_url() is not None, 30)
+            wait_until(lambda: server.find_url() is not None, 60)
             server.http = httpx.Client(
                 base_url=server.find_url() or "",
                 timeout=20,
                 verify=ssl.create_default_context(cafile=CERTIFICATE),
             )
-            wait_until(server.is_ready, 20)
+            wait_until(server.is_ready, 60)
             yield server
         finally:
             popen.kill()

@@ -40,7 +40,8 @@ def run_server(app: FastAPI, phase: str = "ready") -> Iterator[str]:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:
-            wait_until(lambda: server.started and app.state.service.phase == phase)
+            # Kernels may have to be compiled first.
+            wait_until(lambda: server.started and app.state.service.phase == phase, 60)
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
