@@ -190,14 +190,15 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     # Some tokenizer files cut or pad what they encode; the server has its own limits.
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    engine = Engine(
-        loaded.runners,
-        tokenizer,
-        loaded.eos_token_ids,
-        EngineLimits.of(config, loaded.runners),
-        on_step=metrics.observe_step,
-        coin_seed=secrets.randbits(63),
-    )
+    with _phase("engine made"):  # a kernel is compiled for it
+        engine = Engine(
+            loaded.runners,
+            tokenizer,
+            loaded.eos_token_ids,
+            EngineLimits.of(config, loaded.runners),
+            on_step=metrics.observe_step,
+            coin_seed=secrets.randbits(63),
+        )
     engine.on_fault = metrics.engine.observe_fault
     metrics.engine.watch_models(
         engine.scheduler.pages_used,

@@ -54,8 +54,9 @@ _MIXING_STEPS = 8
 # guess costs more than there is to gain.
 _HYSTERESIS = 1.03
 _MARGIN = 1.03
-# Relative deviations of a way's seconds: above the first, standard decoding is timed again before
-# anything is compared with it, until they are below the second; there a way has been tried.
+# Relative deviations of a way's seconds: above the first, standard decoding is timed before
+# anything is compared with it that would not pay by more than what is uncertain of both, until they
+# are below the second; there a way has been tried.
 _STALE = 0.07
 _TRIED = 0.045
 _HOPE = 1.0  # deviations that a forward may be faster than timed, but not than one of one token

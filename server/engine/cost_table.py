@@ -37,7 +37,9 @@ _NOISE = 0.1  # of one step
 _SURPRISE = 3.0  # deviations that one step counts for at most
 _MACHINE = 0.3  # not seen for long; drifts by 0.04 in a second
 _MODEL = 0.03
-_TIMED = 0.075  # forwards of one token of each sequence, as first timed: until they are seen
+# Forwards of one token of each sequence, as first timed; enough for the controller to have them
+# done before it trusts them.
+_TIMED = 0.075
 _ROUND = 0.1  # those not seen for long
 _SHAPE = 0.1  # those of more, beside them
 # Seconds of steps until 63 % of what was learnt is forgotten, if not seen again: how fast a machine

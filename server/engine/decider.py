@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Row
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from server.engine.row_kernels import RowKernels  # needs what may be missing
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = (torch.float32, torch.bfloat16)  # of scores, that kernels read
 
 
 class Way(NamedTuple):
@@ -68,20 +67,21 @@ class Decider:
 
     def draw(self, places: list[Place], way: Way) -> Tensor:
         """A token of each place from its target, int64 [R]; see `verify.sample`."""
-        if self._kernels is None or not way.by_kernels:
+        if (kernels := self._kernels_for(way)) is None:
             return self._distributions.draw(places, way.is_coupled)
-        uniforms = self._uniforms(places, way, Purpose.DRAW)
-        return self._kernels.draw(places, way.is_coupled, uniforms)
+        return kernels.draw(places, way.is_coupled, self._uniforms(places, way, Purpose.DRAW))
 
     def propose(self, model: int, places: list[Place], way: Way, from_shortlist: bool) -> Tensor:
         """A token of each place from the distribution of `model` alone, as `draw`."""
-        tokens: Tensor | None = None
-        if self._kernels is not None and way.by_kernels:
+        if (kernels := self._kernels_for(way)) is not None:
             uniforms = self._uniforms(places, way, Purpose.PROPOSE)
-            tokens = self._kernels.propose(model, places, way.is_coupled, from_shortlist, uniforms)
-        if tokens is None:
-            tokens = self._distributions.propose(model, places, way.is_coupled, from_shortlist)
-        return tokens
+            tokens = kernels.propose(model, places, way.is_coupled, from_shortlist, uniforms)
+            if tokens is not None:
+                return tokens
+            if len(places) > 1:  # those that have no part in it are decided as they always are
+                alone = [self.propose(model, [place], way, from_shortlist) for place in places]
+                return torch.cat(alone)
+        return self._distributions.propose(model, places, way.is_coupled, from_shortlist)
 
     def verify(
         self, places: list[Place], tokens: Tensor, lengths: list[int], way: Way
@@ -99,15 +99,25 @@ class Decider:
             self._uniforms(places, way, Purpose.ACCEPT),
             self._uniforms(places, way, Purpose.RECOVER),
         )
-        if self._kernels is not None and way.by_kernels:
-            decided = self._kernels.verify(places, tokens, lengths, way.rule, uniforms)
+        if (kernels := self._kernels_for(way)) is not None:
+            decided = kernels.verify(places, tokens, lengths, way.rule, uniforms)
             if decided is not None:
                 return decided
+            if len(lengths) > 1:  # as in `propose`
+                windows = pairwise(accumulate(lengths, initial=0))
+                alone = [
+                    self.verify(places[start:end], tokens[start:end], [end - start], way)
+                    for start, end in windows
+                ]
+                return torch.cat(alone)
         if way.is_coupled:
             return verify_picks(distributions.pick_target(places), tokens, lengths)
         rule = verify_blocks if way.rule == "block" else verify
         target, proposal = distributions.target(places), distributions.proposal(places)
         return rule(target, proposal, tokens, lengths, *uniforms)
+
+    def _kernels_for(self, way: Way) -> RowKernels | None:
+        return self._kernels if way.by_kernels else None
 
     def _uniforms(self, places: list[Place], way: Way, purpose: Purpose) -> Tensor:
         """float32 [R]; nobody asks for those of coupled places."""
@@ -125,7 +135,7 @@ def find_kernels(
         ConfigError: they are wanted `on` and give other tokens than they should, or none.
     """
     can_run = support.missing() is None and all(
-        runner.device.type == "cpu" and runner.dtype in _DTYPES for runner in runners
+        runner.device.type == "cpu" and runner.dtype in support.BITS for runner in runners
     )
     if wanted == "off" or not can_run:
         return None

@@ -34,14 +34,14 @@ from server.simd.decisions import (
     decider,
     scratch_bytes,
 )
+from server.simd.support import BITS
 
 Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]
 
-_BITS = {torch.float32: 32, torch.bfloat16: 16}
 _RULES: dict[Rule, int] = {"token": TOKENS, "coupled": PICKS, "block": BLOCKS}
 _CHECKED = 300  # columns
-_KINDS = {torch.float32: WIDE, torch.bfloat16: NARROW}
+_KINDS = {32: WIDE, 16: NARROW}  # by the bits of a score
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class RowKernels:
         self._strategies = strategies
         self._num_models = num_models
         self._vocab_size = vocab_size
-        self._bits = np.array([_BITS.get(scores.dtype(k), 0) for k in range(num_models)])
+        self._bits = np.array([BITS[scores.dtype(k)] for k in range(num_models)])
 
     def take(self, sequence: Sequence) -> bool:
         """Is the sequence's every distribution of a kind that kernels make?"""
@@ -190,7 +190,7 @@ class RowKernels:
         if model == LOOKUP:
             numbers[:, 0] = CERTAIN
         elif not is_short:
-            numbers[:, 0] = _KINDS[self._scores.dtype(model)]
+            numbers[:, 0] = _KINDS[BITS[self._scores.dtype(model)]]
             numbers[:, 1] = self._scores.addresses(model, places)
         else:
             listed = self._listed(model, places)

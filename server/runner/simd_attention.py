@@ -18,12 +18,12 @@ from server.runner.plan import MAX_GROUPED_TOKENS, Group
 from server.runner.style import Style
 from server.simd.attention import CHUNK, Kind, attending, scratch_bytes, writer
 from server.simd.functions import UNIT
+from server.simd.support import BITS
 
 # Of a head: what is worked with stays in registers, or nearly.
 _MAX_DIM = 256
 # Bytes of the largest working memory of a thread; more heads are left to torch.
 _MAX_SCRATCH = 8 << 20
-_BITS = {torch.float32: 32, torch.bfloat16: 16}
 
 
 def max_tokens(heads: int, dim: int, element_size: int) -> int:
@@ -46,14 +46,14 @@ def attends(heads: Heads, style: Style) -> bool:
 def kind_of(heads: Heads) -> Kind:
     """The kernel for a layer that `attends`."""
     repeats = heads.num_heads // heads.num_kv_heads
-    return Kind(heads.dim, heads.dim, repeats, _BITS[heads.dtype])
+    return Kind(heads.dim, heads.dim, repeats, BITS[heads.dtype])
 
 
 def _fits(num_heads: int, dim: int, value_dim: int, dtype: torch.dtype, style: Style) -> bool:
     return (
         style.softcap is None
         and style.sinks is None
-        and dtype in _BITS
+        and dtype in BITS
         and max(dim, value_dim) <= _MAX_DIM
         and scratch_bytes(CHUNK, num_heads, value_dim) <= _MAX_SCRATCH
     )
@@ -101,7 +101,7 @@ def attend_group(group: Group, queries: Tensor, store: KVStore, layer: int, styl
     scratch = torch.empty(torch.get_num_threads() * size, dtype=torch.uint8)
     output = queries.new_empty(len(queries), num_heads, value_dim)
     described = describe([group], -group.rows.start)
-    kind = Kind(dim, value_dim, num_heads // num_kv_heads, _BITS[keys.dtype])
+    kind = Kind(dim, value_dim, num_heads // num_kv_heads, BITS[keys.dtype])
     attending(kind)(
         queries.data_ptr(),
         keys.data_ptr(),

@@ -20,10 +20,10 @@ from server.simd import vectors
 from server.simd.functions import exp
 from server.simd.kernel import Kernel, part
 from server.simd.program import Later, Program
+from server.simd.support import BITS
 from server.simd.vectors import LANES
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
-_BITS = {torch.float32: 32, torch.bfloat16: 16}
 # Numbers from which an operation is shared between threads: waking them takes a microsecond.
 _SHARED_NUMBERS = 16384
 
@@ -53,7 +53,7 @@ class SimdOperations:
             return self._torch.gate(x)
         x = x.contiguous()
         output = x.new_empty(len(x), size, dtype=self._taken)
-        kernel = _gate(_BITS[x.dtype], _BITS[self._taken])
+        kernel = _gate(BITS[x.dtype], BITS[self._taken])
         _run(kernel, x.numel(), x.data_ptr(), output.data_ptr(), len(x), size)
         return output
 
@@ -64,7 +64,7 @@ class SimdOperations:
             return
         assert x.is_contiguous(), "states are changed in place"
         y = y.contiguous()
-        _run(_add(_BITS[y.dtype]), x.numel(), x.data_ptr(), y.data_ptr(), x.numel())
+        _run(_add(BITS[y.dtype]), x.numel(), x.data_ptr(), y.data_ptr(), x.numel())
 
 
 def _run(kernel: Kernel, num_numbers: int, *arguments: float) -> None:
@@ -96,7 +96,7 @@ class SimdNorm:
     ) -> None:
         """As a part of `program`: `after_adding` float32 rows, if there are any."""
         program.add(
-            _norm(32, _BITS[self._taken]),
+            _norm(32, BITS[self._taken]),
             x=x,
             added=0 if added is None else added,
             weight=self._weight.data_ptr(),
@@ -111,7 +111,7 @@ class SimdNorm:
         output = torch.empty_like(x, dtype=self._taken)
         added = x if y is None else y.contiguous()
         _run(
-            _norm(_BITS[added.dtype], _BITS[self._taken]),
+            _norm(BITS[added.dtype], BITS[self._taken]),
             x.numel(),
             x.data_ptr(),
             0 if y is None else added.data_ptr(),
@@ -141,7 +141,7 @@ class SimdRotation:
         x = x.contiguous()
         output = x if heads.dtype == x.dtype else torch.empty_like(x, dtype=heads.dtype)
         _run(
-            _rotation(heads.dim, _BITS[x.dtype], _BITS[heads.dtype]),
+            _rotation(heads.dim, BITS[x.dtype], BITS[heads.dtype]),
             x.numel(),
             x.data_ptr(),
             output.data_ptr(),
@@ -167,7 +167,7 @@ class SimdRotation:
         """
         heads = self.heads
         program.add(
-            _rotation(heads.dim, 32, _BITS[heads.dtype]),
+            _rotation(heads.dim, 32, BITS[heads.dtype]),
             waits=False,
             x=x,
             output=output,
@@ -185,7 +185,7 @@ def add_gate(
     program: Program, x: Later, num_rows: Later, size: int, taken: torch.dtype, output: Later
 ) -> None:
     """`SimdOperations.gate` as a part of `program`, of float32 rows to `size` numbers each."""
-    kernel = _gate(32, _BITS[taken])
+    kernel = _gate(32, BITS[taken])
     program.add(kernel, x=x, output=output, num_rows=num_rows, size=size)
 
 

@@ -19,14 +19,13 @@ from numba import njit
 from server.simd import rows, vectors
 from server.simd.functions import copy, exp
 from server.simd.kernel import Kernel, part
-from server.simd.vectors import LANES
+from server.simd.vectors import LANES, WHOLE
 
 # Tokens of a span that a thread takes at once.
 CHUNK = 16
 # Keys whose scores are kept at once, for every query row of a thread.
 _BLOCK = 128
 _CACHE_LINE = 64
-_NUMBER = 8  # bytes of an int64
 _NEVER = np.float32(-3e38)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -50,7 +49,7 @@ _ARGUMENTS = {
 def scratch_bytes(num_tokens: int, num_heads: int, value_dim: int) -> int:
     """Working memory of a thread, for spans of at most so many tokens: what `_Task` points to."""
     num_rows = min(num_tokens, CHUNK) * num_heads
-    return 2 * _BLOCK * _NUMBER + num_rows * (_BLOCK + value_dim + 2) * 4
+    return 2 * _BLOCK * WHOLE + num_rows * (_BLOCK + value_dim + 2) * 4
 
 
 @cache
@@ -114,7 +113,7 @@ class _Group(NamedTuple):
     num_tokens: Any
 
 
-_GROUP_SIZE = len(_Group._fields) * _NUMBER
+_GROUP_SIZE = len(_Group._fields) * WHOLE
 
 
 class _Task(NamedTuple):
@@ -166,7 +165,7 @@ def _seen(arguments: Any, task: Any, token: Any) -> Any:
 def _fetch(rows: Any, slots: Any, row_size: Any, num_bytes: Any) -> None:
     """Ask for the first `num_bytes` of LANES rows: processors guess no further than a page."""
     for lane in range(LANES):
-        row = rows + vectors.load_whole(slots + lane * _NUMBER) * row_size
+        row = rows + vectors.load_whole(slots + lane * WHOLE) * row_size
         for line in range(0, num_bytes, _CACHE_LINE):
             vectors.prefetch(row + line)
 
@@ -175,14 +174,14 @@ def _fetch(rows: Any, slots: Any, row_size: Any, num_bytes: Any) -> None:
 def _find_slots(arguments: Any, task: Any, first: Any, count: Any) -> None:
     """Of keys `first` and on; up to a multiple of LANES the last one's is repeated."""
     size = arguments.page_size
-    place, offset = task.pages + first // size * _NUMBER, first % size
+    place, offset = task.pages + first // size * WHOLE, first % size
     slot = vectors.load_whole(place) * size + offset
     for key in range((count + LANES - 1) // LANES * LANES):
-        vectors.store_whole(task.slots + key * _NUMBER, slot)
+        vectors.store_whole(task.slots + key * WHOLE, slot)
         if key < count - 1:
             offset, slot = offset + 1, slot + 1
             if offset == size:
-                place, offset = place + _NUMBER, 0
+                place, offset = place + WHOLE, 0
                 slot = vectors.load_whole(place) * size
 
 
@@ -198,7 +197,7 @@ def _scoring(kind: Kind) -> Any:
         row_size = arguments.num_kv_heads * dim * item
         value_size = arguments.num_kv_heads * value_dim * item
         for key in range(0, count, LANES):
-            scores, slots = task.scores + key * 4, task.slots + key * _NUMBER
+            scores, slots = task.scores + key * 4, task.slots + key * WHOLE
             _fetch(task.values, slots, value_size, task.num_heads * value_dim * item)
             for head in range(task.num_heads):
                 keys = task.keys + head * dim * item
@@ -276,9 +275,9 @@ def _adding(kind: Kind) -> Any:
         key_size = arguments.num_kv_heads * dim * item
         row_size = arguments.num_kv_heads * value_dim * item
         for key in range(0, count, LANES):
-            weights, sums, slots = task.scores + key * 4, task.sums, task.slots + key * _NUMBER
+            weights, sums, slots = task.scores + key * 4, task.sums, task.slots + key * WHOLE
             if key < count_next:
-                next_slots = slots + _BLOCK * _NUMBER
+                next_slots = slots + _BLOCK * WHOLE
                 _fetch(task.keys, next_slots, key_size, task.num_heads * dim * item)
             for head in range(task.num_heads):
                 values = task.values + head * value_dim * item
@@ -336,7 +335,7 @@ def _attending(kind: Kind) -> Any:
             if first == begin:
                 row_size = arguments.num_kv_heads * dim * item
                 for key in range(0, count, LANES):
-                    slots = task.slots + key * _NUMBER
+                    slots = task.slots + key * WHOLE
                     _fetch(task.keys, slots, row_size, task.num_heads * dim * item)
             score(arguments, task, count)
             weigh(arguments, task, first, count)
@@ -350,12 +349,12 @@ def _attending(kind: Kind) -> Any:
 def _group_at(place: Any) -> Any:
     return _Group(
         vectors.load_whole(place),
-        vectors.load_whole(place + _NUMBER),
-        vectors.load_whole(place + 2 * _NUMBER),
-        vectors.load_whole(place + 3 * _NUMBER),
-        vectors.load_whole(place + 4 * _NUMBER),
-        vectors.load_whole(place + 5 * _NUMBER),
-        vectors.load_whole(place + 6 * _NUMBER),
+        vectors.load_whole(place + WHOLE),
+        vectors.load_whole(place + 2 * WHOLE),
+        vectors.load_whole(place + 3 * WHOLE),
+        vectors.load_whole(place + 4 * WHOLE),
+        vectors.load_whole(place + 5 * WHOLE),
+        vectors.load_whole(place + 6 * WHOLE),
     )
 
 
@@ -363,7 +362,7 @@ def _group_at(place: Any) -> Any:
 def _work(group: Any, span: Any, token: Any) -> Any:
     """Keys that the tokens of a chunk see, about, for as many tokens as there are."""
     tokens = min(CHUNK, group.num_tokens - token)
-    position = vectors.load_whole(group.starts + span * _NUMBER) + token
+    position = vectors.load_whole(group.starts + span * WHOLE) + token
     return (position + tokens) * tokens
 
 
@@ -379,12 +378,12 @@ def _starting(kind: Kind) -> Any:
         """Attend `CHUNK` tokens of a span from `token` on, with KV heads first .. end - 1."""
         num_tokens = min(CHUNK, group.num_tokens - token)
         num_heads = end - first
-        position = vectors.load_whole(group.starts + span * _NUMBER) + token
-        length = vectors.load_whole(group.lengths + span * _NUMBER)
+        position = vectors.load_whole(group.starts + span * WHOLE) + token
+        length = vectors.load_whole(group.lengths + span * WHOLE)
         row = group.first_row + span * group.num_tokens + token
         width = arguments.num_kv_heads * repeats * value_dim * item
         num_rows = num_heads * num_tokens * repeats
-        scores = scratch + 2 * _BLOCK * _NUMBER
+        scores = scratch + 2 * _BLOCK * WHOLE
         task = _Task(
             arguments.queries + row * arguments.query_stride + first * repeats * dim * item,
             arguments.output + row * width + first * repeats * value_dim * item,

@@ -20,7 +20,7 @@ from numba import njit
 from server.simd import vectors
 from server.simd.functions import exp
 from server.simd.kernel import Kernel, part
-from server.simd.vectors import LANES
+from server.simd.vectors import LANES, WHOLE
 
 # Where the proposal of a row came from: nobody, so that its token is drawn; a row of float32 or of
 # bfloat16 scores; float32 scores of a shortlist; the text itself, which was certain of it.
@@ -29,11 +29,11 @@ DRAWN, WIDE, NARROW, SHORT, CERTAIN = range(5)
 TOKENS, PICKS, BLOCKS = range(3)
 INVALID = -1
 
-_NUMBER, _FLOAT = 8, 4  # bytes
+_FLOAT = 4  # bytes
 _VECTOR = LANES * _FLOAT
 _BLOCK = 16 * LANES  # columns that are added up together
 # A score of -inf, as finite numbers have it. Where scores are combined, a negative weight takes it
-# for the second.
+# for the second, as in `decoding.combine`.
 _NEVER, _FLOOR = np.float32(-1e30), np.float32(-1e4)
 _LEAST = np.float32(-87.0)  # logarithm of the least probability, beside the largest, that is not 0
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -61,7 +61,7 @@ _ARGUMENTS = {
 
 def scratch_bytes(num_columns: int) -> int:
     """Working memory of a thread: two rows, and the sums of a row's blocks."""
-    num_padded = -(-num_columns // _BLOCK) * _BLOCK
+    num_padded: int = _padded.py_func(num_columns)
     return 2 * num_padded * _FLOAT + num_padded // _BLOCK * _FLOAT
 
 
@@ -116,14 +116,14 @@ def decider() -> Kernel:
         room = a.scratch + thread * a.scratch_size
         first_window, last_window = part(a.num_windows, thread, num_threads)
         for window in range(first_window, last_window):
-            first = vectors.load_whole(a.windows + window * _NUMBER)
-            end = vectors.load_whole(a.windows + (window + 1) * _NUMBER)
+            first = vectors.load_whole(a.windows + window * WHOLE)
+            end = vectors.load_whole(a.windows + (window + 1) * WHOLE)
             if a.rule == BLOCKS:
                 count, token = _decide_block(a, first, end, room)
             else:
                 count, token = _decide_tokens(a, first, end, room)
-            vectors.store_whole(a.decisions + window * 2 * _NUMBER, count)
-            vectors.store_whole(a.decisions + window * 2 * _NUMBER + _NUMBER, token)
+            vectors.store_whole(a.decisions + window * 2 * WHOLE, count)
+            vectors.store_whole(a.decisions + window * 2 * WHOLE + WHOLE, token)
 
     return Kernel(body, _ARGUMENTS)
 
@@ -139,12 +139,12 @@ def _row(a: Any, number: Any, room: Any) -> Any:
     """Row `number`, worked out in the scratch at `room`."""
     size = _padded(a.num_columns) * _FLOAT
     return _Row(
-        a.scores + number * a.num_models * _NUMBER,
+        a.scores + number * a.num_models * WHOLE,
         a.scales + number * a.num_models * _FLOAT,
         a.shares + number * a.num_models * _FLOAT,
-        a.origins + number * 4 * _NUMBER,
+        a.origins + number * 4 * WHOLE,
         vectors.load_number(a.origin_scales + number * _FLOAT),
-        vectors.load_whole(a.tokens + number * _NUMBER),
+        vectors.load_whole(a.tokens + number * WHOLE),
         room,
         room + size,
         room + 2 * size,
@@ -161,9 +161,7 @@ def _decide_tokens(a: Any, first: Any, end: Any, room: Any) -> Any:
             token = _most_probable(a, row)
             is_accepted = token == row.proposed and token != INVALID
         else:
-            accept = vectors.load_number(a.accept_uniforms + number * _FLOAT)
-            choose = vectors.load_number(a.choose_uniforms + number * _FLOAT)
-            is_accepted, token = _verify(a, row, accept, choose)
+            is_accepted, token = _verify(a, row, _accepting(a, number), _choosing(a, number))
         if not is_accepted:
             return number - first, token
     return end - first, token
@@ -183,25 +181,31 @@ def _decide_block(a: Any, first: Any, end: Any, room: Any) -> Any:
             excess = _excess(a, row, mass, p, share, size)
             rest = excess + _ONE - p
             test = excess / rest if rest > _ZERO else _ONE
-        if number > first and _accept_uniform(a, number - 1) < test:
+        if number > first and _accepting(a, number - 1) < test:
             count, kept = number - first, p
         # 0 / 0 is a token that neither gives anything to.
         wanted = vectors.load_number(row.weights + row.proposed * _FLOAT)
         p = min(_ONE, p * (wanted / given)) if is_valid and given > _ZERO else _ZERO
-    if _accept_uniform(a, end - 1) < p:
+    if _accepting(a, end - 1) < p:
         return end - first, INVALID
     row = _row(a, first + count, room)
     mass = _target(a, row)
     share, _, size = _proposal(a, row, mass)
     if not (mass > _ZERO and share > _ZERO):
         return count, INVALID
-    choose = vectors.load_number(a.choose_uniforms + (first + count) * _FLOAT)
-    return count, _recover(a, row, share / kept, size, choose)
+    return count, _recover(a, row, share / kept, size, _choosing(a, first + count))
 
 
 @njit
-def _accept_uniform(a: Any, number: Any) -> Any:
+def _accepting(a: Any, number: Any) -> Any:
+    """The uniform that accepts, or not."""
     return vectors.load_number(a.accept_uniforms + number * _FLOAT)
+
+
+@njit
+def _choosing(a: Any, number: Any) -> Any:
+    """The uniform that draws."""
+    return vectors.load_number(a.choose_uniforms + number * _FLOAT)
 
 
 @njit
@@ -267,11 +271,8 @@ def _target(a: Any, row: Any) -> Any:
         return _exponentials(row.weights, num_columns, largest) if largest > _NEVER else _ZERO
     mass = _ZERO
     for model in range(a.num_models):
-        scores = vectors.load_whole(row.scores + model * _NUMBER)
-        if scores:
-            scale = vectors.load_number(row.scales + model * _FLOAT)
-            bits = vectors.load_whole(a.bits + model * _NUMBER)
-            largest = _add_scores(row.others, scores, bits, scale, a.num_columns, True)
+        if _speaks(row, model):
+            largest = _add_model(a, row, model, row.others, True)
             total = _exponentials(row.others, num_columns, largest)
             if not total > _ZERO:
                 return _ZERO
@@ -286,15 +287,27 @@ def _mix(a: Any, row: Any) -> Any:
     """Fill `weights` with the sum of scores; returns the largest, _NEVER if there is none."""
     largest, is_first = _NEVER, True
     for model in range(a.num_models):
-        scores = vectors.load_whole(row.scores + model * _NUMBER)
-        if scores:
-            scale = vectors.load_number(row.scales + model * _FLOAT)
-            bits = vectors.load_whole(a.bits + model * _NUMBER)
-            found = _add_scores(row.weights, scores, bits, scale, a.num_columns, is_first)
+        if _speaks(row, model):
+            found = _add_model(a, row, model, row.weights, is_first)
             # What is no number stays none.
             largest = found if is_first or largest > _NEVER else _NEVER
             is_first = False
     return largest
+
+
+@njit
+def _speaks(row: Any, model: Any) -> Any:
+    """Has the row scores of this model?"""
+    return vectors.load_whole(row.scores + model * WHOLE) != 0
+
+
+@njit
+def _add_model(a: Any, row: Any, model: Any, target: Any, is_first: Any) -> Any:
+    """`_add_scores` of a model."""
+    scores = vectors.load_whole(row.scores + model * WHOLE)
+    scale = vectors.load_number(row.scales + model * _FLOAT)
+    bits = vectors.load_whole(a.bits + model * WHOLE)
+    return _add_scores(target, scores, bits, scale, a.num_columns, is_first)
 
 
 @njit
@@ -307,13 +320,13 @@ def _proposal(a: Any, row: Any, mass: Any) -> Any:
     kind = vectors.load_whole(row.origin)
     if kind == CERTAIN:
         return mass, mass, 0
-    scores = vectors.load_whole(row.origin + _NUMBER)
+    scores = vectors.load_whole(row.origin + WHOLE)
     size, place = a.num_columns, row.proposed
     if kind == SHORT:
-        ids = vectors.load_whole(row.origin + 2 * _NUMBER)
-        size = vectors.load_whole(row.origin + 3 * _NUMBER)
+        ids = vectors.load_whole(row.origin + 2 * WHOLE)
+        size = vectors.load_whole(row.origin + 3 * WHOLE)
         place = 0
-        while place < size - 1 and vectors.load_whole(ids + place * _NUMBER) != row.proposed:
+        while place < size - 1 and vectors.load_whole(ids + place * WHOLE) != row.proposed:
             place += 1
     bits = 16 if kind == NARROW else 32
     largest = _add_scores(row.others, scores, bits, row.origin_scale, size, True)
@@ -330,9 +343,9 @@ def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
         return p * (_ONE - vectors.load_number(row.weights + row.proposed * _FLOAT) / mass)
     if kind == SHORT:
         below = 0.0  # of the target
-        ids = vectors.load_whole(row.origin + 2 * _NUMBER)
-        for number in range(vectors.load_whole(row.origin + 3 * _NUMBER)):
-            place = row.weights + vectors.load_whole(ids + number * _NUMBER) * _FLOAT
+        ids = vectors.load_whole(row.origin + 2 * WHOLE)
+        for number in range(vectors.load_whole(row.origin + 3 * WHOLE)):
+            place = row.weights + vectors.load_whole(ids + number * WHOLE) * _FLOAT
             given = vectors.load_number(row.others + number * _FLOAT) * share
             below += min(p * vectors.load_number(place), given)
         return np.float32(p - below / mass)
@@ -446,9 +459,9 @@ def _take(row: Any, others: Any, size: Any, factor: Any) -> None:
 @njit
 def _take_listed(row: Any, factor: Any) -> None:
     """`_take`, of the columns on a shortlist."""
-    ids = vectors.load_whole(row.origin + 2 * _NUMBER)
-    for number in range(vectors.load_whole(row.origin + 3 * _NUMBER)):
-        place = row.weights + vectors.load_whole(ids + number * _NUMBER) * _FLOAT
+    ids = vectors.load_whole(row.origin + 2 * WHOLE)
+    for number in range(vectors.load_whole(row.origin + 3 * WHOLE)):
+        place = row.weights + vectors.load_whole(ids + number * WHOLE) * _FLOAT
         given = vectors.load_number(row.others + number * _FLOAT) * factor
         vectors.store_number(place, max(_ZERO, vectors.load_number(place) - given))
 

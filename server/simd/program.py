@@ -18,13 +18,12 @@ from numba.extending import intrinsic
 
 from server.simd.kernel import Kernel
 from server.simd.support import barrier
-from server.simd.vectors import I64, load_whole, pointer
+from server.simd.vectors import I64, WHOLE, load_whole, pointer
 
 # A step is three int64 numbers: the function's address, that of its arguments, and whether all
 # threads wait for each other behind it.
-_NUMBER = 8
-_STEP = 3 * _NUMBER
-_ARGUMENTS, _WAITS = _NUMBER, 2 * _NUMBER
+_STEP = 3 * WHOLE
+_ARGUMENTS, _WAITS = WHOLE, 2 * WHOLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +94,7 @@ class _Ready:
         self._numbers = np.array(numbers, np.int64)
         first = self._numbers.ctypes.data
         self._steps = np.array(
-            [(address, first + place * _NUMBER, waits) for address, place, waits in steps], np.int64
+            [(address, first + place * WHOLE, waits) for address, place, waits in steps], np.int64
         )
         self._arguments = self._steps.ctypes.data, len(steps)
         self._columns = columns

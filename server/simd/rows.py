@@ -19,6 +19,7 @@ from server.simd.vectors import (
     FLOAT,
     I64,
     LANES,
+    WHOLE,
     call,
     everywhere,
     load_vector,
@@ -27,7 +28,6 @@ from server.simd.vectors import (
     shuffle,
 )
 
-_NUMBER = 8  # bytes of an int64
 _REGISTERS = 16  # of LANES numbers, for queries or their sums: half of what AVX-512 has
 
 
@@ -143,8 +143,8 @@ def _whole(number: int) -> Any:
 def _row(builder: Any, table: Any, row_size: Any, numbers: Any, index: Any) -> Any:
     """The address of the row that the number at `index` names."""
     place = _whole(index) if isinstance(index, int) else index
-    place = builder.add(numbers, builder.mul(place, _whole(_NUMBER)))
-    number = builder.load(pointer(builder, place, I64), align=_NUMBER)
+    place = builder.add(numbers, builder.mul(place, _whole(WHOLE)))
+    number = builder.load(pointer(builder, place, I64), align=WHOLE)
     return builder.add(table, builder.mul(number, row_size))
 
 

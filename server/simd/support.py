@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+BITS = {torch.float32: 32, torch.bfloat16: 16}  # of numbers that kernels read; see `vectors.load`
+
 
 @cache
 def missing() -> str | None:

@@ -73,6 +73,19 @@ def test_law_of_every_combination(name: str, schedule: str) -> None:
     check_law([[0, 2], [1], None][:num_models], combination, schedule)
 
 
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_law_where_some_shortlists_are_empty(verification: str) -> None:
+    """The model gives nothing to any token on it: it proposes from the whole vocabulary there."""
+    combination = COMBINATIONS["contrastive-2"]
+    lms = make_lms(2, zero_share=0.6)
+    params = [SamplingParams(max_tokens=4, seed=seed) for seed in range(NUM_SAMPLES)]
+    decoding = make_decoding("speculative", combination, 3, verification=verification)
+    engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, shortlists=[[2], None])
+    samples = decode(engine, PROMPT, params, decoding)
+    assert chi_square_z(samples, exact_law(lms, combination, params[0], PROMPT)) < Z_LIMIT
+    assert deferred(engine.runners[0]).num_deferred > 0
+
+
 @pytest.mark.parametrize("warp", WARPS)
 @pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
 def test_law_under_warps(name: str, warp: str) -> None:
