@@ -13,7 +13,6 @@ from functools import cache
 from typing import Any, get_type_hints
 
 import torch
-from numba import njit
 from torch import Tensor
 
 from server.cache.kv_store import KVStore
@@ -26,6 +25,7 @@ from server.runner.simd_operations import SimdNorm, SimdRotation, add_gate
 from server.runner.style import Style
 from server.simd import vectors
 from server.simd.attention import attending, scratch_bytes, writer
+from server.simd.compiled import compiled
 from server.simd.functions import UNIT, copy
 from server.simd.kernel import Kernel, part
 from server.simd.program import Later, Program
@@ -311,7 +311,7 @@ def _add_choice(
 
 @cache
 def _choosing() -> Kernel:
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = part(a.num_rows, thread, num_threads)
         for row in range(first, end):
@@ -327,11 +327,11 @@ def _embedding(dtype: torch.dtype) -> Kernel:
     bits, num_bytes = 16 if dtype == torch.bfloat16 else 32, dtype.itemsize
     is_half = dtype == torch.float16
 
-    @njit
+    @compiled
     def load(address: Any) -> Any:
         return vectors.load_half(address, LANES) if is_half else vectors.load(address, LANES, bits)
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = part(a.num_rows, thread, num_threads)
         for row in range(first, end):

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor, nn
 
 from server.simd import vectors
+from server.simd.compiled import compiled
 from server.simd.kernel import Kernel, part
 from server.simd.program import Later, Program
 from server.simd.tiles import BFLOAT16, FLOAT16, FLOAT32, STEP, Format, tile
@@ -131,7 +131,7 @@ def _tile(form: Format, num_rows: int, num_blocks: int) -> Any:
     """Code for `num_rows` rows from `row` on, or as many as there are, and some blocks."""
     multiply = tile(form, num_rows, num_blocks)
 
-    @njit
+    @compiled
     def run(a: Any, row: Any, block: Any) -> None:
         multiply(
             a.x + row * a.x_stride,
@@ -153,7 +153,7 @@ def _rows_of(form: Format, num_blocks: int) -> Any:
     rows_8, rows_12 = (_tile(form, count, num_blocks) for count in (8, _MOST_ROWS))
     rows_16 = _tile(form, _ALL_ROWS, 1)
 
-    @njit
+    @compiled
     def run(a: Any, start: Any, stop: Any, block: Any) -> None:
         row = start
         while row < stop:
@@ -183,7 +183,7 @@ def _kernel(form: Format) -> Kernel:
     """Compiled in about three seconds, once for each format."""
     one, together = _rows_of(form, 1), _rows_of(form, _BLOCKS)
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         """Rows that fit into the cache, with some blocks after the others."""
         first = a.num_blocks * thread // num_threads
@@ -205,7 +205,7 @@ def _kernel(form: Format) -> Kernel:
 
 @cache
 def _adding_bias() -> Kernel:
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = part(a.num_rows, thread, num_threads)
         for row in range(first, end):

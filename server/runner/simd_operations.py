@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from server.runner.operations import Heads, Norm, Rotation, TorchOperations
 from server.simd import vectors
+from server.simd.compiled import compiled
 from server.simd.functions import exp
 from server.simd.kernel import Kernel, part
 from server.simd.program import Later, Program
@@ -191,7 +191,7 @@ def add_gate(
 
 @cache
 def _norm(added_bits: int, output_bits: int) -> Kernel:
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = part(a.num_rows, thread, num_threads)
         for row in range(first, end):
@@ -229,7 +229,7 @@ def _norm(added_bits: int, output_bits: int) -> Kernel:
 
 @cache
 def _add(added_bits: int) -> Kernel:
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = part(a.size // LANES, thread, num_threads)
         for number in range(first * LANES, end * LANES, LANES):
@@ -244,7 +244,7 @@ def _add(added_bits: int) -> Kernel:
 def _gate(input_bits: int, output_bits: int) -> Kernel:
     item = input_bits // 8
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         one, zero = vectors.splat(_ONE, LANES), vectors.splat(_ZERO, LANES)
         width = a.size // LANES
@@ -265,7 +265,7 @@ def _gate(input_bits: int, output_bits: int) -> Kernel:
 def _rotation(dim: int, input_bits: int, output_bits: int) -> Kernel:
     half = dim // 2
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = part(a.num_rows, thread, num_threads)
         num_heads = a.num_rotated + a.num_values

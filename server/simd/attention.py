@@ -14,9 +14,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from server.simd import rows, vectors
+from server.simd.compiled import compiled
 from server.simd.functions import copy, exp
 from server.simd.kernel import Kernel, part
 from server.simd.vectors import LANES, WHOLE
@@ -56,7 +56,7 @@ def scratch_bytes(num_tokens: int, num_heads: int, value_dim: int) -> int:
 def writer() -> Kernel:
     """Of keys and values, into the store; a thread takes its `part` of the rows."""
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         first, end = part(a.num_rows, thread, num_threads)
         for row in range(first, end):
@@ -151,7 +151,7 @@ class _Task(NamedTuple):
     states: Any
 
 
-@njit
+@compiled
 def _seen(arguments: Any, task: Any, token: Any) -> Any:
     """The first key that a token's queries see, and the one behind the last.
 
@@ -161,7 +161,7 @@ def _seen(arguments: Any, task: Any, token: Any) -> Any:
     return max(0, end - arguments.window) if arguments.window else 0, end
 
 
-@njit
+@compiled
 def _fetch(rows: Any, slots: Any, row_size: Any, num_bytes: Any) -> None:
     """Ask for the first `num_bytes` of LANES rows: processors guess no further than a page."""
     for lane in range(LANES):
@@ -170,7 +170,7 @@ def _fetch(rows: Any, slots: Any, row_size: Any, num_bytes: Any) -> None:
             vectors.prefetch(row + line)
 
 
-@njit
+@compiled
 def _find_slots(arguments: Any, task: Any, first: Any, count: Any) -> None:
     """Of keys `first` and on; up to a multiple of LANES the last one's is repeated."""
     size = arguments.page_size
@@ -191,7 +191,7 @@ def _scoring(kind: Kind) -> Any:
     query_size = kind.repeats * dim * item
     width = kind.repeats * _BLOCK * 4
 
-    @njit
+    @compiled
     def score(arguments: Any, task: Any, count: Any) -> None:
         """The first `count` keys of the block, and what follows up to a multiple of LANES."""
         row_size = arguments.num_kv_heads * dim * item
@@ -210,7 +210,7 @@ def _scoring(kind: Kind) -> Any:
 
 
 def _weighing_row(value_dim: int) -> Any:
-    @njit
+    @compiled
     def weigh_row(scores: Any, width: Any, scale: Any, state: Any, sums: Any) -> None:
         most = vectors.load(scores, LANES, 32)
         for key in range(LANES, width, LANES):
@@ -239,7 +239,7 @@ def _weighing(kind: Kind) -> Any:
     repeats, value_dim = kind.repeats, kind.value_dim
     weigh_row = _weighing_row(value_dim)
 
-    @njit
+    @compiled
     def weigh(arguments: Any, task: Any, first: Any, count: Any) -> None:
         """Make weights of the scores of keys `first` and on, and the sums so far fit to them."""
         scale = np.float32(arguments.scale)
@@ -269,7 +269,7 @@ def _adding(kind: Kind) -> Any:
     width = kind.repeats * _BLOCK * 4
     sums_size = kind.repeats * value_dim * 4
 
-    @njit
+    @compiled
     def add_values(arguments: Any, task: Any, first: Any, count: Any, count_next: Any) -> None:
         """Of keys `first` and on, by their weights, to the sums; ask for the next block's keys."""
         key_size = arguments.num_kv_heads * dim * item
@@ -295,7 +295,7 @@ def _adding(kind: Kind) -> Any:
 def _finishing(kind: Kind) -> Any:
     value_dim, repeats, bits, item = kind.value_dim, kind.repeats, kind.bits, kind.bits // 8
 
-    @njit
+    @compiled
     def finish(arguments: Any, task: Any) -> None:
         """Divide the sums by the weights: the output."""
         row = 0
@@ -321,7 +321,7 @@ def _attending(kind: Kind) -> Any:
     dim, value_dim, item = kind.dim, kind.value_dim, kind.bits // 8
     repeats = kind.repeats
 
-    @njit
+    @compiled
     def attend(arguments: Any, task: Any) -> None:
         for row in range(task.num_heads * task.num_tokens * repeats):
             vectors.store_number(task.states + row * 8, _NEVER)
@@ -345,7 +345,7 @@ def _attending(kind: Kind) -> Any:
     return attend
 
 
-@njit
+@compiled
 def _group_at(place: Any) -> Any:
     return _Group(
         vectors.load_whole(place),
@@ -358,7 +358,7 @@ def _group_at(place: Any) -> Any:
     )
 
 
-@njit
+@compiled
 def _work(group: Any, span: Any, token: Any) -> Any:
     """Keys that the tokens of a chunk see, about, for as many tokens as there are."""
     tokens = min(CHUNK, group.num_tokens - token)
@@ -371,7 +371,7 @@ def _starting(kind: Kind) -> Any:
     dim, value_dim, item = kind.dim, kind.value_dim, kind.bits // 8
     repeats = kind.repeats
 
-    @njit
+    @compiled
     def start(
         arguments: Any, group: Any, span: Any, token: Any, first: Any, end: Any, scratch: Any
     ) -> None:
@@ -409,7 +409,7 @@ def attending(kind: Kind) -> Kernel:
     """Compiled in about two seconds."""
     start = _starting(kind)
 
-    @njit
+    @compiled
     def attend_group(a: Any, group: Any, thread: Any, num_threads: Any) -> None:
         """The keys of all tokens and KV heads, one after the other, cut evenly between threads."""
         num_heads = a.num_kv_heads
@@ -432,7 +432,7 @@ def attending(kind: Kind) -> Kernel:
                 if first < end:
                     start(a, group, span, token, first, end, scratch)
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         for number in range(a.num_groups):
             group = _group_at(a.groups + number * _GROUP_SIZE)

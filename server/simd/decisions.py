@@ -15,9 +15,9 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
 
 from server.simd import vectors
+from server.simd.compiled import compiled
 from server.simd.functions import exp
 from server.simd.kernel import Kernel, part
 from server.simd.vectors import LANES, WHOLE
@@ -111,7 +111,7 @@ def decider() -> Kernel:
         decisions: int64 [W, 2], written; see `decoding.verify.Decisions`.
     """
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         room = a.scratch + thread * a.scratch_size
         first_window, last_window = part(a.num_windows, thread, num_threads)
@@ -128,13 +128,13 @@ def decider() -> Kernel:
     return Kernel(body, _ARGUMENTS)
 
 
-@njit
+@compiled
 def _padded(num_columns: Any) -> Any:
     """Columns of whole blocks."""
     return (num_columns + _BLOCK - 1) // _BLOCK * _BLOCK
 
 
-@njit
+@compiled
 def _row(a: Any, number: Any, room: Any) -> Any:
     """Row `number`, worked out in the scratch at `room`."""
     size = _padded(a.num_columns) * _FLOAT
@@ -151,7 +151,7 @@ def _row(a: Any, number: Any, room: Any) -> Any:
     )
 
 
-@njit
+@compiled
 def _decide_tokens(a: Any, first: Any, end: Any, room: Any) -> Any:
     """Of a window, one by one: how many are accepted, and what replaces the first that is not."""
     token = INVALID
@@ -167,7 +167,7 @@ def _decide_tokens(a: Any, first: Any, end: Any, room: Any) -> Any:
     return end - first, token
 
 
-@njit
+@compiled
 def _decide_block(a: Any, first: Any, end: Any, room: Any) -> Any:
     """Of a window, as a whole; see `verify.block_tests` for the names."""
     count, kept, p = 0, _ONE, _ONE
@@ -196,19 +196,19 @@ def _decide_block(a: Any, first: Any, end: Any, room: Any) -> Any:
     return count, _recover(a, row, share / kept, size, _choosing(a, first + count))
 
 
-@njit
+@compiled
 def _accepting(a: Any, number: Any) -> Any:
     """The uniform that accepts, or not."""
     return vectors.load_number(a.accept_uniforms + number * _FLOAT)
 
 
-@njit
+@compiled
 def _choosing(a: Any, number: Any) -> Any:
     """The uniform that draws."""
     return vectors.load_number(a.choose_uniforms + number * _FLOAT)
 
 
-@njit
+@compiled
 def _most_probable(a: Any, row: Any) -> Any:
     """The token of the largest weight, the first of them."""
     if _is_sum(row):
@@ -220,7 +220,7 @@ def _most_probable(a: Any, row: Any) -> Any:
     return _find(row.weights, largest) if is_valid else INVALID
 
 
-@njit
+@compiled
 def _verify(a: Any, row: Any, accept: Any, choose: Any) -> Any:
     """Is the proposed token accepted, and what is drawn in its place if not."""
     mass = _target(a, row)
@@ -236,7 +236,7 @@ def _verify(a: Any, row: Any, accept: Any, choose: Any) -> Any:
     return False, _recover(a, row, share, size, choose)
 
 
-@njit
+@compiled
 def _recover(a: Any, row: Any, share: Any, size: Any, choose: Any) -> Any:
     """What replaces a rejected token: from the target, less `share` times the proposal."""
     kind = vectors.load_whole(row.origin)
@@ -256,13 +256,13 @@ def _recover(a: Any, row: Any, share: Any, size: Any, choose: Any) -> Any:
     return token
 
 
-@njit
+@compiled
 def _is_sum(row: Any) -> Any:
     """Are scores added, and not probabilities?"""
     return vectors.load_number(row.shares) == _ZERO
 
 
-@njit
+@compiled
 def _target(a: Any, row: Any) -> Any:
     """Fill `weights` with the target, not normalised; returns its mass, 0 if there is none."""
     num_columns = _padded(a.num_columns)
@@ -282,7 +282,7 @@ def _target(a: Any, row: Any) -> Any:
     return mass
 
 
-@njit
+@compiled
 def _mix(a: Any, row: Any) -> Any:
     """Fill `weights` with the sum of scores; returns the largest, _NEVER if there is none."""
     largest, is_first = _NEVER, True
@@ -295,13 +295,13 @@ def _mix(a: Any, row: Any) -> Any:
     return largest
 
 
-@njit
+@compiled
 def _speaks(row: Any, model: Any) -> Any:
     """Has the row scores of this model?"""
     return vectors.load_whole(row.scores + model * WHOLE) != 0
 
 
-@njit
+@compiled
 def _add_model(a: Any, row: Any, model: Any, target: Any, is_first: Any) -> Any:
     """`_add_scores` of a model."""
     scores = vectors.load_whole(row.scores + model * WHOLE)
@@ -310,7 +310,7 @@ def _add_model(a: Any, row: Any, model: Any, target: Any, is_first: Any) -> Any:
     return _add_scores(target, scores, bits, scale, a.num_columns, is_first)
 
 
-@njit
+@compiled
 def _proposal(a: Any, row: Any, mass: Any) -> Any:
     """Fill `others` with what the token was proposed from, if that is scores.
 
@@ -335,7 +335,7 @@ def _proposal(a: Any, row: Any, mass: Any) -> Any:
     return share, vectors.load_number(row.others + place * _FLOAT) * share, _padded(size)
 
 
-@njit
+@compiled
 def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
     """The sum of what `p` times the target is above the proposal, where it is."""
     kind = vectors.load_whole(row.origin)
@@ -368,7 +368,7 @@ def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
 def _adder(bits: int, lanes: int) -> Any:
     """Code that adds scaled scores to a row, `lanes` at once."""
 
-    @njit
+    @compiled
     def run(
         target: Any, scores: Any, scale: Any, first: Any, end: Any, is_first: Any, bad: Any
     ) -> Any:
@@ -399,7 +399,7 @@ _add_wide, _add_one_wide = _adder(32, LANES), _adder(32, 1)
 _add_narrow, _add_one_narrow = _adder(16, LANES), _adder(16, 1)
 
 
-@njit
+@compiled
 def _add_scores(target: Any, scores: Any, bits: Any, scale: Any, size: Any, is_first: Any) -> Any:
     """Add scaled scores to a row, or write them into it and _NEVER behind them, up to a block.
 
@@ -418,7 +418,7 @@ def _add_scores(target: Any, scores: Any, bits: Any, scale: Any, size: Any, is_f
     return largest if bad == _ZERO and largest > _NEVER / 2 else _NEVER
 
 
-@njit
+@compiled
 def _exponentials(row: Any, size: Any, largest: Any) -> Any:
     """In place of scores, whole blocks of them; returns their sum, 0 if there is no `largest`."""
     if not largest > _NEVER:
@@ -437,7 +437,7 @@ def _exponentials(row: Any, size: Any, largest: Any) -> Any:
     return np.float32(total)
 
 
-@njit
+@compiled
 def _add(row: Any, others: Any, size: Any, factor: Any, is_first: Any) -> Any:
     """Add `factor` times `others`, or write it."""
     for column in range(0, size * _FLOAT, _VECTOR):
@@ -447,7 +447,7 @@ def _add(row: Any, others: Any, size: Any, factor: Any, is_first: Any) -> Any:
         vectors.store(row + column, x, 32)
 
 
-@njit
+@compiled
 def _take(row: Any, others: Any, size: Any, factor: Any) -> None:
     """Take `factor` times `others` away, where that is more, all."""
     for column in range(0, size * _FLOAT, _VECTOR):
@@ -456,7 +456,7 @@ def _take(row: Any, others: Any, size: Any, factor: Any) -> None:
         vectors.store(row + column, vectors.larger(x, vectors.splat(_ZERO, LANES)), 32)
 
 
-@njit
+@compiled
 def _take_listed(row: Any, factor: Any) -> None:
     """`_take`, of the columns on a shortlist."""
     ids = vectors.load_whole(row.origin + 2 * WHOLE)
@@ -466,7 +466,7 @@ def _take_listed(row: Any, factor: Any) -> None:
         vectors.store_number(place, max(_ZERO, vectors.load_number(place) - given))
 
 
-@njit
+@compiled
 def _largest(row: Any, size: Any) -> Any:
     """Of whole blocks."""
     found = vectors.load(row, LANES, 32)
@@ -475,7 +475,7 @@ def _largest(row: Any, size: Any) -> Any:
     return vectors.largest(found)
 
 
-@njit
+@compiled
 def _find(row: Any, number: Any) -> Any:
     """The first column with a `number` that is the row's largest."""
     block = 0
@@ -486,7 +486,7 @@ def _find(row: Any, number: Any) -> Any:
     return block
 
 
-@njit
+@compiled
 def _draw(row: Any, size: Any, uniform: Any) -> Any:
     """A column by inverse CDF over `weights`; INVALID if there is nothing to draw from."""
     total = 0.0

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from server.simd import vectors
+from server.simd.compiled import compiled
 from server.simd.vectors import LANES
 
 # Cephes' expf: coefficients of a polynomial on [-ln 2 / 2, ln 2 / 2], and ln 2 in two parts, of
@@ -49,7 +50,7 @@ def exp(x: Any) -> Any:
     return vectors.multiply(y, vectors.power_of_two(n))
 
 
-@njit
+@compiled
 def copy(source: Any, target: Any, size: Any) -> None:
     """Some bytes, a multiple of UNIT, from one address to another."""
     for offset in range(0, size, UNIT):

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, from_dtype, njit, types
+from numba import carray, cfunc, from_dtype, types
 
+from server.simd.compiled import compiled
 from server.simd.support import openmp, team_function
 
 Body = Callable[[Any, Any, Any], None]
@@ -32,7 +33,7 @@ class Kernel:
         """Compile `body`, which takes the arguments, its thread's number and how many there are.
 
         Args:
-            body: compiled by `numba.njit`; reads an argument as `arguments.name`.
+            body: `compiled`; reads an argument as `arguments.name`.
             arguments: names in order, with `q` for whole numbers and addresses, `d` for others.
         """
         self.arguments = arguments
@@ -66,7 +67,7 @@ def _asking(name: str) -> Any:
     return function
 
 
-@njit
+@compiled
 def part(count: Any, thread: Any, num_threads: Any) -> Any:
     """A thread's part of `count`: from the first to before the second."""
     return count * thread // num_threads, count * (thread + 1) // num_threads

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
+from server.simd.compiled import compiled
 from server.simd.kernel import Kernel
 from server.simd.support import barrier
 from server.simd.vectors import I64, WHOLE, load_whole, pointer
@@ -125,7 +126,7 @@ def _call(context: Any, function: Any, argument: Any) -> Any:
 def _runner() -> Kernel:
     wait = barrier()
 
-    @njit
+    @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         for number in range(a.num_steps):
             step = a.steps + number * _STEP
