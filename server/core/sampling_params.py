@@ -78,10 +78,9 @@ class SamplingParams:
         return self.is_seeded or self.is_greedy
 
     @property
-    def is_unwarped(self) -> bool:
-        """Temperature is all that changes the models' distributions, if anything does."""
-        is_whole = self.is_greedy or (self.top_k == 0 and self.top_p >= 1 and self.min_p == 0)
-        return is_whole and not self.adjusts_scores
+    def is_truncated(self) -> bool:
+        """Improbable tokens are left out."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
 
     @property
     def adjusts_scores(self) -> bool:

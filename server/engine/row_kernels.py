@@ -52,6 +52,7 @@ class _Laws:
         num_columns: of a row.
         bits: [K] of a score.
         scores, scales, shares: [R, K].
+        limits: [R, NUM_LIMITS], or None.
         kept: what the addresses point into.
     """
 
@@ -60,6 +61,7 @@ class _Laws:
     scores: Ids
     scales: Reals
     shares: Reals
+    limits: Reals | None = None
     kept: Tensor | None = None
 
 
@@ -88,7 +90,7 @@ class RowKernels:
         """Is the sequence's every distribution of a kind that kernels make?"""
         params = sequence.params
         return (
-            params.is_unwarped
+            not params.adjusts_scores
             and (params.is_greedy or not params.is_seeded)
             and sequence.matcher is None
             and sequence.decoding.combination.plausibility == 0
@@ -115,6 +117,7 @@ class RowKernels:
             scores=_addresses(rows)[:, None],
             scales=_inverse_temperatures(places)[:, None],
             shares=np.zeros((len(places), 1), np.float32),
+            limits=_limits(places),
             kept=rows,
         )
         numbers = self._draw(laws, is_greedy, uniforms)
@@ -167,7 +170,7 @@ class RowKernels:
                 scores[rows, model] = self._scores.addresses(model, group)
             scales[rows], shares[rows] = _weights(target)
         scales *= _inverse_temperatures(places)[:, None]
-        return _Laws(self._vocab_size, self._bits, scores, scales, shares)
+        return _Laws(self._vocab_size, self._bits, scores, scales, shares, _limits(places))
 
     def _origins(self, places: list[Place], is_greedy: bool) -> _Origins | None:
         numbers = np.zeros((len(places), 4), np.int64)
@@ -233,6 +236,7 @@ def _decide(
         laws.bits.ctypes.data,
         laws.scales.ctypes.data,
         laws.shares.ctypes.data,
+        0 if laws.limits is None else laws.limits.ctypes.data,
         origins.numbers.ctypes.data,
         origins.scales.ctypes.data,
         tokens.data_ptr(),
@@ -288,6 +292,16 @@ def _weights(target: Combination) -> tuple[Reals, Reals]:
         return np.ones_like(weights), np.zeros_like(weights)
     # A share of 0 would say that scores are added.
     return np.ones_like(weights), np.where(weights == 0, np.float32(1), weights)
+
+
+def _limits(places: list[Place]) -> Reals | None:
+    """[R, NUM_LIMITS]; None where nothing is truncated."""
+    params = [sequence.params for sequence, _ in places]
+    if not any(p.is_truncated for p in params):
+        return None
+    none = (0.0, 0, 1.0)
+    limits = [(p.min_p, p.top_k, p.top_p) if p.is_truncated else none for p in params]
+    return np.array(limits, np.float32)
 
 
 def _addresses(rows: Tensor) -> Ids:

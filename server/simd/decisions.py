@@ -20,6 +20,7 @@ from server.simd import vectors
 from server.simd.compiled import compiled
 from server.simd.functions import exp
 from server.simd.kernel import Kernel, part
+from server.simd.truncation import NUM_LIMITS, truncate
 from server.simd.vectors import LANES, WHOLE
 
 # Where the proposal of a row came from: nobody, so that its token is drawn; a row of float32 or of
@@ -47,6 +48,7 @@ _ARGUMENTS = {
     "bits": "q",
     "scales": "q",
     "shares": "q",
+    "limits": "q",
     "origins": "q",
     "origin_scales": "q",
     "tokens": "q",
@@ -60,9 +62,9 @@ _ARGUMENTS = {
 
 
 def scratch_bytes(num_columns: int) -> int:
-    """Working memory of a thread: two rows, and the sums of a row's blocks."""
+    """Working memory of a thread: three rows, and the sums of a row's blocks."""
     num_padded: int = _padded.py_func(num_columns)
-    return 2 * num_padded * _FLOAT + num_padded // _BLOCK * _FLOAT
+    return 3 * num_padded * _FLOAT + num_padded // _BLOCK * _FLOAT
 
 
 class _Row(NamedTuple):
@@ -71,20 +73,23 @@ class _Row(NamedTuple):
     Attributes:
         scores: address of [num_models] addresses of scores; 0: the model says nothing.
         scales, shares: addresses of [num_models] float32; see `decider`.
+        limits: address of what truncates it; 0: nothing.
         origin: address of four numbers: kind, scores, ids of the shortlist, and how many.
         origin_scale: of the proposal's scores.
         proposed: the token.
-        weights, others, sums: scratch.
+        weights, others, largest, sums: scratch.
     """
 
     scores: Any
     scales: Any
     shares: Any
+    limits: Any
     origin: Any
     origin_scale: Any
     proposed: Any
     weights: Any
     others: Any
+    largest: Any
     sums: Any
 
 
@@ -100,6 +105,8 @@ def decider() -> Kernel:
         scales: float32 [R, K], that scores are multiplied with before they are added.
         shares: float32 [R, K]; of a row that begins with 0, scores are added; of others, each
             model's probabilities are, times its share.
+        limits: float32 [R, NUM_LIMITS], that truncate what scores are made to, and what was
+            proposed from; or 0: nothing does.
         origins: int64 [R, 4]: what the row's token was proposed from, as in this module; the
             address of its scores; for a shortlist, the address of its ids, int64, and how many.
         origin_scales: float32 [R], that those scores are multiplied with.
@@ -142,12 +149,14 @@ def _row(a: Any, number: Any, room: Any) -> Any:
         a.scores + number * a.num_models * WHOLE,
         a.scales + number * a.num_models * _FLOAT,
         a.shares + number * a.num_models * _FLOAT,
+        a.limits + number * NUM_LIMITS * _FLOAT if a.limits else 0,
         a.origins + number * 4 * WHOLE,
         vectors.load_number(a.origin_scales + number * _FLOAT),
         vectors.load_whole(a.tokens + number * WHOLE),
         room,
         room + size,
         room + 2 * size,
+        room + 3 * size,
     )
 
 
@@ -268,12 +277,12 @@ def _target(a: Any, row: Any) -> Any:
     num_columns = _padded(a.num_columns)
     if _is_sum(row):
         largest = _mix(a, row)
-        return _exponentials(row.weights, num_columns, largest) if largest > _NEVER else _ZERO
+        return _probabilities(row, row.weights, num_columns, largest)
     mass = _ZERO
     for model in range(a.num_models):
         if _speaks(row, model):
             largest = _add_model(a, row, model, row.others, True)
-            total = _exponentials(row.others, num_columns, largest)
+            total = _probabilities(row, row.others, num_columns, largest)
             if not total > _ZERO:
                 return _ZERO
             share = vectors.load_number(row.shares + model * _FLOAT)
@@ -330,7 +339,7 @@ def _proposal(a: Any, row: Any, mass: Any) -> Any:
             place += 1
     bits = 16 if kind == NARROW else 32
     largest = _add_scores(row.others, scores, bits, row.origin_scale, size, True)
-    total = _exponentials(row.others, _padded(size), largest)
+    total = _probabilities(row, row.others, _padded(size), largest)
     share = mass / total if total > _ZERO else _ZERO
     return share, vectors.load_number(row.others + place * _FLOAT) * share, _padded(size)
 
@@ -416,6 +425,18 @@ def _add_scores(target: Any, scores: Any, bits: Any, scale: Any, size: Any, is_f
         vectors.store_number(target + column * _FLOAT, _NEVER)
     largest = max(largest, last)
     return largest if bad == _ZERO and largest > _NEVER / 2 else _NEVER
+
+
+@compiled
+def _probabilities(row: Any, scores: Any, size: Any, largest: Any) -> Any:
+    """Make them of scores, but for a factor, and truncate them.
+
+    Returns their sum, 0 if there are none.
+    """
+    total = _exponentials(scores, size, largest)
+    if row.limits != 0 and total > _ZERO:
+        total = truncate(scores, size, total, row.limits, row.largest)
+    return total
 
 
 @compiled

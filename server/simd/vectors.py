@@ -218,6 +218,16 @@ def load_whole(context: Any, address: Any) -> Any:
 
 
 @intrinsic
+def of_bits(context: Any, bits: Any) -> Any:
+    """The float32 number of 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(builder.trunc(args[0], I32), FLOAT)
+
+    return types.float32(types.int64), generate
+
+
+@intrinsic
 def prefetch(context: Any, address: Any) -> Any:
     """Ask for the cache line of `address`, which need not be anybody's."""
 

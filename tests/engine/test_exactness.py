@@ -162,16 +162,20 @@ def test_law_of_proposals_from_the_head(
     weighted = COMBINATIONS["weighted-2"]
     mixture = make_decoding("mixture", weighted, **MIXTURES["kappa-2"])
     decoding = mixture if schedule == "mixture" else decoding_of(schedule, weighted)
-    check_law(make_lms(2), decoding, {"top_p": 0.9, "is_seeded": is_seeded})
+    options = {"top_p": 0.9, "is_seeded": is_seeded}
+    check_law(make_lms(2), decoding, options, cpu_kernels="off")
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("schedule", ["speculative-3", "cos-each-2"])
-@pytest.mark.parametrize("warp", ["top-k", "top-p"])
+@pytest.mark.parametrize("warp", ["top-k", "top-p", "min-p"])
 @pytest.mark.parametrize("name", ["linear-2", "weighted-3", "contrastive-3", "linear-3"])
-def test_law_of_every_combination_under_truncation(name: str, warp: str, schedule: str) -> None:
+def test_law_of_every_combination_under_truncation(
+    name: str, warp: str, schedule: str, cpu_kernels: CpuKernels
+) -> None:
     combination = COMBINATIONS[name]
     lms = make_lms(len(combination.weights))
-    check_law(lms, decoding_of(schedule, combination), WARPS[warp])
+    check_law(lms, decoding_of(schedule, combination), WARPS[warp], cpu_kernels=cpu_kernels)
 
 
 @pytest.mark.parametrize("schedule", ["standard", "speculative-3", "cos-3", "cos-each-2"])

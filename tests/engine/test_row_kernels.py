@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -37,6 +40,15 @@ COMBINATIONS = {
     "one": Combination.only(3, 1),
     "contrastive": Combination.contrastive(3, 0.4),
     "linear": Combination.linear([0.5, -0.3, 0.9]),
+}
+NONE: Mapping[str, Any] = {}
+TRUNCATIONS = {
+    "none": NONE,
+    "top-p": {"top_p": 0.7},
+    "top-k": {"top_k": 2},
+    "min-p": {"min_p": 0.05},
+    "all": {"top_p": 0.9, "top_k": 40, "min_p": 0.001},
+    "wide": {"top_p": 0.999, "top_k": 10**6},
 }
 SIZES = [1, 3, 16, 257, 1500]
 CPU = torch.device("cpu")
@@ -74,6 +86,7 @@ class Bench:
         zero_share: float = 0.0,
         seed: int = 0,
         verification: str = "token",
+        truncation: Mapping[str, Any] = NONE,
     ) -> None:
         self.random = torch.Generator().manual_seed(seed)
         dtypes = [torch.float32, torch.bfloat16, torch.float32]
@@ -89,7 +102,9 @@ class Bench:
         decoding = make_decoding("cos", combination, verification=verification)
         self.sequences = []
         for number in range(NUM_WINDOWS):
-            params = SamplingParams(max_tokens=9, temperature=temperature, seed=number)
+            params = SamplingParams(
+                max_tokens=9, temperature=temperature, seed=number, **truncation
+            )
             sequence = Sequence.start(f"s{number}", [0, 0], params, decoding)
             sequence.slot = store.take_slot()
             self.sequences.append(sequence)
@@ -140,6 +155,18 @@ def assert_drawn(weights: np.ndarray, token: int, uniform: float) -> None:
     assert before - 1e-5 <= uniform <= after + 1e-5
 
 
+def truncated(
+    weights: np.ndarray, min_p: float = 0.0, top_k: float = 0, top_p: float = 1.0
+) -> np.ndarray:
+    """What min-p, top-k and top-p leave, in this order; all that is as probable as the last."""
+    kept = np.where(weights >= min_p * weights.max(), weights, 0)
+    ordered = np.sort(kept)[::-1]
+    ordered = ordered[: int(top_k) or None]
+    before = np.cumsum(ordered) - ordered
+    last = ordered[before < top_p * ordered.sum()].min() if top_p < 1 else ordered[-1]
+    return np.where(kept >= last, kept, 0)
+
+
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("zero_share", [0.0, 0.6])
 @pytest.mark.parametrize("name", COMBINATIONS)
@@ -163,12 +190,18 @@ def test_greedy_tokens_are_the_same(name: str, zero_share: float, vocab_size: in
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("zero_share", [0.0, 0.6])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_draws_are_of_the_target(
-    name: str, temperature: float, zero_share: float, vocab_size: int
+    name: str, truncation: str, temperature: float, zero_share: float, vocab_size: int
 ) -> None:
     bench = Bench(
-        COMBINATIONS[name], vocab_size, temperature=temperature, zero_share=zero_share, seed=1
+        COMBINATIONS[name],
+        vocab_size,
+        temperature=temperature,
+        zero_share=zero_share,
+        seed=1,
+        truncation=TRUNCATIONS[truncation],
     )
     way = bench.by_kernels.way(bench.sequences[0])
     uniforms = bench.distributions.uniforms(bench.places, Purpose.DRAW).tolist()
@@ -180,15 +213,25 @@ def test_draws_are_of_the_target(
         tokens = bench.by_kernels.propose(model, bench.places, way, False).tolist()
         for row, place in enumerate(bench.places):
             logits = bench.rows(bench.scores.read(model, [place])[0]) / temperature
-            assert_drawn(np.exp(logits - logits.max()), tokens[row], uniforms[row])
+            weights = truncated(np.exp(logits - logits.max()), **TRUNCATIONS[truncation])
+            assert_drawn(weights, tokens[row], uniforms[row])
 
 
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("zero_share", [0.0, 0.6])
+@pytest.mark.parametrize("truncation", TRUNCATIONS)
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_windows_end_where_they_should(name: str, zero_share: float, vocab_size: int) -> None:
+def test_windows_end_where_they_should(
+    name: str, truncation: str, zero_share: float, vocab_size: int
+) -> None:
     for seed in range(3):
-        bench = Bench(COMBINATIONS[name], vocab_size, zero_share=zero_share, seed=seed)
+        bench = Bench(
+            COMBINATIONS[name],
+            vocab_size,
+            zero_share=zero_share,
+            seed=seed,
+            truncation=TRUNCATIONS[truncation],
+        )
         accept = bench.distributions.uniforms(bench.pending, Purpose.ACCEPT).tolist()
         recover = bench.distributions.uniforms(bench.pending, Purpose.RECOVER).tolist()
         targets = bench.rows(bench.distributions.target(bench.pending))
@@ -206,12 +249,20 @@ def test_windows_end_where_they_should(name: str, zero_share: float, vocab_size:
 
 @pytest.mark.parametrize("vocab_size", SIZES)
 @pytest.mark.parametrize("zero_share", [0.0, 0.6])
+@pytest.mark.parametrize("truncation", ["none", "top-p", "all"])
 @pytest.mark.parametrize("name", COMBINATIONS)
-def test_blocks_end_where_they_should(name: str, zero_share: float, vocab_size: int) -> None:
+def test_blocks_end_where_they_should(
+    name: str, truncation: str, zero_share: float, vocab_size: int
+) -> None:
     lengths = [LENGTH] * NUM_WINDOWS
     for seed in range(3):
         bench = Bench(
-            COMBINATIONS[name], vocab_size, zero_share=zero_share, seed=seed, verification="block"
+            COMBINATIONS[name],
+            vocab_size,
+            zero_share=zero_share,
+            seed=seed,
+            verification="block",
+            truncation=TRUNCATIONS[truncation],
         )
         accept = bench.distributions.uniforms(bench.pending, Purpose.ACCEPT).tolist()
         recover = bench.distributions.uniforms(bench.pending, Purpose.RECOVER).tolist()
@@ -283,9 +334,7 @@ def test_what_was_looked_up_is_never_recovered(verification: str) -> None:
         ({"temperature": 0.7}, True),
         ({"logprobs": 3}, True),
         ({"is_seeded": True}, False),
-        ({"top_p": 0.9}, False),
-        ({"top_k": 4}, False),
-        ({"min_p": 0.1}, False),
+        ({"top_p": 0.9, "top_k": 4, "min_p": 0.1}, True),
         ({"min_tokens": 2}, False),
         ({"repetition_penalty": 1.2}, False),
         ({"presence_penalty": 0.1}, False),
