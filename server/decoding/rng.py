@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from server.cache.on_device import tensor_on
+from server.core.noise import BITS as NOISE_BITS, FACTORS, LARGEST, SHIFTS
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _FACTOR_1 = 0xBF58476D1CE4E5B9
 _FACTOR_2 = 0x94D049BB133111EB
-_MASK = (1 << 64) - 1
-# Of a well-mixing 32-bit hash: triple32's second and third multipliers (Wellons 2018).
-_FACTOR_32_1 = 0xAC4C1B51
-_FACTOR_32_2 = 0x31848BAB
-_MAX_INT32 = (1 << 31) - 1
+_MASK, _MASK_32 = (1 << 64) - 1, (1 << 32) - 1
 _BITS = 24  # a float32 holds 24 bits exactly, so no uniform rounds up to 1
 
 _FEW = 16  # uniforms that Python computes sooner than tensors
@@ -73,24 +70,31 @@ def exponentials(
 ) -> Tensor:
     """Exp(1) noise for every token of the vocabulary, float32 [len(seeds), vocab_size], above 0.
 
-    A row is a pure function of (seed, position). Tokens are told apart by two rounds of a 32-bit
-    integer hash, with half of the row's 64-bit key before each: cheap passes over small integers,
-    since a row has as many entries as the vocabulary.
+    A row is a pure function of (seed, position). Tokens are told apart by a 32-bit integer hash
+    (`core.noise`): cheap passes over small integers, since a row has as many entries as the
+    vocabulary.
     """
-    keys = [_hash(s, p, Purpose.NOISE) for s, p in zip(seeds, positions, strict=True)]
-    halves = [[_signed32(key), _signed32(key >> 32)] for key in keys]
-    first, second = tensor_on(device, halves, torch.int32)[:, :, None].unbind(1)
-    x = torch.arange(vocab_size, dtype=torch.int32, device=device) * _signed32(_GOLDEN) + first
-    x ^= (x >> 16) & 0xFFFF
-    x *= _signed32(_FACTOR_32_1)
-    x ^= (x >> 15) & 0x1FFFF
+    pairs = zip(seeds, positions, strict=True)
+    keys = [[_signed32(half) for half in noise_key(*pair)] for pair in pairs]
+    first, second = tensor_on(device, keys, torch.int32)[:, :, None].unbind(1)
+    factors = [_signed32(factor) for factor in FACTORS]
+    x = torch.arange(vocab_size, dtype=torch.int32, device=device) * factors[0] + first
+    x ^= _shift_right32(x, SHIFTS[0])
+    x *= factors[1]
+    x ^= _shift_right32(x, SHIFTS[1])
     x += second
-    x *= _signed32(_FACTOR_32_2)
-    x ^= (x >> 15) & 0x1FFFF
-    x &= _MAX_INT32
+    x *= factors[2]
+    x ^= _shift_right32(x, SHIFTS[2])
+    x &= (1 << NOISE_BITS) - 1
     # Small values, which decide, keep their relative precision in -log(1 - u).
-    u = x.to(torch.float32).add_(0.5).mul_(2.0**-31).clamp_max_(1 - 2.0**-_BITS)
+    u = x.to(torch.float32).add_(0.5).mul_(2.0**-NOISE_BITS).clamp_max_(LARGEST)
     return u.neg_().log1p_().neg_()
+
+
+def noise_key(seed: int, position: int) -> tuple[int, int]:
+    """What a row of `exponentials` is a function of: 32 bits and 32 bits."""
+    key = _hash(seed, position, Purpose.NOISE)
+    return key & _MASK_32, key >> 32
 
 
 def _hash(seed: int, position: int, purpose: Purpose) -> int:
@@ -118,9 +122,14 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
+def _shift_right32(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int32."""
+    return (x >> bits) & ((1 << (32 - bits)) - 1)
+
+
 def _signed32(x: int) -> int:
     """The int32 with the same bits as the low 32 bits of `x`."""
-    x &= (1 << 32) - 1
+    x &= _MASK_32
     return x - (1 << 32) if x >> 31 else x
 
 

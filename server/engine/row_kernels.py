@@ -11,17 +11,19 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from server.core.combination import Combination
 from server.core.lookup import LOOKUP
 from server.core.sequence import Sequence
+from server.decoding.rng import noise_key
 from server.decoding.strategies import Strategies
 from server.decoding.verify import Decisions, Rule
 from server.decoding.warp import Place
 from server.engine.distributions import Origin, grouped, origin_of
 from server.engine.scores import Scores
 from server.simd.decisions import (
+    BLOCK,
     BLOCKS,
     CERTAIN,
     DRAWN,
@@ -53,6 +55,8 @@ class _Laws:
         bits: [K] of a score.
         scores, scales, shares: [R, K].
         limits: [R, NUM_LIMITS], or None.
+        noises: [R, NOISE], or None.
+        columns: float32 [num_columns, up to whole blocks]: their tokens, if they are not all.
         kept: what the addresses point into.
     """
 
@@ -62,6 +66,8 @@ class _Laws:
     scales: Reals
     shares: Reals
     limits: Reals | None = None
+    noises: Ids | None = None
+    columns: Tensor | None = None
     kept: Tensor | None = None
 
 
@@ -91,26 +97,26 @@ class RowKernels:
         params = sequence.params
         return (
             not params.adjusts_scores
-            and (params.is_greedy or not params.is_seeded)
             and sequence.matcher is None
             and sequence.decoding.combination.plausibility == 0
         )
 
-    def draw(self, places: list[Place], is_greedy: bool, uniforms: Tensor) -> Tensor:
+    def draw(self, places: list[Place], is_coupled: bool, uniforms: Tensor) -> Tensor:
         """A token of each place from its target, int64 [R]; see `verify.sample` and `pick`."""
-        return self._draw(self._targets(places), is_greedy, uniforms)
+        return self._draw(self._targets(places), is_coupled, uniforms)
 
     def propose(
-        self, model: int, places: list[Place], is_greedy: bool, is_short: bool, uniforms: Tensor
+        self, model: int, places: list[Place], is_coupled: bool, is_short: bool, uniforms: Tensor
     ) -> Tensor | None:
         """The same from `model` alone; None where a shortlist has no token to give."""
         if not is_short:
             only = Combination.only(self._num_models, model)
-            return self._draw(self._laws(places, [only] * len(places)), is_greedy, uniforms)
+            return self._draw(self._laws(places, [only] * len(places)), is_coupled, uniforms)
         listed = self._listed(model, places)
         if listed is None:
             return None
         rows, ids = listed
+        noises = _noises(places)
         laws = _Laws(
             num_columns=rows.shape[1],
             bits=np.array([32]),
@@ -118,9 +124,11 @@ class RowKernels:
             scales=_inverse_temperatures(places)[:, None],
             shares=np.zeros((len(places), 1), np.float32),
             limits=_limits(places),
+            noises=noises,
+            columns=None if noises is None else _padded(ids),
             kept=rows,
         )
-        numbers = self._draw(laws, is_greedy, uniforms)
+        numbers = self._draw(laws, is_coupled, uniforms)
         return torch.where(numbers == INVALID, INVALID, ids[numbers])
 
     def verify(
@@ -137,7 +145,7 @@ class RowKernels:
             places: of the rows of all windows.
             tokens: proposed there, int64 [R].
             lengths: of the windows.
-            rule: of all the sequences; those that are coupled are greedy.
+            rule: of all the sequences.
             uniforms: float32 [R] each, that decide acceptance and draw what is recovered.
         """
         origins = self._origins(places, rule == "coupled")
@@ -145,11 +153,11 @@ class RowKernels:
             return None
         return _decide(self._targets(places), origins, tokens, lengths, _RULES[rule], uniforms)
 
-    def _draw(self, laws: _Laws, is_greedy: bool, uniforms: Tensor) -> Tensor:
+    def _draw(self, laws: _Laws, is_coupled: bool, uniforms: Tensor) -> Tensor:
         count = len(laws.scores)
         origins = _Origins(np.full((count, 4), DRAWN, np.int64), np.ones(count, np.float32), ())
         tokens = torch.full((count,), INVALID)
-        rule = PICKS if is_greedy else TOKENS
+        rule = PICKS if is_coupled else TOKENS
         decided = _decide(laws, origins, tokens, [1] * count, rule, (uniforms, uniforms))
         return decided[:, 1]
 
@@ -170,13 +178,21 @@ class RowKernels:
                 scores[rows, model] = self._scores.addresses(model, group)
             scales[rows], shares[rows] = _weights(target)
         scales *= _inverse_temperatures(places)[:, None]
-        return _Laws(self._vocab_size, self._bits, scores, scales, shares, _limits(places))
+        return _Laws(
+            num_columns=self._vocab_size,
+            bits=self._bits,
+            scores=scores,
+            scales=scales,
+            shares=shares,
+            limits=_limits(places),
+            noises=_noises(places),
+        )
 
-    def _origins(self, places: list[Place], is_greedy: bool) -> _Origins | None:
+    def _origins(self, places: list[Place], is_coupled: bool) -> _Origins | None:
         numbers = np.zeros((len(places), 4), np.int64)
         scales = _inverse_temperatures(places)
         kept: list[Tensor] = []
-        if is_greedy:  # whatever was proposed is right or wrong
+        if is_coupled:  # whatever was proposed is right or wrong
             return _Origins(numbers, scales, ())
         for origin, rows in grouped(list(range(len(places))), lambda row: origin_of(places[row])):
             group = [places[row] for row in rows]
@@ -237,6 +253,8 @@ def _decide(
         laws.scales.ctypes.data,
         laws.shares.ctypes.data,
         0 if laws.limits is None else laws.limits.ctypes.data,
+        0 if laws.noises is None else laws.noises.ctypes.data,
+        0 if laws.columns is None else laws.columns.data_ptr(),
         origins.numbers.ctypes.data,
         origins.scales.ctypes.data,
         tokens.data_ptr(),
@@ -302,6 +320,23 @@ def _limits(places: list[Place]) -> Reals | None:
     none = (0.0, 0, 1.0)
     limits = [(p.min_p, p.top_k, p.top_p) if p.is_truncated else none for p in params]
     return np.array(limits, np.float32)
+
+
+def _noises(places: list[Place]) -> Ids | None:
+    """[R, NOISE] of what is picked; None where no noise has part in it."""
+    params = [sequence.params for sequence, _ in places]
+    if not any(p.is_seeded and not p.is_greedy for p in params):
+        return None
+    noises = [
+        (0, 0, 0) if p.is_greedy else (1, *noise_key(p.seed, position))
+        for p, (_, position) in zip(params, places, strict=True)
+    ]
+    return np.array(noises, np.int64)
+
+
+def _padded(ids: Tensor) -> Tensor:
+    """As the kernel takes the tokens that columns stand for."""
+    return nn.functional.pad(ids.float(), (0, -len(ids) % BLOCK))
 
 
 def _addresses(rows: Tensor) -> Ids:

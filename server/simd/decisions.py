@@ -20,6 +20,7 @@ from server.simd import vectors
 from server.simd.compiled import compiled
 from server.simd.functions import exp
 from server.simd.kernel import Kernel, part
+from server.simd.noise import divide_by_noise
 from server.simd.truncation import NUM_LIMITS, truncate
 from server.simd.vectors import LANES, WHOLE
 
@@ -29,10 +30,11 @@ DRAWN, WIDE, NARROW, SHORT, CERTAIN = range(5)
 # How windows are decided: token by token, free or picked; or as blocks.
 TOKENS, PICKS, BLOCKS = range(3)
 INVALID = -1
+NOISE = 3  # numbers; see `decider`
 
 _FLOAT = 4  # bytes
 _VECTOR = LANES * _FLOAT
-_BLOCK = 16 * LANES  # columns that are added up together
+BLOCK = 16 * LANES  # columns that are added up together
 # A score of -inf, as finite numbers have it. Where scores are combined, a negative weight takes it
 # for the second, as in `decoding.combine`.
 _NEVER, _FLOOR = np.float32(-1e30), np.float32(-1e4)
@@ -49,6 +51,8 @@ _ARGUMENTS = {
     "scales": "q",
     "shares": "q",
     "limits": "q",
+    "noises": "q",
+    "columns": "q",
     "origins": "q",
     "origin_scales": "q",
     "tokens": "q",
@@ -64,7 +68,7 @@ _ARGUMENTS = {
 def scratch_bytes(num_columns: int) -> int:
     """Working memory of a thread: three rows, and the sums of a row's blocks."""
     num_padded: int = _padded.py_func(num_columns)
-    return 3 * num_padded * _FLOAT + num_padded // _BLOCK * _FLOAT
+    return 3 * num_padded * _FLOAT + num_padded // BLOCK * _FLOAT
 
 
 class _Row(NamedTuple):
@@ -74,6 +78,7 @@ class _Row(NamedTuple):
         scores: address of [num_models] addresses of scores; 0: the model says nothing.
         scales, shares: addresses of [num_models] float32; see `decider`.
         limits: address of what truncates it; 0: nothing.
+        noise: address of its NOISE numbers; 0: none.
         origin: address of four numbers: kind, scores, ids of the shortlist, and how many.
         origin_scale: of the proposal's scores.
         proposed: the token.
@@ -84,6 +89,7 @@ class _Row(NamedTuple):
     scales: Any
     shares: Any
     limits: Any
+    noise: Any
     origin: Any
     origin_scale: Any
     proposed: Any
@@ -107,13 +113,16 @@ def decider() -> Kernel:
             model's probabilities are, times its share.
         limits: float32 [R, NUM_LIMITS], that truncate what scores are made to, and what was
             proposed from; or 0: nothing does.
+        noises: int64 [R, NOISE]: is there any, and the halves of its key (`divide_by_noise`); or 0.
+        columns: float32 [num_columns, up to whole blocks], the tokens that columns stand for; or 0:
+            all tokens in their order.
         origins: int64 [R, 4]: what the row's token was proposed from, as in this module; the
             address of its scores; for a shortlist, the address of its ids, int64, and how many.
         origin_scales: float32 [R], that those scores are multiplied with.
         tokens: int64 [R], proposed.
         accept_uniforms, choose_uniforms: float32 [R]; the second draws tokens.
-        rule: TOKENS; or PICKS: tokens are the most probable ones, and accepted if they are that;
-            or BLOCKS.
+        rule: TOKENS; or PICKS: tokens are the most probable ones, their probabilities divided by
+            noise where there is any, and accepted if they are that; or BLOCKS.
         scratch, scratch_size: of all threads, and of one; see `scratch_bytes`.
         decisions: int64 [W, 2], written; see `decoding.verify.Decisions`.
     """
@@ -138,7 +147,7 @@ def decider() -> Kernel:
 @compiled
 def _padded(num_columns: Any) -> Any:
     """Columns of whole blocks."""
-    return (num_columns + _BLOCK - 1) // _BLOCK * _BLOCK
+    return (num_columns + BLOCK - 1) // BLOCK * BLOCK
 
 
 @compiled
@@ -150,6 +159,7 @@ def _row(a: Any, number: Any, room: Any) -> Any:
         a.scales + number * a.num_models * _FLOAT,
         a.shares + number * a.num_models * _FLOAT,
         a.limits + number * NUM_LIMITS * _FLOAT if a.limits else 0,
+        a.noises + number * NOISE * WHOLE if a.noises else 0,
         a.origins + number * 4 * WHOLE,
         vectors.load_number(a.origin_scales + number * _FLOAT),
         vectors.load_whole(a.tokens + number * WHOLE),
@@ -220,12 +230,20 @@ def _choosing(a: Any, number: Any) -> Any:
 @compiled
 def _most_probable(a: Any, row: Any) -> Any:
     """The token of the largest weight, the first of them."""
-    if _is_sum(row):
+    size = _padded(a.num_columns)
+    if row.noise != 0 and vectors.load_whole(row.noise) != 0:
+        if not _target(a, row) > _ZERO:
+            return INVALID
+        first = vectors.load_whole(row.noise + WHOLE)
+        second = vectors.load_whole(row.noise + 2 * WHOLE)
+        largest = divide_by_noise(row.weights, size, a.columns, first, second)
+        is_valid = largest > _ZERO
+    elif _is_sum(row):
         largest = _mix(a, row)
         is_valid = largest > _NEVER
     else:
         is_valid = _target(a, row) > _ZERO
-        largest = _largest(row.weights, _padded(a.num_columns))
+        largest = _largest(row.weights, size)
     return _find(row.weights, largest) if is_valid else INVALID
 
 
@@ -359,9 +377,9 @@ def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
             below += min(p * vectors.load_number(place), given)
         return np.float32(p - below / mass)
     above = 0.0
-    for start in range(0, size * _FLOAT, _BLOCK * _FLOAT):
+    for start in range(0, size * _FLOAT, BLOCK * _FLOAT):
         block_sum = vectors.splat(_ZERO, LANES)
-        for column in range(start, start + _BLOCK * _FLOAT, _VECTOR):
+        for column in range(start, start + BLOCK * _FLOAT, _VECTOR):
             x = vectors.multiply(
                 vectors.load(row.weights + column, LANES, 32), vectors.splat(p, LANES)
             )
@@ -446,9 +464,9 @@ def _exponentials(row: Any, size: Any, largest: Any) -> Any:
         return _ZERO
     total = 0.0
     least = vectors.splat(_LEAST, LANES)
-    for start in range(row, row + size * _FLOAT, _BLOCK * _FLOAT):
+    for start in range(row, row + size * _FLOAT, BLOCK * _FLOAT):
         part_sum = vectors.splat(_ZERO, LANES)
-        for place in range(start, start + _BLOCK * _FLOAT, _VECTOR):
+        for place in range(start, start + BLOCK * _FLOAT, _VECTOR):
             x = vectors.load(place, LANES, 32)
             x = vectors.subtract(x, vectors.splat(largest, LANES))
             y = vectors.where_less(x, least, vectors.splat(_ZERO, LANES), exp(x))
@@ -500,8 +518,8 @@ def _largest(row: Any, size: Any) -> Any:
 def _find(row: Any, number: Any) -> Any:
     """The first column with a `number` that is the row's largest."""
     block = 0
-    while _largest(row + block * _FLOAT, _BLOCK) < number:
-        block += _BLOCK
+    while _largest(row + block * _FLOAT, BLOCK) < number:
+        block += BLOCK
     while vectors.load_number(row + block * _FLOAT) < number:
         block += 1
     return block
@@ -511,10 +529,10 @@ def _find(row: Any, number: Any) -> Any:
 def _draw(row: Any, size: Any, uniform: Any) -> Any:
     """A column by inverse CDF over `weights`; INVALID if there is nothing to draw from."""
     total = 0.0
-    for block in range(size // _BLOCK):
-        start = row.weights + block * _BLOCK * _FLOAT
+    for block in range(size // BLOCK):
+        start = row.weights + block * BLOCK * _FLOAT
         block_sum = vectors.splat(_ZERO, LANES)
-        for place in range(start, start + _BLOCK * _FLOAT, _VECTOR):
+        for place in range(start, start + BLOCK * _FLOAT, _VECTOR):
             block_sum = vectors.add(block_sum, vectors.load(place, LANES, 32))
         mass = vectors.total(block_sum)
         vectors.store_number(row.sums + block * _FLOAT, mass)
@@ -528,7 +546,7 @@ def _draw(row: Any, size: Any, uniform: Any) -> Any:
         before += vectors.load_number(row.sums + block * _FLOAT)
         block += 1
     found = INVALID
-    for column in range(block * _BLOCK, (block + 1) * _BLOCK):
+    for column in range(block * BLOCK, (block + 1) * BLOCK):
         mass = vectors.load_number(row.weights + column * _FLOAT)
         if mass > _ZERO:
             found = column

@@ -22,7 +22,18 @@ _C2 = np.float32(8.3334519073e-3)
 _C3 = np.float32(4.1665795894e-2)
 _C4 = np.float32(1.6666665459e-1)
 _C5 = np.float32(5.0000001201e-1)
-_HALF, _ONE = np.float32(0.5), np.float32(1.0)
+# Cephes' logf: coefficients of a polynomial on [sqrt(1/2) - 1, sqrt(2) - 1].
+_L0 = np.float32(7.0376836292e-2)
+_L1 = np.float32(-1.1514610310e-1)
+_L2 = np.float32(1.1676998740e-1)
+_L3 = np.float32(-1.2420140846e-1)
+_L4 = np.float32(1.4249322787e-1)
+_L5 = np.float32(-1.6668057665e-1)
+_L6 = np.float32(2.0000714765e-1)
+_L7 = np.float32(-2.4999993993e-1)
+_L8 = np.float32(3.3333331174e-1)
+_SQRT_2 = np.float32(1.4142135623730951)
+_ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
 # What is copied at once, in bytes.
 UNIT = 16
 _UNIT_LANES = UNIT // 4
@@ -48,6 +59,33 @@ def exp(x: Any) -> Any:
     y = vectors.multiply_add(y, x, vectors.splat(_C5, LANES))
     y = vectors.add(vectors.multiply_add(vectors.multiply(y, x), x, x), vectors.splat(_ONE, LANES))
     return vectors.multiply(y, vectors.power_of_two(n))
+
+
+@compiled
+def log1p(x: Any) -> Any:
+    """Natural logarithm of 1 + x of a Vector(LANES) above -1 and not above 0, to 3e-7 of it."""
+    one = vectors.splat(_ONE, LANES)
+    y = vectors.add(one, x)
+    n = vectors.exponent(vectors.multiply(y, vectors.splat(_SQRT_2, LANES)))
+    zero = vectors.splat(_ZERO, LANES)
+    y = vectors.multiply(y, vectors.power_of_two(vectors.subtract(zero, n)))
+    # Near 0 `y` has lost what is left of x beside 1.
+    x = vectors.where_less(n, zero, vectors.subtract(y, one), x)
+    square = vectors.multiply(x, x)
+    y = vectors.splat(_L0, LANES)
+    y = vectors.multiply_add(y, x, vectors.splat(_L1, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_L2, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_L3, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_L4, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_L5, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_L6, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_L7, LANES))
+    y = vectors.multiply_add(y, x, vectors.splat(_L8, LANES))
+    y = vectors.multiply(y, vectors.multiply(x, square))
+    y = vectors.subtract(y, vectors.multiply(n, vectors.splat(_LN2_LOW, LANES)))
+    y = vectors.multiply_add(vectors.splat(-_HALF, LANES), square, y)
+    y = vectors.add(x, y)
+    return vectors.subtract(y, vectors.multiply(n, vectors.splat(_LN2_HIGH, LANES)))
 
 
 @compiled

@@ -105,6 +105,18 @@ def floor(context: Any, x: Any) -> Any:
 
 
 @intrinsic
+def exponent(context: Any, x: Any) -> Any:
+    """The whole number below the binary logarithm of numbers above 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        whole = ir.VectorType(I32, x.lanes)
+        bits = builder.lshr(builder.bitcast(args[0], whole), same(whole, _FLOAT_SHIFT))
+        return builder.sitofp(builder.sub(bits, same(whole, _FLOAT_BIAS)), args[0].type)
+
+    return x(x), generate
+
+
+@intrinsic
 def power_of_two(context: Any, x: Any) -> Any:
     """2 ** x of whole numbers from -126 to 127."""
 

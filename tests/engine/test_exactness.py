@@ -217,18 +217,21 @@ def test_law_of_mixtures_under_warps(warp: str, mixture: str) -> None:
     check_law(make_lms(2), decoding, dict(WARPS[warp]))
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("schedule", ["standard", "speculative-3", "cos-3", "cos-each-2"])
 @pytest.mark.parametrize("name", ["weighted-2", "contrastive-2", "weighted-3", "first-zero"])
-def test_law_of_seeded_requests(name: str, schedule: str) -> None:
+def test_law_of_seeded_requests(name: str, schedule: str, cpu_kernels: CpuKernels) -> None:
     combination = (COMBINATIONS | DEGENERATE)[name]
-    decoding = decoding_of(schedule, combination)
-    check_law(make_lms(len(combination.weights)), decoding, {"is_seeded": True})
+    decoding, lms = decoding_of(schedule, combination), make_lms(len(combination.weights))
+    check_law(lms, decoding, {"is_seeded": True}, cpu_kernels=cpu_kernels)
 
 
-@pytest.mark.parametrize("warp", ["top-k", "top-p", "penalties", "allowed"])
-def test_law_of_seeded_requests_under_warps(warp: str) -> None:
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
+@pytest.mark.parametrize("warp", ["top-k", "top-p", "min-p", "penalties", "allowed"])
+def test_law_of_seeded_requests_under_warps(warp: str, cpu_kernels: CpuKernels) -> None:
     decoding = decoding_of("cos-each-2", COMBINATIONS["weighted-2"])
-    check_law(make_lms(2), decoding, {**WARPS[warp], "is_seeded": True})
+    options = {**WARPS[warp], "is_seeded": True}
+    check_law(make_lms(2), decoding, options, cpu_kernels=cpu_kernels)
 
 
 @pytest.mark.parametrize("zero_share", [0.0, 0.4])
@@ -243,11 +246,13 @@ def test_seeded_text_is_that_of_standard_whoever_proposes(name: str, zero_share:
         for seed, warp in enumerate(["plain", "hot", "top-k", "top-p", "min-p", "penalties"])
     ]
     params.append(SamplingParams(max_tokens=12, seed=9, is_seeded=True, logprobs=2))
-    texts = [
-        decode(make_engine(lms), PROMPT, params, decoding_of(schedule, combination))
-        for schedule in SCHEDULES
-        if zero_share == 0.0 or schedule in ("standard", "speculative-1", "cos-each-2")
-    ]
+    ways: list[tuple[str, CpuKernels]] = [(schedule, "auto") for schedule in SCHEDULES]
+    if zero_share:
+        ways = [("standard", "auto"), ("standard", "off"), ("cos-each-2", "auto")]
+    texts = []
+    for schedule, cpu_kernels in ways:
+        engine = make_engine(lms, cpu_kernels=cpu_kernels)
+        texts.append(decode(engine, PROMPT, params, decoding_of(schedule, combination)))
     assert len(set(map(tuple, texts))) == 1
     assert len(set(texts[0])) > 1
 

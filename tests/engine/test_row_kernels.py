@@ -86,7 +86,7 @@ class Bench:
         zero_share: float = 0.0,
         seed: int = 0,
         verification: str = "token",
-        truncation: Mapping[str, Any] = NONE,
+        options: Mapping[str, Any] = NONE,
     ) -> None:
         self.random = torch.Generator().manual_seed(seed)
         dtypes = [torch.float32, torch.bfloat16, torch.float32]
@@ -102,9 +102,7 @@ class Bench:
         decoding = make_decoding("cos", combination, verification=verification)
         self.sequences = []
         for number in range(NUM_WINDOWS):
-            params = SamplingParams(
-                max_tokens=9, temperature=temperature, seed=number, **truncation
-            )
+            params = SamplingParams(max_tokens=9, temperature=temperature, seed=number, **options)
             sequence = Sequence.start(f"s{number}", [0, 0], params, decoding)
             sequence.slot = store.take_slot()
             self.sequences.append(sequence)
@@ -155,6 +153,14 @@ def assert_drawn(weights: np.ndarray, token: int, uniform: float) -> None:
     assert before - 1e-5 <= uniform <= after + 1e-5
 
 
+def assert_picked(bench: Bench, rows: Tensor, places: list[Place], tokens: list[int]) -> None:
+    """The tokens of most weight beside their noise, but for rounding."""
+    noise = bench.distributions._noise(places)
+    for row, token in enumerate(tokens):
+        quotients = rows[row] / noise[row]
+        assert float(quotients[token]) >= float(quotients.max()) * (1 - 1e-5)
+
+
 def truncated(
     weights: np.ndarray, min_p: float = 0.0, top_k: float = 0, top_p: float = 1.0
 ) -> np.ndarray:
@@ -201,7 +207,7 @@ def test_draws_are_of_the_target(
         temperature=temperature,
         zero_share=zero_share,
         seed=1,
-        truncation=TRUNCATIONS[truncation],
+        options=TRUNCATIONS[truncation],
     )
     way = bench.by_kernels.way(bench.sequences[0])
     uniforms = bench.distributions.uniforms(bench.places, Purpose.DRAW).tolist()
@@ -230,7 +236,7 @@ def test_windows_end_where_they_should(
             vocab_size,
             zero_share=zero_share,
             seed=seed,
-            truncation=TRUNCATIONS[truncation],
+            options=TRUNCATIONS[truncation],
         )
         accept = bench.distributions.uniforms(bench.pending, Purpose.ACCEPT).tolist()
         recover = bench.distributions.uniforms(bench.pending, Purpose.RECOVER).tolist()
@@ -262,7 +268,7 @@ def test_blocks_end_where_they_should(
             zero_share=zero_share,
             seed=seed,
             verification="block",
-            truncation=TRUNCATIONS[truncation],
+            options=TRUNCATIONS[truncation],
         )
         accept = bench.distributions.uniforms(bench.pending, Purpose.ACCEPT).tolist()
         recover = bench.distributions.uniforms(bench.pending, Purpose.RECOVER).tolist()
@@ -278,6 +284,39 @@ def test_blocks_end_where_they_should(
                 row = rows[count]
                 residual = (carry[row] * target[row] - proposal[row]).clamp_min(0)
                 assert_drawn(residual.numpy(), recovered, recover[row])
+
+
+@pytest.mark.parametrize("vocab_size", SIZES)
+@pytest.mark.parametrize(("truncation", "zero_share"), [("none", 0.0), ("all", 0.0), ("none", 0.6)])
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_seeded_picks_are_the_same(
+    name: str, truncation: str, zero_share: float, vocab_size: int
+) -> None:
+    options = {**TRUNCATIONS[truncation], "is_seeded": True}
+    bench = Bench(
+        COMBINATIONS[name], vocab_size, temperature=0.8, zero_share=zero_share, options=options
+    )
+    way = bench.by_kernels.way(bench.sequences[0])
+    assert (way.rule, way.by_kernels) == ("coupled", True)
+    targets = bench.distributions.target(bench.places)
+    drawn = bench.by_kernels.draw(bench.places, way).tolist()
+    assert_picked(bench, targets, bench.places, drawn)
+    for model in range(3):
+        logits = bench.scores.read(model, bench.places) / 0.8
+        weights = np.exp((logits - logits.amax(-1, keepdim=True)).double().numpy())
+        limits = TRUNCATIONS[truncation]
+        rows = torch.tensor(np.array([truncated(row, **limits) for row in weights]))
+        picked = bench.by_kernels.propose(model, bench.places, way, False).tolist()
+        assert_picked(bench, rows, bench.places, picked)
+    picks = dict(zip(bench.places, drawn, strict=True))
+    for sequence, (count, token) in zip(
+        bench.sequences, bench.verify(bench.by_kernels).tolist(), strict=True
+    ):
+        wanted = [picks[sequence, 2 + i] for i in range(LENGTH)]
+        proposed = sequence.token_ids[2:]
+        same = [ours == theirs for ours, theirs in zip(wanted, proposed, strict=True)]
+        assert count == (same + [False]).index(False)
+        assert count == LENGTH or token == wanted[count]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -333,7 +372,7 @@ def test_what_was_looked_up_is_never_recovered(verification: str) -> None:
         ({"temperature": 0.0, "top_p": 0.5, "is_seeded": True}, True),
         ({"temperature": 0.7}, True),
         ({"logprobs": 3}, True),
-        ({"is_seeded": True}, False),
+        ({"is_seeded": True}, True),
         ({"top_p": 0.9, "top_k": 4, "min_p": 0.1}, True),
         ({"min_tokens": 2}, False),
         ({"repetition_penalty": 1.2}, False),

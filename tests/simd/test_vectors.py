@@ -11,8 +11,9 @@ if reason := support.missing():
 
 from numba import njit
 
+from server.core.noise import LARGEST
 from server.simd import vectors
-from server.simd.functions import exp
+from server.simd.functions import exp, log1p
 from server.simd.kernel import Kernel
 from server.simd.vectors import LANES
 
@@ -51,6 +52,11 @@ def exp_of(x, _):
     return exp(x)
 
 
+@njit
+def log1p_of(x, _):
+    return log1p(x)
+
+
 def test_exp():
     x = np.concatenate([np.linspace(-87, 88, 40000), noise(40000), np.zeros(16)])
     x = x[: len(x) // LANES * LANES].astype(np.float32)
@@ -63,6 +69,14 @@ def test_exp_beyond_its_range_stays_at_the_ends():
     least, most = np.exp(np.float64(-87)), np.exp(np.float64(88))
     expected = np.repeat([least, least, least, most], LANES)
     np.testing.assert_allclose(on_vectors(exp_of, x), expected, rtol=2e-7)
+
+
+def test_log1p():
+    near_0, near_1 = np.exp2(-np.linspace(1, 32, 40000)), 1 - np.exp2(-np.linspace(1, 24, 40000))
+    x = -np.concatenate([np.linspace(1e-6, 1 - 1e-6, 40000), near_0, near_1]).astype(np.float32)
+    x = np.maximum(x, -LARGEST).astype(np.float32)
+    expected = np.log1p(x.astype(np.float64))
+    np.testing.assert_allclose(on_vectors(log1p_of, x), expected, rtol=3e-7)
 
 
 @pytest.mark.parametrize("lanes", [8, 16, 40, 64])
