@@ -23,11 +23,9 @@ from server.decoding.warp import Place
 from server.engine.distributions import Origin, grouped, origin_of
 from server.engine.scores import Scores
 from server.simd.decisions import (
-    BLOCK,
     BLOCKS,
     CERTAIN,
     DRAWN,
-    INVALID,
     NARROW,
     PICKS,
     SHORT,
@@ -37,6 +35,7 @@ from server.simd.decisions import (
     scratch_bytes,
 )
 from server.simd.support import BITS
+from server.simd.weights import BLOCK, INVALID
 
 Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]

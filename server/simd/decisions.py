@@ -18,27 +18,32 @@ import numpy as np
 
 from server.simd import vectors
 from server.simd.compiled import compiled
-from server.simd.functions import exp
 from server.simd.kernel import Kernel, part
 from server.simd.noise import divide_by_noise
 from server.simd.truncation import NUM_LIMITS, truncate
-from server.simd.vectors import LANES, WHOLE
+from server.simd.vectors import LANES, NUMBER, WHOLE
+from server.simd.weights import (
+    BLOCK,
+    INVALID,
+    NEVER,
+    add_row,
+    add_scores,
+    draw,
+    exponentials,
+    find,
+    largest_of,
+    padded,
+    take_row,
+)
 
 # Where the proposal of a row came from: nobody, so that its token is drawn; a row of float32 or of
 # bfloat16 scores; float32 scores of a shortlist; the text itself, which was certain of it.
 DRAWN, WIDE, NARROW, SHORT, CERTAIN = range(5)
 # How windows are decided: token by token, free or picked; or as blocks.
 TOKENS, PICKS, BLOCKS = range(3)
-INVALID = -1
 NOISE = 3  # numbers; see `decider`
 
-_FLOAT = 4  # bytes
-_VECTOR = LANES * _FLOAT
-BLOCK = 16 * LANES  # columns that are added up together
-# A score of -inf, as finite numbers have it. Where scores are combined, a negative weight takes it
-# for the second, as in `decoding.combine`.
-_NEVER, _FLOOR = np.float32(-1e30), np.float32(-1e4)
-_LEAST = np.float32(-87.0)  # logarithm of the least probability, beside the largest, that is not 0
+_VECTOR = LANES * NUMBER
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 _ARGUMENTS = {
@@ -67,8 +72,8 @@ _ARGUMENTS = {
 
 def scratch_bytes(num_columns: int) -> int:
     """Working memory of a thread: three rows, and the sums of a row's blocks."""
-    num_padded: int = _padded.py_func(num_columns)
-    return 3 * num_padded * _FLOAT + num_padded // BLOCK * _FLOAT
+    num_padded: int = padded.py_func(num_columns)
+    return 3 * num_padded * NUMBER + num_padded // BLOCK * NUMBER
 
 
 class _Row(NamedTuple):
@@ -145,23 +150,17 @@ def decider() -> Kernel:
 
 
 @compiled
-def _padded(num_columns: Any) -> Any:
-    """Columns of whole blocks."""
-    return (num_columns + BLOCK - 1) // BLOCK * BLOCK
-
-
-@compiled
 def _row(a: Any, number: Any, room: Any) -> Any:
     """Row `number`, worked out in the scratch at `room`."""
-    size = _padded(a.num_columns) * _FLOAT
+    size = padded(a.num_columns) * NUMBER
     return _Row(
         a.scores + number * a.num_models * WHOLE,
-        a.scales + number * a.num_models * _FLOAT,
-        a.shares + number * a.num_models * _FLOAT,
-        a.limits + number * NUM_LIMITS * _FLOAT if a.limits else 0,
+        a.scales + number * a.num_models * NUMBER,
+        a.shares + number * a.num_models * NUMBER,
+        a.limits + number * NUM_LIMITS * NUMBER if a.limits else 0,
         a.noises + number * NOISE * WHOLE if a.noises else 0,
         a.origins + number * 4 * WHOLE,
-        vectors.load_number(a.origin_scales + number * _FLOAT),
+        vectors.load_number(a.origin_scales + number * NUMBER),
         vectors.load_whole(a.tokens + number * WHOLE),
         room,
         room + size,
@@ -203,7 +202,7 @@ def _decide_block(a: Any, first: Any, end: Any, room: Any) -> Any:
         if number > first and _accepting(a, number - 1) < test:
             count, kept = number - first, p
         # 0 / 0 is a token that neither gives anything to.
-        wanted = vectors.load_number(row.weights + row.proposed * _FLOAT)
+        wanted = vectors.load_number(row.weights + row.proposed * NUMBER)
         p = min(_ONE, p * (wanted / given)) if is_valid and given > _ZERO else _ZERO
     if _accepting(a, end - 1) < p:
         return end - first, INVALID
@@ -218,19 +217,19 @@ def _decide_block(a: Any, first: Any, end: Any, room: Any) -> Any:
 @compiled
 def _accepting(a: Any, number: Any) -> Any:
     """The uniform that accepts, or not."""
-    return vectors.load_number(a.accept_uniforms + number * _FLOAT)
+    return vectors.load_number(a.accept_uniforms + number * NUMBER)
 
 
 @compiled
 def _choosing(a: Any, number: Any) -> Any:
     """The uniform that draws."""
-    return vectors.load_number(a.choose_uniforms + number * _FLOAT)
+    return vectors.load_number(a.choose_uniforms + number * NUMBER)
 
 
 @compiled
 def _most_probable(a: Any, row: Any) -> Any:
     """The token of the largest weight, the first of them."""
-    size = _padded(a.num_columns)
+    size = padded(a.num_columns)
     if row.noise != 0 and vectors.load_whole(row.noise) != 0:
         if not _target(a, row) > _ZERO:
             return INVALID
@@ -240,11 +239,11 @@ def _most_probable(a: Any, row: Any) -> Any:
         is_valid = largest > _ZERO
     elif _is_sum(row):
         largest = _mix(a, row)
-        is_valid = largest > _NEVER
+        is_valid = largest > NEVER
     else:
         is_valid = _target(a, row) > _ZERO
-        largest = _largest(row.weights, size)
-    return _find(row.weights, largest) if is_valid else INVALID
+        largest = largest_of(row.weights, size)
+    return find(row.weights, largest) if is_valid else INVALID
 
 
 @compiled
@@ -254,11 +253,11 @@ def _verify(a: Any, row: Any, accept: Any, choose: Any) -> Any:
     if not mass > _ZERO:
         return False, INVALID
     if vectors.load_whole(row.origin) == DRAWN:
-        return False, _draw(row, _padded(a.num_columns), choose)
+        return False, draw(row.weights, padded(a.num_columns), row.sums, choose)
     share, given, size = _proposal(a, row, mass)
     if not share > _ZERO:
         return False, INVALID
-    if accept * given < vectors.load_number(row.weights + row.proposed * _FLOAT):
+    if accept * given < vectors.load_number(row.weights + row.proposed * NUMBER):
         return True, row.proposed
     return False, _recover(a, row, share, size, choose)
 
@@ -268,18 +267,18 @@ def _recover(a: Any, row: Any, share: Any, size: Any, choose: Any) -> Any:
     """What replaces a rejected token: from the target, less `share` times the proposal."""
     kind = vectors.load_whole(row.origin)
     if kind == CERTAIN:
-        place = row.weights + row.proposed * _FLOAT
+        place = row.weights + row.proposed * NUMBER
         left = vectors.load_number(place) - share
         vectors.store_number(place, max(_ZERO, left))
     elif kind == SHORT:
         _take_listed(row, share)
     else:
-        _take(row.weights, row.others, size, share)
-    token = _draw(row, _padded(a.num_columns), choose)
+        take_row(row.weights, row.others, size, share)
+    token = draw(row.weights, padded(a.num_columns), row.sums, choose)
     if token == INVALID:
         # Rounding alone can reject a token where nothing is left over but the target itself.
         _target(a, row)
-        token = _draw(row, _padded(a.num_columns), choose)
+        token = draw(row.weights, padded(a.num_columns), row.sums, choose)
     return token
 
 
@@ -292,7 +291,7 @@ def _is_sum(row: Any) -> Any:
 @compiled
 def _target(a: Any, row: Any) -> Any:
     """Fill `weights` with the target, not normalised; returns its mass, 0 if there is none."""
-    num_columns = _padded(a.num_columns)
+    num_columns = padded(a.num_columns)
     if _is_sum(row):
         largest = _mix(a, row)
         return _probabilities(row, row.weights, num_columns, largest)
@@ -303,21 +302,21 @@ def _target(a: Any, row: Any) -> Any:
             total = _probabilities(row, row.others, num_columns, largest)
             if not total > _ZERO:
                 return _ZERO
-            share = vectors.load_number(row.shares + model * _FLOAT)
-            _add(row.weights, row.others, num_columns, share / total, mass == _ZERO)
+            share = vectors.load_number(row.shares + model * NUMBER)
+            add_row(row.weights, row.others, num_columns, share / total, mass == _ZERO)
             mass += share
     return mass
 
 
 @compiled
 def _mix(a: Any, row: Any) -> Any:
-    """Fill `weights` with the sum of scores; returns the largest, _NEVER if there is none."""
-    largest, is_first = _NEVER, True
+    """Fill `weights` with the sum of scores; returns the largest, NEVER if there is none."""
+    largest, is_first = NEVER, True
     for model in range(a.num_models):
         if _speaks(row, model):
             found = _add_model(a, row, model, row.weights, is_first)
             # What is no number stays none.
-            largest = found if is_first or largest > _NEVER else _NEVER
+            largest = found if is_first or largest > NEVER else NEVER
             is_first = False
     return largest
 
@@ -332,9 +331,9 @@ def _speaks(row: Any, model: Any) -> Any:
 def _add_model(a: Any, row: Any, model: Any, target: Any, is_first: Any) -> Any:
     """`_add_scores` of a model."""
     scores = vectors.load_whole(row.scores + model * WHOLE)
-    scale = vectors.load_number(row.scales + model * _FLOAT)
+    scale = vectors.load_number(row.scales + model * NUMBER)
     bits = vectors.load_whole(a.bits + model * WHOLE)
-    return _add_scores(target, scores, bits, scale, a.num_columns, is_first)
+    return add_scores(target, scores, bits, scale, a.num_columns, is_first)
 
 
 @compiled
@@ -356,10 +355,10 @@ def _proposal(a: Any, row: Any, mass: Any) -> Any:
         while place < size - 1 and vectors.load_whole(ids + place * WHOLE) != row.proposed:
             place += 1
     bits = 16 if kind == NARROW else 32
-    largest = _add_scores(row.others, scores, bits, row.origin_scale, size, True)
-    total = _probabilities(row, row.others, _padded(size), largest)
+    largest = add_scores(row.others, scores, bits, row.origin_scale, size, True)
+    total = _probabilities(row, row.others, padded(size), largest)
     share = mass / total if total > _ZERO else _ZERO
-    return share, vectors.load_number(row.others + place * _FLOAT) * share, _padded(size)
+    return share, vectors.load_number(row.others + place * NUMBER) * share, padded(size)
 
 
 @compiled
@@ -367,19 +366,19 @@ def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
     """The sum of what `p` times the target is above the proposal, where it is."""
     kind = vectors.load_whole(row.origin)
     if kind == CERTAIN:
-        return p * (_ONE - vectors.load_number(row.weights + row.proposed * _FLOAT) / mass)
+        return p * (_ONE - vectors.load_number(row.weights + row.proposed * NUMBER) / mass)
     if kind == SHORT:
         below = 0.0  # of the target
         ids = vectors.load_whole(row.origin + 2 * WHOLE)
         for number in range(vectors.load_whole(row.origin + 3 * WHOLE)):
-            place = row.weights + vectors.load_whole(ids + number * WHOLE) * _FLOAT
-            given = vectors.load_number(row.others + number * _FLOAT) * share
+            place = row.weights + vectors.load_whole(ids + number * WHOLE) * NUMBER
+            given = vectors.load_number(row.others + number * NUMBER) * share
             below += min(p * vectors.load_number(place), given)
         return np.float32(p - below / mass)
     above = 0.0
-    for start in range(0, size * _FLOAT, BLOCK * _FLOAT):
+    for start in range(0, size * NUMBER, BLOCK * NUMBER):
         block_sum = vectors.splat(_ZERO, LANES)
-        for column in range(start, start + BLOCK * _FLOAT, _VECTOR):
+        for column in range(start, start + BLOCK * NUMBER, _VECTOR):
             x = vectors.multiply(
                 vectors.load(row.weights + column, LANES, 32), vectors.splat(p, LANES)
             )
@@ -392,107 +391,16 @@ def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
     return np.float32(above / mass)
 
 
-def _adder(bits: int, lanes: int) -> Any:
-    """Code that adds scaled scores to a row, `lanes` at once."""
-
-    @compiled
-    def run(
-        target: Any, scores: Any, scale: Any, first: Any, end: Any, is_first: Any, bad: Any
-    ) -> Any:
-        """Returns the largest sum, and `bad` or more where a score is no number."""
-        factor = vectors.splat(scale, lanes)
-        never, limit = vectors.splat(_NEVER, lanes), vectors.splat(-_NEVER, lanes)
-        least = vectors.splat(_FLOOR if scale < _ZERO else np.float32(-np.inf), lanes)
-        one = vectors.splat(_ONE, lanes)
-        largest, faults = never, vectors.splat(bad, lanes)
-        for column in range(first, end, lanes):
-            x = vectors.load(scores + column * (bits // 8), lanes, bits)
-            x = vectors.where_less(x, least, least, x)
-            x = vectors.product(x, factor)
-            faults = vectors.where_less(x, limit, faults, one)
-            x = vectors.where_less(x, limit, x, limit)
-            x = vectors.where_less(never, x, x, never)
-            place = target + column * _FLOAT
-            if not is_first:
-                x = vectors.add(x, vectors.load(place, lanes, 32))
-            vectors.store(place, x, 32)
-            largest = vectors.larger(largest, x)
-        return vectors.largest(largest), vectors.largest(faults)
-
-    return run
-
-
-_add_wide, _add_one_wide = _adder(32, LANES), _adder(32, 1)
-_add_narrow, _add_one_narrow = _adder(16, LANES), _adder(16, 1)
-
-
-@compiled
-def _add_scores(target: Any, scores: Any, bits: Any, scale: Any, size: Any, is_first: Any) -> Any:
-    """Add scaled scores to a row, or write them into it and _NEVER behind them, up to a block.
-
-    Returns the largest sum; _NEVER if there is none, or where a score is no number.
-    """
-    whole = size // LANES * LANES
-    if bits == 16:
-        largest, bad = _add_narrow(target, scores, scale, 0, whole, is_first, _ZERO)
-        last, bad = _add_one_narrow(target, scores, scale, whole, size, is_first, bad)
-    else:
-        largest, bad = _add_wide(target, scores, scale, 0, whole, is_first, _ZERO)
-        last, bad = _add_one_wide(target, scores, scale, whole, size, is_first, bad)
-    for column in range(size, _padded(size)):
-        vectors.store_number(target + column * _FLOAT, _NEVER)
-    largest = max(largest, last)
-    return largest if bad == _ZERO and largest > _NEVER / 2 else _NEVER
-
-
 @compiled
 def _probabilities(row: Any, scores: Any, size: Any, largest: Any) -> Any:
     """Make them of scores, but for a factor, and truncate them.
 
     Returns their sum, 0 if there are none.
     """
-    total = _exponentials(scores, size, largest)
+    total = exponentials(scores, size, largest)
     if row.limits != 0 and total > _ZERO:
         total = truncate(scores, size, total, row.limits, row.largest)
     return total
-
-
-@compiled
-def _exponentials(row: Any, size: Any, largest: Any) -> Any:
-    """In place of scores, whole blocks of them; returns their sum, 0 if there is no `largest`."""
-    if not largest > _NEVER:
-        return _ZERO
-    total = 0.0
-    least = vectors.splat(_LEAST, LANES)
-    for start in range(row, row + size * _FLOAT, BLOCK * _FLOAT):
-        part_sum = vectors.splat(_ZERO, LANES)
-        for place in range(start, start + BLOCK * _FLOAT, _VECTOR):
-            x = vectors.load(place, LANES, 32)
-            x = vectors.subtract(x, vectors.splat(largest, LANES))
-            y = vectors.where_less(x, least, vectors.splat(_ZERO, LANES), exp(x))
-            vectors.store(place, y, 32)
-            part_sum = vectors.add(part_sum, y)
-        total += vectors.total(part_sum)
-    return np.float32(total)
-
-
-@compiled
-def _add(row: Any, others: Any, size: Any, factor: Any, is_first: Any) -> Any:
-    """Add `factor` times `others`, or write it."""
-    for column in range(0, size * _FLOAT, _VECTOR):
-        x = vectors.multiply(vectors.load(others + column, LANES, 32), vectors.splat(factor, LANES))
-        if not is_first:
-            x = vectors.add(x, vectors.load(row + column, LANES, 32))
-        vectors.store(row + column, x, 32)
-
-
-@compiled
-def _take(row: Any, others: Any, size: Any, factor: Any) -> None:
-    """Take `factor` times `others` away, where that is more, all."""
-    for column in range(0, size * _FLOAT, _VECTOR):
-        x = vectors.multiply(vectors.load(others + column, LANES, 32), vectors.splat(factor, LANES))
-        x = vectors.subtract(vectors.load(row + column, LANES, 32), x)
-        vectors.store(row + column, vectors.larger(x, vectors.splat(_ZERO, LANES)), 32)
 
 
 @compiled
@@ -500,57 +408,6 @@ def _take_listed(row: Any, factor: Any) -> None:
     """`_take`, of the columns on a shortlist."""
     ids = vectors.load_whole(row.origin + 2 * WHOLE)
     for number in range(vectors.load_whole(row.origin + 3 * WHOLE)):
-        place = row.weights + vectors.load_whole(ids + number * WHOLE) * _FLOAT
-        given = vectors.load_number(row.others + number * _FLOAT) * factor
+        place = row.weights + vectors.load_whole(ids + number * WHOLE) * NUMBER
+        given = vectors.load_number(row.others + number * NUMBER) * factor
         vectors.store_number(place, max(_ZERO, vectors.load_number(place) - given))
-
-
-@compiled
-def _largest(row: Any, size: Any) -> Any:
-    """Of whole blocks."""
-    found = vectors.load(row, LANES, 32)
-    for place in range(row, row + size * _FLOAT, _VECTOR):
-        found = vectors.larger(found, vectors.load(place, LANES, 32))
-    return vectors.largest(found)
-
-
-@compiled
-def _find(row: Any, number: Any) -> Any:
-    """The first column with a `number` that is the row's largest."""
-    block = 0
-    while _largest(row + block * _FLOAT, BLOCK) < number:
-        block += BLOCK
-    while vectors.load_number(row + block * _FLOAT) < number:
-        block += 1
-    return block
-
-
-@compiled
-def _draw(row: Any, size: Any, uniform: Any) -> Any:
-    """A column by inverse CDF over `weights`; INVALID if there is nothing to draw from."""
-    total = 0.0
-    for block in range(size // BLOCK):
-        start = row.weights + block * BLOCK * _FLOAT
-        block_sum = vectors.splat(_ZERO, LANES)
-        for place in range(start, start + BLOCK * _FLOAT, _VECTOR):
-            block_sum = vectors.add(block_sum, vectors.load(place, LANES, 32))
-        mass = vectors.total(block_sum)
-        vectors.store_number(row.sums + block * _FLOAT, mass)
-        total += mass
-    if not total > 0.0:
-        return INVALID
-    threshold = uniform * total  # below the total, for a uniform is below 1 by more than rounding
-    before = 0.0
-    block = 0
-    while before + vectors.load_number(row.sums + block * _FLOAT) <= threshold:
-        before += vectors.load_number(row.sums + block * _FLOAT)
-        block += 1
-    found = INVALID
-    for column in range(block * BLOCK, (block + 1) * BLOCK):
-        mass = vectors.load_number(row.weights + column * _FLOAT)
-        if mass > _ZERO:
-            found = column
-            before += mass
-            if before > threshold:
-                break
-    return found

@@ -13,10 +13,8 @@ from server.core.noise import BITS, FACTORS, LARGEST, SHIFTS
 from server.simd import vectors
 from server.simd.compiled import compiled
 from server.simd.functions import log1p
-from server.simd.vectors import FLOAT, I32, LANES, Vector, everywhere, same
+from server.simd.vectors import FLOAT, I32, LANES, NUMBER, Vector, everywhere, same
 
-_FLOAT = 4  # bytes
-_VECTOR = LANES * _FLOAT
 _ZERO = np.float32(0.0)
 _WHOLE = ir.VectorType(I32, LANES)
 _NUMBERS = ir.VectorType(FLOAT, LANES)
@@ -37,12 +35,12 @@ def divide_by_noise(row: Any, size: Any, tokens: Any, first: Any, second: Any) -
     largest = zero
     for column in range(0, size, LANES):
         if tokens != 0:
-            numbers = vectors.load(tokens + column * _FLOAT, LANES, 32)
+            numbers = vectors.load(tokens + column * NUMBER, LANES, 32)
         else:
             numbers = _counted(column)
         uniform = _uniform(numbers, first, second)
         noise = vectors.subtract(zero, log1p(vectors.subtract(zero, uniform)))
-        place = row + column * _FLOAT
+        place = row + column * NUMBER
         x = vectors.divide(vectors.load(place, LANES, 32), noise)
         vectors.store(place, x, 32)
         largest = vectors.larger(largest, x)

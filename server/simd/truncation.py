@@ -13,12 +13,11 @@ import numpy as np
 
 from server.simd import vectors
 from server.simd.compiled import compiled
-from server.simd.vectors import LANES
+from server.simd.vectors import LANES, NUMBER
 
 NUM_LIMITS = 3  # float32 numbers: min-p, top-k, top-p; 0, 0 and 1 leave nothing out
 
-_FLOAT = 4  # bytes
-_VECTOR = LANES * _FLOAT
+_VECTOR = LANES * NUMBER
 _ZERO, _ONE, _ANY = np.float32(0.0), np.float32(1.0), np.float32(np.inf)
 _BITS_OF_ONE = 0x3F800000  # float32 numbers from 0 on are ordered as their bits are
 # Weights above the first are gathered, or above so much less as it takes.
@@ -37,8 +36,8 @@ def truncate(row: Any, size: Any, total: Any, limits: Any, room: Any) -> Any:
         room: for as many weights.
     """
     min_p = vectors.load_number(limits)
-    top_k = vectors.load_number(limits + _FLOAT)
-    top_p = vectors.load_number(limits + 2 * _FLOAT)
+    top_k = vectors.load_number(limits + NUMBER)
+    top_p = vectors.load_number(limits + 2 * NUMBER)
     if min_p > _ZERO:
         total = _keep(row, size, min(min_p, _ONE))
     if top_k == _ZERO and top_p >= _ONE:
@@ -66,15 +65,15 @@ def _gather(row: Any, size: Any, total: Any, top_k: Any, top_p: Any, room: Any) 
         floor = floor * _STEP if floor > _LAST_FLOOR else _ZERO
     count = 0
     never = vectors.splat(floor, LANES)
-    for place in range(row, row + size * _FLOAT, _VECTOR):
+    for place in range(row, row + size * NUMBER, _VECTOR):
         if vectors.largest(vectors.subtract(vectors.load(place, LANES, 32), never)) > _ZERO:
-            for column in range(place, place + _VECTOR, _FLOAT):
+            for column in range(place, place + _VECTOR, NUMBER):
                 weight = vectors.load_number(column)
                 if weight > floor:
-                    vectors.store_number(room + count * _FLOAT, weight)
+                    vectors.store_number(room + count * NUMBER, weight)
                     count += 1
     while count % LANES:
-        vectors.store_number(room + count * _FLOAT, _ZERO)
+        vectors.store_number(room + count * NUMBER, _ZERO)
         count += 1
     return count
 
@@ -109,7 +108,7 @@ def _above(row: Any, size: Any, floor: Any) -> Any:
     zero, one = vectors.splat(_ZERO, LANES), vectors.splat(_ONE, LANES)
     limit = vectors.splat(floor, LANES)
     count, mass = zero, zero
-    for place in range(row, row + size * _FLOAT, _VECTOR):
+    for place in range(row, row + size * NUMBER, _VECTOR):
         x = vectors.load(place, LANES, 32)
         count = vectors.add(count, vectors.where_less(limit, x, one, zero))
         mass = vectors.add(mass, vectors.where_less(limit, x, x, zero))
@@ -121,7 +120,7 @@ def _keep(row: Any, size: Any, least: Any) -> Any:
     """Make 0 of weights below `least`; returns the sum of the rest."""
     zero, limit = vectors.splat(_ZERO, LANES), vectors.splat(least, LANES)
     total = zero
-    for place in range(row, row + size * _FLOAT, _VECTOR):
+    for place in range(row, row + size * NUMBER, _VECTOR):
         x = vectors.load(place, LANES, 32)
         x = vectors.where_less(x, limit, zero, x)
         vectors.store(place, x, 32)

@@ -21,7 +21,7 @@ from numba.extending import intrinsic, models, register_model
 
 # Lanes of what a row of many vectors is worked through with.
 LANES = 16
-WHOLE = 8  # bytes of an int64; see `load_whole`
+WHOLE, NUMBER = 8, 4  # bytes of an int64 and of a float32; see `load_whole`, `load_number`
 
 FLOAT = ir.FloatType()
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
