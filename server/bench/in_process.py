@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 
 from server.api.completion_protocol import CompletionRequest
 from server.api.decoding import DecodingDefaults, make_combination
@@ -44,21 +45,14 @@ class InProcessEngine:
     def start(
         self,
         prompt: str,
-        num_tokens: int,
-        temperature: float,
+        params: SamplingParams,
         strategy: StrategySpec,
-        cache_salt: str = "",
     ) -> Sequence:
-        """A text of `num_tokens` tokens, now waiting in the engine."""
+        """A text of `params.max_tokens` tokens, now waiting in the engine."""
         request = CompletionRequest.model_validate(
-            {"model": "", "prompt": "", "temperature": temperature, "cos": strategy.override}
+            {"model": "", "prompt": "", "temperature": params.temperature, "cos": strategy.override}
         )
-        params = SamplingParams(
-            max_tokens=num_tokens,
-            temperature=temperature,
-            ignore_eos=True,
-            cache_salt=cache_salt,
-        )
+        params = replace(params, ignore_eos=True)
         decoding = self._defaults.resolve(request)
         ids = self._tokenizer.encode(prompt).ids
         sequence = Sequence.start(f"bench-{next(self._numbers)}", ids, params, decoding)

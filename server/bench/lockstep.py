@@ -30,6 +30,7 @@ from server.bench.prompts import load_prompts
 from server.bench.result_file import ResultFile
 from server.bench.strategy_spec import StrategySpec, parse_concurrency, parse_strategies
 from server.config import ServerConfig, load_config
+from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.errors import ConfigError
 
@@ -109,9 +110,10 @@ class Lane:
         work = self.work
         while len(self._running) < work.concurrency and self._num_begun < len(work.texts):
             prompt, num_tokens = work.texts[self._num_begun]
-            sequence = self.engine.start(
-                prompt, num_tokens, work.temperature, self.strategy, work.cache_salt
+            params = SamplingParams(
+                max_tokens=num_tokens, temperature=work.temperature, cache_salt=work.cache_salt
             )
+            sequence = self.engine.start(prompt, params, self.strategy)
             self._num_begun += 1
             self._running.append(sequence)
 

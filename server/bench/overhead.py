@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence as Row
@@ -30,6 +31,7 @@ from server.bench.machine import describe_machine, describe_versions
 from server.bench.prompts import load_prompts
 from server.bench.strategy_spec import StrategySpec, parse_strategies
 from server.config import ServerConfig, load_config
+from server.core.sampling_params import SamplingParams
 from server.engine.engine import Engine
 
 FORWARD, DECIDE, REST = "forwards", "verifying, drawing, proposing", "the rest"
@@ -116,15 +118,12 @@ class Workbench:
         wrap(engine, "on_step", METRICS)
         wrap(engine, "step", REST)
 
-    def run(self, strategy: StrategySpec, batch: int, num_tokens: int, temperature: float) -> None:
+    def run(self, strategy: StrategySpec, batch: int, params: SamplingParams) -> None:
         """Decode `batch` texts; only steps with all of them past their prompts are charged."""
-        sequences = [
-            self._bench.start(next(self._prompts), num_tokens, temperature, strategy)
-            for _ in range(batch)
-        ]
+        sequences = [self._bench.start(next(self._prompts), params, strategy) for _ in range(batch)]
         while not all(sequence.num_generated for sequence in sequences):
             if len(self._engine.scheduler.running) + len(self._engine.scheduler.waiting) < batch:
-                raise SystemExit(f"a text of {num_tokens} tokens ended before all had begun")
+                raise SystemExit(f"a text of {params.max_tokens} tokens ended before all had begun")
             self._engine.step()
         self.stopwatch.reset()
         # A text that ends leaves a smaller batch behind.
@@ -138,6 +137,7 @@ class Workbench:
 def main(argv: Row[str] | None = None) -> None:
     """Print one row for each batch and strategy, as soon as it is measured."""
     options = _parse(argv)
+    params = _params(options)
     overrides = [f"engine.max_sequences={max(options.batch)}", "engine.threads=1"]
     config = load_config(options.config, overrides)
     strategies = parse_strategies(options.strategies, None)
@@ -145,13 +145,13 @@ def main(argv: Row[str] | None = None) -> None:
     console = Console(width=max(Console().width, 100))
     console.print(
         f"{machine['cpu']}, torch {versions['torch']}, 1 thread, temperature "
-        f"{options.temperature}; calibrating ..."
+        f"{options.temperature} {options.sampling or ''}; calibrating ..."
     )
     workbench = Workbench(config, load_prompts(options.prompts).prompts)
     for batch in options.batch:
         spent: dict[str, dict[str, float]] = {}
         for strategy in strategies:
-            workbench.run(strategy, batch, options.tokens, options.temperature)
+            workbench.run(strategy, batch, params)
             watch = workbench.stopwatch
             spent[strategy.label] = dict(watch.seconds)
             ms = sum(watch.seconds.values()) / watch.num_steps * 1e3
@@ -179,6 +179,15 @@ def _percent(seconds: Mapping[str, float], *names: str) -> str:
     return f"{_share(seconds, names):.1%}"
 
 
+def _params(options: argparse.Namespace) -> SamplingParams:
+    """Raises SystemExit where `--sampling` names what there is not."""
+    common = {"max_tokens": options.tokens, "temperature": options.temperature}
+    try:
+        return SamplingParams(**common, **options.sampling)
+    except TypeError as error:
+        raise SystemExit(f"--sampling: {error}") from error
+
+
 def _parse(argv: Row[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m server.bench.overhead")
     add = parser.add_argument
@@ -191,6 +200,13 @@ def _parse(argv: Row[str] | None) -> argparse.Namespace:
     )
     add("--tokens", type=int, default=40, help="of each text (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    add(
+        "--sampling",
+        type=json.loads,
+        default={},
+        help='more of the request, such as {"top_p": 0.9} or {"is_seeded": true}; '
+        "names are those of core.sampling_params",
+    )
     add("--prompts", default="humaneval", help="bundled name or file (%(default)s)")
     return parser.parse_args(argv)
 

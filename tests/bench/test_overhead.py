@@ -5,6 +5,7 @@ import pytest
 from server.bench import overhead
 from server.bench.overhead import Stopwatch
 from server.bench.prompts import PromptSet
+from server.core.sampling_params import SamplingParams
 from tests.support.tiny_models import write_pair_config
 
 
@@ -70,3 +71,13 @@ def test_a_table_of_a_tiny_pair(tmp_path, capsys, monkeypatch):
             assert shares[overhead.FORWARD][column] > shares[overhead.STORE][column]
         # By standard scores decide before their model runs again, and are never stored.
         assert shares[overhead.STORE][1] > 0 == shares[overhead.STORE][0]
+
+
+def test_more_of_the_request(tmp_path):
+    options = overhead._parse(
+        ["--config", str(tmp_path), "--temperature", "1", "--sampling", '{"top_p": 0.9}']
+    )
+    assert overhead._params(options) == SamplingParams(max_tokens=40, temperature=1, top_p=0.9)
+    options.sampling = {"top_q": 1}
+    with pytest.raises(SystemExit, match="--sampling: .*top_q"):
+        overhead._params(options)
