@@ -8,7 +8,9 @@ over how many tokens, for each token verified. `engine.controller` multiplies th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -34,19 +36,24 @@ class Shape(NamedTuple):
     num_proposed: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Profile:
     """Mean of one verified token.
 
     Attributes:
         rates: advances of each shape.
+        walk: gives `shares`, after some time.
         shares: of the sequences of a large batch, by model, those that take part in its forwards on
             average: not all come to want it at the same time.
         num_forwards: advances of all shapes.
     """
 
     rates: dict[Shape, float]
-    shares: dict[int, float]
+    walk: Callable[[], dict[int, float]]
+
+    @cached_property
+    def shares(self) -> dict[int, float]:
+        return self.walk()
 
     @property
     def num_forwards(self) -> float:
@@ -54,6 +61,8 @@ class Profile:
 
     def num_together(self, model: int, batch: float) -> float:
         """Sequences in a forward of `model`, of `batch` that decode; on average, at least one."""
+        if batch <= 1:
+            return 1.0
         return max(1.0, self.shares.get(model, 1.0) * batch)
 
 
@@ -117,7 +126,7 @@ class Chain:
                 rates[branch.shape] = rates.get(branch.shape, 0.0) + weight
                 num_tokens += weight * branch.num_verified
         scaled = {shape: rate / num_tokens for shape, rate in rates.items()}
-        return Profile(scaled, self._shares(odds))
+        return Profile(scaled, partial(self._shares, odds))
 
     def _masses(self, odds: list[list[float]]) -> list[float]:
         """The stationary distribution over states, given the odds of each one's branches."""
