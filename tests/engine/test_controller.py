@@ -371,7 +371,8 @@ def test_profiles_depend_on_no_other_acceptance_than_that_of_proposers(
         decoding = make_decoding(strategy, CONTRASTIVE, gamma)
         chain = Chain(decoding, Strategies(SharedCoins(0)).make(decoding))
         for model in range(2):
-            rates = [(0.7, 0.7), (0.2, 0.7) if model == 0 else (0.7, 0.2)]
-            same = chain.profile(rates[0]) == chain.profile(rates[1])
-            assert same is (model not in chain.proposers)
+            acceptance = [(0.7, 0.7), (0.2, 0.7) if model == 0 else (0.7, 0.2)]
+            profiles = [chain.profile(rates) for rates in acceptance]
+            first, second = [(profile.rates, profile.shares) for profile in profiles]
+            assert (first == second) is (model not in chain.proposers)
     assert chain.proposers <= {0, 1}
