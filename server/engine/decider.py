@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as Row
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -46,7 +45,7 @@ class Way(NamedTuple):
 
     @property
     def is_coupled(self) -> bool:
-        """Proposals and targets share their randomness; by kernels, they are greedy."""
+        """Proposals and targets share their randomness, or have none."""
         return self.rule == "coupled"
 
 
@@ -75,12 +74,7 @@ class Decider:
         """A token of each place from the distribution of `model` alone, as `draw`."""
         if (kernels := self._kernels_for(way)) is not None:
             uniforms = self._uniforms(places, way, Purpose.PROPOSE)
-            tokens = kernels.propose(model, places, way.is_coupled, from_shortlist, uniforms)
-            if tokens is not None:
-                return tokens
-            if len(places) > 1:  # those that have no part in it are decided as they always are
-                alone = [self.propose(model, [place], way, from_shortlist) for place in places]
-                return torch.cat(alone)
+            return kernels.propose(model, places, way.is_coupled, from_shortlist, uniforms)
         return self._distributions.propose(model, places, way.is_coupled, from_shortlist)
 
     def verify(
@@ -100,16 +94,7 @@ class Decider:
             self._uniforms(places, way, Purpose.RECOVER),
         )
         if (kernels := self._kernels_for(way)) is not None:
-            decided = kernels.verify(places, tokens, lengths, way.rule, uniforms)
-            if decided is not None:
-                return decided
-            if len(lengths) > 1:  # as in `propose`
-                windows = pairwise(accumulate(lengths, initial=0))
-                alone = [
-                    self.verify(places[start:end], tokens[start:end], [end - start], way)
-                    for start, end in windows
-                ]
-                return torch.cat(alone)
+            return kernels.verify(places, tokens, lengths, way.rule, uniforms)
         if way.is_coupled:
             return verify_picks(distributions.pick_target(places), tokens, lengths)
         rule = verify_blocks if way.rule == "block" else verify

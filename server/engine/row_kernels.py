@@ -5,7 +5,7 @@ Imported only where the kernels can run.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from server.core.combination import Combination
 from server.core.lookup import LOOKUP
 from server.core.sequence import Sequence
-from server.decoding.rng import noise_key
+from server.decoding.rng import exponentials, noise_key
 from server.decoding.strategies import Strategies
 from server.decoding.verify import Decisions, Rule
 from server.decoding.warp import Place
@@ -35,7 +35,7 @@ from server.simd.decisions import (
     scratch_bytes,
 )
 from server.simd.support import BITS
-from server.simd.weights import BLOCK, INVALID
+from server.simd.weights import BLOCK, INVALID, NOTHING
 
 Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]
@@ -53,6 +53,7 @@ class _Laws:
         num_columns: of a row.
         bits: [K] of a score.
         scores, scales, shares: [R, K].
+        plausibility: floors and references, [R] each, or None.
         limits: [R, NUM_LIMITS], or None.
         noises: [R, NOISE], or None.
         columns: float32 [num_columns, up to whole blocks]: their tokens, if they are not all.
@@ -64,6 +65,7 @@ class _Laws:
     scores: Ids
     scales: Reals
     shares: Reals
+    plausibility: tuple[Reals, Ids] | None = None
     limits: Reals | None = None
     noises: Ids | None = None
     columns: Tensor | None = None
@@ -94,11 +96,7 @@ class RowKernels:
     def take(self, sequence: Sequence) -> bool:
         """Is the sequence's every distribution of a kind that kernels make?"""
         params = sequence.params
-        return (
-            not params.adjusts_scores
-            and sequence.matcher is None
-            and sequence.decoding.combination.plausibility == 0
-        )
+        return not params.adjusts_scores and sequence.matcher is None
 
     def draw(self, places: list[Place], is_coupled: bool, uniforms: Tensor) -> Tensor:
         """A token of each place from its target, int64 [R]; see `verify.sample` and `pick`."""
@@ -106,21 +104,17 @@ class RowKernels:
 
     def propose(
         self, model: int, places: list[Place], is_coupled: bool, is_short: bool, uniforms: Tensor
-    ) -> Tensor | None:
-        """The same from `model` alone; None where a shortlist has no token to give."""
+    ) -> Tensor:
+        """The same from `model` alone."""
         if not is_short:
-            only = Combination.only(self._num_models, model)
-            return self._draw(self._laws(places, [only] * len(places)), is_coupled, uniforms)
-        listed = self._listed(model, places)
-        if listed is None:
-            return None
-        rows, ids = listed
-        noises = _noises(places)
+            return self._draw(self._alone(model, places), is_coupled, uniforms)
+        rows, ids = self._scores.shortlist(model, places)
+        scales, noises = _inverse_temperatures(places), _noises(places)
         laws = _Laws(
             num_columns=rows.shape[1],
             bits=np.array([32]),
             scores=_addresses(rows)[:, None],
-            scales=_inverse_temperatures(places)[:, None],
+            scales=scales[:, None],
             shares=np.zeros((len(places), 1), np.float32),
             limits=_limits(places),
             noises=noises,
@@ -128,7 +122,11 @@ class RowKernels:
             kept=rows,
         )
         numbers = self._draw(laws, is_coupled, uniforms)
-        return torch.where(numbers == INVALID, INVALID, ids[numbers])
+        tokens = torch.where(numbers == INVALID, INVALID, ids[numbers])
+        if empty := _empty(rows, scales):
+            whole = self._alone(model, [places[row] for row in empty])
+            tokens[empty] = self._draw(whole, is_coupled, uniforms[empty])
+        return tokens
 
     def verify(
         self,
@@ -137,8 +135,8 @@ class RowKernels:
         lengths: list[int],
         rule: Rule,
         uniforms: tuple[Tensor, Tensor],
-    ) -> Decisions | None:
-        """As `verify.verify`, `verify_picks` and `verify_blocks`; None as `propose`.
+    ) -> Decisions:
+        """As `verify.verify`, `verify_picks` and `verify_blocks`.
 
         Args:
             places: of the rows of all windows.
@@ -148,8 +146,6 @@ class RowKernels:
             uniforms: float32 [R] each, that decide acceptance and draw what is recovered.
         """
         origins = self._origins(places, rule == "coupled")
-        if origins is None:
-            return None
         return _decide(self._targets(places), origins, tokens, lengths, _RULES[rule], uniforms)
 
     def _draw(self, laws: _Laws, is_coupled: bool, uniforms: Tensor) -> Tensor:
@@ -159,6 +155,10 @@ class RowKernels:
         rule = PICKS if is_coupled else TOKENS
         decided = _decide(laws, origins, tokens, [1] * count, rule, (uniforms, uniforms))
         return decided[:, 1]
+
+    def _alone(self, model: int, places: list[Place]) -> _Laws:
+        """What `model` says, of the whole vocabulary."""
+        return self._laws(places, [Combination.only(self._num_models, model)] * len(places))
 
     def _targets(self, places: list[Place]) -> _Laws:
         targets = [
@@ -183,11 +183,12 @@ class RowKernels:
             scores=scores,
             scales=scales,
             shares=shares,
+            plausibility=_plausibility(targets),
             limits=_limits(places),
             noises=_noises(places),
         )
 
-    def _origins(self, places: list[Place], is_coupled: bool) -> _Origins | None:
+    def _origins(self, places: list[Place], is_coupled: bool) -> _Origins:
         numbers = np.zeros((len(places), 4), np.int64)
         scales = _inverse_temperatures(places)
         kept: list[Tensor] = []
@@ -195,36 +196,30 @@ class RowKernels:
             return _Origins(numbers, scales, ())
         for origin, rows in grouped(list(range(len(places))), lambda row: origin_of(places[row])):
             group = [places[row] for row in rows]
-            found = self._origin(origin, group, kept)
-            if found is None:
-                return None
-            numbers[rows] = found
+            numbers[rows] = self._origin(origin, group, scales[rows], kept)
         return _Origins(numbers, scales, tuple(kept))
 
-    def _origin(self, origin: Origin, places: list[Place], kept: list[Tensor]) -> Ids | None:
+    def _origin(
+        self, origin: Origin, places: list[Place], scales: Reals, kept: list[Tensor]
+    ) -> Ids:
         """Rows [n, 4]; adds to `kept`."""
         model, is_short = origin
         numbers = np.zeros((len(places), 4), np.int64)
+        whole = list(range(len(places)))  # rows that were proposed from the whole vocabulary
         if model == LOOKUP:
             numbers[:, 0] = CERTAIN
-        elif not is_short:
-            numbers[:, 0] = _KINDS[BITS[self._scores.dtype(model)]]
-            numbers[:, 1] = self._scores.addresses(model, places)
-        else:
-            listed = self._listed(model, places)
-            if listed is None:
-                return None
-            rows, ids = listed
+            return numbers
+        if is_short:
+            rows, ids = self._scores.shortlist(model, places)
             numbers[:, 0] = SHORT
             numbers[:, 1] = _addresses(rows)
             numbers[:, 2:] = ids.data_ptr(), len(ids)
-            kept += listed
+            kept += rows, ids
+            whole = _empty(rows, scales)
+        if whole:
+            numbers[whole, 0] = _KINDS[BITS[self._scores.dtype(model)]]
+            numbers[whole, 1] = self._scores.addresses(model, [places[row] for row in whole])
         return numbers
-
-    def _listed(self, model: int, places: list[Place]) -> tuple[Tensor, Tensor] | None:
-        """Scores of a shortlist [n, m] and its ids [m]; None where one gives nothing to any."""
-        rows, ids = self._scores.shortlist(model, places)
-        return None if bool((rows.amax(-1) == -torch.inf).any()) else (rows, ids)
 
 
 def _decide(
@@ -236,13 +231,15 @@ def _decide(
     uniforms: tuple[Tensor, Tensor],
 ) -> Decisions:
     """See `decider`; R rows in windows of `lengths`."""
-    num_threads = min(len(lengths), torch.get_num_threads())
+    is_alone = len(lengths) == 1
     scratch_size = scratch_bytes(laws.num_columns)
-    scratch = torch.empty(num_threads * scratch_size, dtype=torch.uint8)
+    # Of a team any thread may be given something, also where there is less than one for each.
+    num_threads = 1 if is_alone else torch.get_num_threads()
+    scratch = _scratch(num_threads * scratch_size)
     windows = np.cumsum([0, *lengths])
     decisions = torch.empty(len(lengths), 2, dtype=torch.int64)
     kernel = decider()
-    (kernel.alone if num_threads == 1 else kernel)(
+    (kernel.alone if is_alone else kernel)(
         laws.num_columns,
         laws.scores.shape[1],
         len(lengths),
@@ -251,6 +248,8 @@ def _decide(
         laws.bits.ctypes.data,
         laws.scales.ctypes.data,
         laws.shares.ctypes.data,
+        0 if laws.plausibility is None else laws.plausibility[0].ctypes.data,
+        0 if laws.plausibility is None else laws.plausibility[1].ctypes.data,
         0 if laws.limits is None else laws.limits.ctypes.data,
         0 if laws.noises is None else laws.noises.ctypes.data,
         0 if laws.columns is None else laws.columns.data_ptr(),
@@ -265,6 +264,10 @@ def _decide(
         decisions.data_ptr(),
     )
     return decisions
+
+
+def _scratch(num_bytes: int) -> Tensor:
+    return torch.empty(num_bytes, dtype=torch.uint8)
 
 
 def check() -> None:
@@ -297,6 +300,25 @@ def check() -> None:
     ]
     if found != [[[1, 3], [0, 2]], [[2, 2], [0, 2]], [[0, 3]]]:
         raise RuntimeError(f"decided {found}")
+    _check_warped(laws, scores)
+
+
+def _check_warped(laws: _Laws, scores: Tensor) -> None:
+    """As `check`: the same law with a token that truncation leaves out, and with noise."""
+    count = len(laws.scores)
+    drawn = _Origins(np.full((count, 4), DRAWN, np.int64), np.ones(count, np.float32), ())
+    tokens, uniforms = torch.full((count,), INVALID), torch.full((count,), 0.999)
+    noise = exponentials(range(count), [0] * count, _CHECKED, scores.device)
+    picked = replace(laws, noises=np.array([(1, *noise_key(seed, 0)) for seed in range(count)]))
+    decided = _decide(picked, drawn, tokens, [1] * count, PICKS, (uniforms, uniforms))
+    expected = (2 + noise[:, 2:4].argmin(-1)).tolist()
+    scores[0, 3] = 0.4
+    limits = np.array([(0.95, 0, 1), (0, 1, 1), (0, 0, 0.5)], np.float32)
+    truncated = replace(laws, limits=limits)
+    left = _decide(truncated, drawn, tokens, [1] * count, TOKENS, (uniforms, uniforms))
+    found = decided[:, 1].tolist(), left[:, 1].tolist()
+    if found != (expected, [2] * count):
+        raise RuntimeError(f"warped, decided {found}")
 
 
 @lru_cache(maxsize=1024)
@@ -309,6 +331,15 @@ def _weights(target: Combination) -> tuple[Reals, Reals]:
         return np.ones_like(weights), np.zeros_like(weights)
     # A share of 0 would say that scores are added.
     return np.ones_like(weights), np.where(weights == 0, np.float32(1), weights)
+
+
+def _plausibility(targets: list[Combination]) -> tuple[Reals, Ids] | None:
+    """Floors and references of rows; None where everything is plausible."""
+    if not any(target.plausibility > 0 for target in targets):
+        return None
+    floors = np.array([target.plausibility or 1.0 for target in targets], np.float32)
+    references = [target.reference if target.plausibility > 0 else -1 for target in targets]
+    return np.log(floors), np.array(references)
 
 
 def _limits(places: list[Place]) -> Reals | None:
@@ -336,6 +367,12 @@ def _noises(places: list[Place]) -> Ids | None:
 def _padded(ids: Tensor) -> Tensor:
     """As the kernel takes the tokens that columns stand for."""
     return nn.functional.pad(ids.float(), (0, -len(ids) % BLOCK))
+
+
+def _empty(rows: Tensor, scales: Reals) -> list[int]:
+    """Rows of a shortlist that give no token anything: there the whole vocabulary counts."""
+    largest = rows.amax(-1).numpy() * scales
+    return np.flatnonzero(~(largest > NOTHING)).tolist()
 
 
 def _addresses(rows: Tensor) -> Ids:

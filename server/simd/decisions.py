@@ -29,6 +29,7 @@ from server.simd.weights import (
     add_row,
     add_scores,
     draw,
+    drop_where_less,
     exponentials,
     find,
     largest_of,
@@ -55,6 +56,8 @@ _ARGUMENTS = {
     "bits": "q",
     "scales": "q",
     "shares": "q",
+    "floors": "q",
+    "references": "q",
     "limits": "q",
     "noises": "q",
     "columns": "q",
@@ -82,17 +85,21 @@ class _Row(NamedTuple):
     Attributes:
         scores: address of [num_models] addresses of scores; 0: the model says nothing.
         scales, shares: addresses of [num_models] float32; see `decider`.
+        reference: the model that judges what is plausible; -1: none does.
+        floor: see `decider`.
         limits: address of what truncates it; 0: nothing.
         noise: address of its NOISE numbers; 0: none.
         origin: address of four numbers: kind, scores, ids of the shortlist, and how many.
         origin_scale: of the proposal's scores.
         proposed: the token.
-        weights, others, largest, sums: scratch.
+        weights, others, gathered, sums: scratch.
     """
 
     scores: Any
     scales: Any
     shares: Any
+    reference: Any
+    floor: Any
     limits: Any
     noise: Any
     origin: Any
@@ -100,7 +107,7 @@ class _Row(NamedTuple):
     proposed: Any
     weights: Any
     others: Any
-    largest: Any
+    gathered: Any
     sums: Any
 
 
@@ -116,6 +123,9 @@ def decider() -> Kernel:
         scales: float32 [R, K], that scores are multiplied with before they are added.
         shares: float32 [R, K]; of a row that begins with 0, scores are added; of others, each
             model's probabilities are, times its share.
+        floors: float32 [R]; of a row with a reference, tokens whose scores by that model are less
+            than its largest and this number have no probability, where scores are added.
+        references: int64 [R], models, -1: none; or 0: no row has one.
         limits: float32 [R, NUM_LIMITS], that truncate what scores are made to, and what was
             proposed from; or 0: nothing does.
         noises: int64 [R, NOISE]: is there any, and the halves of its key (`divide_by_noise`); or 0.
@@ -157,6 +167,8 @@ def _row(a: Any, number: Any, room: Any) -> Any:
         a.scores + number * a.num_models * WHOLE,
         a.scales + number * a.num_models * NUMBER,
         a.shares + number * a.num_models * NUMBER,
+        vectors.load_whole(a.references + number * WHOLE) if a.references else -1,
+        vectors.load_number(a.floors + number * NUMBER) if a.references else _ZERO,
         a.limits + number * NUM_LIMITS * NUMBER if a.limits else 0,
         a.noises + number * NOISE * WHOLE if a.noises else 0,
         a.origins + number * 4 * WHOLE,
@@ -228,7 +240,7 @@ def _choosing(a: Any, number: Any) -> Any:
 
 @compiled
 def _most_probable(a: Any, row: Any) -> Any:
-    """The token of the largest weight, the first of them."""
+    """The token of the largest weight, or of its quotient and the noise; the first of them."""
     size = padded(a.num_columns)
     if row.noise != 0 and vectors.load_whole(row.noise) != 0:
         if not _target(a, row) > _ZERO:
@@ -318,7 +330,18 @@ def _mix(a: Any, row: Any) -> Any:
             # What is no number stays none.
             largest = found if is_first or largest > NEVER else NEVER
             is_first = False
+    if row.reference >= 0 and largest > NEVER:
+        largest = _drop_implausible(a, row)
     return largest
+
+
+@compiled
+def _drop_implausible(a: Any, row: Any) -> Any:
+    """Of a sum in `weights`; returns the largest that is left, NEVER if there is none."""
+    scores = vectors.load_whole(row.scores + row.reference * WHOLE)
+    bits = vectors.load_whole(a.bits + row.reference * WHOLE)
+    best = add_scores(row.others, scores, bits, _ONE, a.num_columns, True)
+    return drop_where_less(row.weights, row.others, padded(a.num_columns), best + row.floor)
 
 
 @compiled
@@ -329,7 +352,7 @@ def _speaks(row: Any, model: Any) -> Any:
 
 @compiled
 def _add_model(a: Any, row: Any, model: Any, target: Any, is_first: Any) -> Any:
-    """`_add_scores` of a model."""
+    """`add_scores` of a model."""
     scores = vectors.load_whole(row.scores + model * WHOLE)
     scale = vectors.load_number(row.scales + model * NUMBER)
     bits = vectors.load_whole(a.bits + model * WHOLE)
@@ -399,13 +422,13 @@ def _probabilities(row: Any, scores: Any, size: Any, largest: Any) -> Any:
     """
     total = exponentials(scores, size, largest)
     if row.limits != 0 and total > _ZERO:
-        total = truncate(scores, size, total, row.limits, row.largest)
+        total = truncate(scores, size, total, row.limits, row.gathered)
     return total
 
 
 @compiled
 def _take_listed(row: Any, factor: Any) -> None:
-    """`_take`, of the columns on a shortlist."""
+    """`take_row`, of the columns on a shortlist."""
     ids = vectors.load_whole(row.origin + 2 * WHOLE)
     for number in range(vectors.load_whole(row.origin + 3 * WHOLE)):
         place = row.weights + vectors.load_whole(ids + number * WHOLE) * NUMBER

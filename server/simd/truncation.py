@@ -14,6 +14,7 @@ import numpy as np
 from server.simd import vectors
 from server.simd.compiled import compiled
 from server.simd.vectors import LANES, NUMBER
+from server.simd.weights import BLOCK
 
 NUM_LIMITS = 3  # float32 numbers: min-p, top-k, top-p; 0, 0 and 1 leave nothing out
 
@@ -30,25 +31,26 @@ def truncate(row: Any, size: Any, total: Any, limits: Any, room: Any) -> Any:
 
     Args:
         row: address of weights, of which the largest is 1.
-        size: their number, that of whole vectors.
-        total: their sum.
+        size: their number, that of whole blocks.
+        total: their sum, float32.
         limits: address of NUM_LIMITS numbers.
         room: for as many weights.
     """
     min_p = vectors.load_number(limits)
     top_k = vectors.load_number(limits + NUMBER)
     top_p = vectors.load_number(limits + 2 * NUMBER)
+    if top_k >= size:
+        top_k = _ZERO
     if min_p > _ZERO:
         total = _keep(row, size, min(min_p, _ONE))
     if top_k == _ZERO and top_p >= _ONE:
         return total
-    count = _gather(row, size, total, top_k, top_p, room)
-    threshold = _ZERO
+    count, threshold = _gather(row, size, total, top_k, top_p, room)
     if top_k > _ZERO:
-        threshold = _threshold(room, count, top_k, _ANY)
+        threshold = max(threshold, _threshold(room, count, top_k, _ANY))
         above, mass = _above(room, count, threshold)
-        if above < top_k:
-            total = mass + (top_k - above) * threshold
+        # Of so many, whatever ties with the last.
+        total = np.float32(mass + (top_k - above) * threshold)
     if top_p < _ONE:
         threshold = max(threshold, _threshold(room, count, _ANY, top_p * total))
     return _keep(row, size, threshold)
@@ -56,7 +58,10 @@ def truncate(row: Any, size: Any, total: Any, limits: Any, room: Any) -> Any:
 
 @compiled
 def _gather(row: Any, size: Any, total: Any, top_k: Any, top_p: Any, room: Any) -> Any:
-    """Copy the largest weights, with the threshold among them; returns how many, whole vectors."""
+    """Copy the largest weights, with the threshold among them.
+
+    Returns how many, whole blocks of them, and what they are above.
+    """
     floor = _FIRST_FLOOR
     while floor > _ZERO:
         above, mass = _above(row, size, floor)
@@ -72,10 +77,10 @@ def _gather(row: Any, size: Any, total: Any, top_k: Any, top_p: Any, room: Any) 
                 if weight > floor:
                     vectors.store_number(room + count * NUMBER, weight)
                     count += 1
-    while count % LANES:
+    while count % BLOCK:
         vectors.store_number(room + count * NUMBER, _ZERO)
         count += 1
-    return count
+    return count, floor
 
 
 @compiled
@@ -104,25 +109,31 @@ def _is_kept(row: Any, size: Any, weight: Any, count: Any, mass: Any) -> Any:
 
 @compiled
 def _above(row: Any, size: Any, floor: Any) -> Any:
-    """How many weights are above `floor`, and their sum, float32 both."""
+    """How many weights are above `floor`, and their sum; float32 and float64."""
     zero, one = vectors.splat(_ZERO, LANES), vectors.splat(_ONE, LANES)
     limit = vectors.splat(floor, LANES)
-    count, mass = zero, zero
-    for place in range(row, row + size * NUMBER, _VECTOR):
-        x = vectors.load(place, LANES, 32)
-        count = vectors.add(count, vectors.where_less(limit, x, one, zero))
-        mass = vectors.add(mass, vectors.where_less(limit, x, x, zero))
-    return vectors.total(count), vectors.total(mass)
+    count, mass = zero, 0.0
+    for start in range(row, row + size * NUMBER, BLOCK * NUMBER):
+        block_sum = zero
+        for place in range(start, start + BLOCK * NUMBER, _VECTOR):
+            x = vectors.load(place, LANES, 32)
+            count = vectors.add(count, vectors.where_less(limit, x, one, zero))
+            block_sum = vectors.add(block_sum, vectors.where_less(limit, x, x, zero))
+        mass += vectors.total(block_sum)
+    return vectors.total(count), mass
 
 
 @compiled
 def _keep(row: Any, size: Any, least: Any) -> Any:
-    """Make 0 of weights below `least`; returns the sum of the rest."""
+    """Make 0 of weights below `least`; returns the sum of the rest, float32."""
     zero, limit = vectors.splat(_ZERO, LANES), vectors.splat(least, LANES)
-    total = zero
-    for place in range(row, row + size * NUMBER, _VECTOR):
-        x = vectors.load(place, LANES, 32)
-        x = vectors.where_less(x, limit, zero, x)
-        vectors.store(place, x, 32)
-        total = vectors.add(total, x)
-    return vectors.total(total)
+    total = 0.0
+    for start in range(row, row + size * NUMBER, BLOCK * NUMBER):
+        block_sum = zero
+        for place in range(start, start + BLOCK * NUMBER, _VECTOR):
+            x = vectors.load(place, LANES, 32)
+            x = vectors.where_less(x, limit, zero, x)
+            vectors.store(place, x, 32)
+            block_sum = vectors.add(block_sum, x)
+        total += vectors.total(block_sum)
+    return np.float32(total)

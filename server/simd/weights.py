@@ -19,6 +19,7 @@ INVALID = -1  # no column at all
 # A score of -inf, as finite numbers have it. Where scores are combined, a negative weight takes it
 # for the second, as in `decoding.combine`.
 NEVER, _FLOOR = np.float32(-1e30), np.float32(-1e4)
+NOTHING = np.float32(-5e29)  # of what there is, scores are larger, and their sums
 
 _VECTOR = LANES * NUMBER
 _LEAST = np.float32(-87.0)  # logarithm of the least probability, beside the largest, that is not 0
@@ -81,7 +82,20 @@ def add_scores(target: Any, scores: Any, bits: Any, scale: Any, size: Any, is_fi
     for column in range(size, padded(size)):
         vectors.store_number(target + column * NUMBER, NEVER)
     largest = max(largest, last)
-    return largest if bad == _ZERO and largest > NEVER / 2 else NEVER
+    return largest if bad == _ZERO and largest > NOTHING else NEVER
+
+
+@compiled
+def drop_where_less(row: Any, others: Any, size: Any, floor: Any) -> Any:
+    """Make scores NEVER where `others` are less than `floor`; returns the largest that is left."""
+    never, limit = vectors.splat(NEVER, LANES), vectors.splat(floor, LANES)
+    largest = never
+    for column in range(0, size * NUMBER, _VECTOR):
+        x = vectors.load(row + column, LANES, 32)
+        x = vectors.where_less(vectors.load(others + column, LANES, 32), limit, never, x)
+        vectors.store(row + column, x, 32)
+        largest = vectors.larger(largest, x)
+    return vectors.largest(largest)
 
 
 @compiled

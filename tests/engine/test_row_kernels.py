@@ -39,6 +39,8 @@ COMBINATIONS = {
     "last two": Combination.weighted([0.0, 0.4, 0.6]),
     "one": Combination.only(3, 1),
     "contrastive": Combination.contrastive(3, 0.4),
+    "plausible": Combination.contrastive(3, 0.4, plausibility=0.1),
+    "plausible to the second": Combination("linear", (-0.3, 1.1, -0.2), 0.2, reference=1),
     "linear": Combination.linear([0.5, -0.3, 0.9]),
 }
 NONE: Mapping[str, Any] = {}
@@ -58,7 +60,7 @@ NUM_WINDOWS, LENGTH = 12, 3
 class RowsRunner:
     """Says what it is told to."""
 
-    deferred = None
+    deferred: Listed | None = None
     device = CPU
 
     def __init__(self, vocab_size: int, dtype: torch.dtype) -> None:
@@ -70,11 +72,29 @@ class RowsRunner:
         return self.rows
 
 
+class Listed:
+    """DeferredScores of a RowsRunner; a state is its row."""
+
+    def __init__(self, runner: RowsRunner, ids: Tensor) -> None:
+        self.state_size = runner.vocab_size
+        self.shortlist = ids
+        self._runner = runner
+
+    def states(self, batch: Batch) -> Tensor:
+        return self._runner.rows
+
+    def scores(self, states: Tensor) -> Tensor:
+        return states
+
+    def shortlist_scores(self, states: Tensor) -> Tensor:
+        return states[:, self.shortlist]
+
+
 class Bench:
     """Windows of tokens that model 0 or 1 proposed, over random scores of three models.
 
     Scores of model 1 are in bfloat16. Those of some places lie in the store, others where the last
-    forward left them.
+    forward left them. With a shortlist model 0 proposes from it, and has scored no more.
     """
 
     def __init__(
@@ -87,11 +107,17 @@ class Bench:
         seed: int = 0,
         verification: str = "token",
         options: Mapping[str, Any] = NONE,
+        shortlist: Tensor | None = None,
     ) -> None:
         self.random = torch.Generator().manual_seed(seed)
         dtypes = [torch.float32, torch.bfloat16, torch.float32]
         runners = [RowsRunner(vocab_size, dtype) for dtype in dtypes]
-        store = ScoreStore(NUM_WINDOWS, LENGTH + 3, vocab_size, dtypes, [CPU] * 3)
+        if shortlist is not None:
+            runners[0].deferred = Listed(runners[0], shortlist)
+        sizes = (vocab_size, 0, 0)
+        store = ScoreStore(
+            NUM_WINDOWS, LENGTH + 3, vocab_size, dtypes, [CPU] * 3, state_sizes=sizes
+        )
         self.scores = Scores(runners, store)  # type: ignore[arg-type]
         strategies = Strategies(SharedCoins(0))
         distributions = Distributions(self.scores, strategies, frozenset(), 3, vocab_size)
@@ -112,14 +138,16 @@ class Bench:
             for model, runner in enumerate(runners):
                 runner.rows = self._near(common, zero_share).to(runner.dtype)
                 spans = tuple(Span([1], 0, [0], 1) for _ in part)
-                self.scores.forward(model, Batch(spans), part, defer=False)
+                defer = runner.deferred is not None
+                self.scores.forward(model, Batch(spans), part, defer=defer)
         for sequence in self.sequences:
             for i in range(LENGTH):
                 model = i % 2
                 place = [(sequence, len(sequence))]
                 way = self.by_torch.way(sequence)
-                token = self.by_torch.propose(model, place, way, from_shortlist=False)
-                sequence.propose(int(token), model)
+                is_short = shortlist is not None and model == 0
+                token = self.by_torch.propose(model, place, way, is_short)
+                sequence.propose(int(token), model, is_short)
 
     def _near(self, common: Tensor, zero_share: float) -> Tensor:
         """Models agree more or less."""
@@ -319,13 +347,138 @@ def test_seeded_picks_are_the_same(
         assert count == LENGTH or token == wanted[count]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("name", ["weighted", "one", "linear"])
+def shortlist_of(size: int) -> Tensor:
+    """So many of 1500 tokens, in no order."""
+    return torch.randperm(1500, generator=torch.Generator().manual_seed(size))[:size]
+
+
+@pytest.mark.parametrize("truncation", ["none", "top-p", "all"])
+def test_proposals_from_a_shortlist(truncation: str) -> None:
+    limits, ids = TRUNCATIONS[truncation], shortlist_of(300)
+    bench = Bench(COMBINATIONS["one"], 1500, temperature=0.8, options=limits, shortlist=ids)
+    way = bench.by_kernels.way(bench.sequences[0])
+    logits = bench.rows(bench.scores.shortlist(0, bench.places)[0]) / 0.8
+    weights = np.zeros((len(logits), 1500))
+    for row, listed in enumerate(np.exp(logits - logits.max(-1, keepdims=True))):
+        weights[row, ids] = truncated(listed, **limits)
+    uniforms = bench.distributions.uniforms(bench.places, Purpose.PROPOSE).tolist()
+    tokens = bench.by_kernels.propose(0, bench.places, way, True).tolist()
+    for row, token in enumerate(tokens):
+        assert_drawn(weights[row][ids], ids.tolist().index(token), uniforms[row])
+    seeded = Bench(
+        COMBINATIONS["one"],
+        1500,
+        temperature=0.8,
+        options={**limits, "is_seeded": True},
+        shortlist=ids,
+    )
+    coupled = seeded.by_kernels.way(seeded.sequences[0])
+    picked = seeded.by_kernels.propose(0, seeded.places, coupled, True).tolist()
+    assert_picked(seeded, torch.tensor(weights), seeded.places, picked)
+
+
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize("truncation", ["none", "top-p", "all"])
+def test_windows_from_a_shortlist(truncation: str, verification: str) -> None:
+    bench = Bench(
+        COMBINATIONS["contrastive"],
+        1500,
+        verification=verification,
+        options=TRUNCATIONS[truncation],
+        shortlist=shortlist_of(1200),
+    )
+    found, expected = bench.verify(bench.by_kernels), bench.verify(bench.by_torch)
+    assert torch.equal(found, expected)
+    assert len(set(found[:, 0].tolist())) > 1
+
+
+@pytest.mark.parametrize("options", [{}, {"top_p": 0.8}, {"is_seeded": True}])
+def test_an_empty_shortlist_is_the_whole_vocabulary(options: Mapping[str, Any]) -> None:
+    """In its own row alone: what is proposed elsewhere is from the shortlist."""
+    ids = shortlist_of(300)
+    bench = Bench(COMBINATIONS["contrastive"], 1500, options=options, shortlist=ids)
+    states = bench.scores._store._states[0]
+    empty = bench.places[4]
+    states[bench.scores.rows([empty])[0], ids] = -torch.inf
+    way = bench.by_kernels.way(bench.sequences[0])
+    tokens = bench.by_kernels.propose(0, bench.places, way, True).tolist()
+    whole = bench.by_kernels.propose(0, [empty], way, False)
+    assert tokens[4] == whole[0]
+    assert tokens[4] not in ids
+    assert set(tokens[:4] + tokens[5:]) <= set(ids.tolist())
+    first = bench.sequences[1]
+    first.token_ids[2] = tokens[4]
+    found = bench.verify(bench.by_kernels)
+    assert torch.equal(found, bench.verify(bench.by_torch))
+
+
+def test_neighbours_change_nothing() -> None:
+    """Greedy, seeded, truncated and plausible texts beside each other, and each alone."""
+    bench = Bench(COMBINATIONS["linear"], 1500)
+    plausible = make_decoding("cos", COMBINATIONS["plausible"])
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.7, "temperature": 0.7},
+        {"temperature": 0.0},
+        {"is_seeded": True},
+        {"is_seeded": True, "top_k": 5},
+        {"min_p": 0.1},
+    ]
+    for number, sequence in enumerate(bench.sequences):
+        options = {"temperature": 1.0, **kinds[number % len(kinds)]}
+        sequence.params = SamplingParams(max_tokens=9, seed=number, **options)
+        if number >= len(kinds):
+            sequence.decoding = sequence.schedule = plausible
+    for is_coupled in (False, True):
+        group = [s for s in bench.sequences if s.params.is_coupled is is_coupled]
+        way = bench.by_kernels.way(group[0])
+        places = [(s, 2 + i) for s in group for i in range(LENGTH)]
+        tokens = torch.tensor([s.token_ids[position] for s, position in places])
+        together = bench.by_kernels.verify(places, tokens, [LENGTH] * len(group), way)
+        drawn = bench.by_kernels.draw(places, way)
+        for number in range(len(group)):
+            part = slice(number * LENGTH, (number + 1) * LENGTH)
+            alone = bench.by_kernels.verify(places[part], tokens[part], [LENGTH], way)
+            assert torch.equal(together[number], alone[0])
+            assert torch.equal(drawn[part], bench.by_kernels.draw(places[part], way))
+        picked = bench.by_torch.verify(
+            places, tokens, [LENGTH] * len(group), way._replace(by_kernels=False)
+        )
+        assert torch.equal(together, picked)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_thread_works_in_memory_of_its_own(
+    count: int, num_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind what all have together there is something that none of them writes."""
+    guards: list[Tensor] = []
+
+    def guarded(size: int) -> Tensor:
+        whole = torch.full((2 * size,), 77, dtype=torch.uint8)
+        guards.append(whole[size:])
+        return whole[:size]
+
+    monkeypatch.setattr("server.engine.row_kernels._scratch", guarded)
+    bench = Bench(COMBINATIONS["weighted"], 1500)
+    way = bench.by_kernels.way(bench.sequences[0])
+    with threads(num_threads):
+        bench.by_kernels.draw(bench.places[:count], way)
+    assert all((guard == 77).all() for guard in guards)
+    assert len(guards) == 1
+
+
+@pytest.mark.parametrize(
+    ("temperature", "options"),
+    [(0.0, {}), (1.0, {}), (1.0, {"is_seeded": True}), (1.0, {"top_p": 0.8, "top_k": 9})],
+)
+@pytest.mark.parametrize("name", ["weighted", "one", "linear", "plausible to the second"])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_no_distribution_gives_no_token(
-    name: str, temperature: float, broken: float
+    name: str, temperature: float, options: Mapping[str, Any], broken: float
 ) -> None:
-    bench = Bench(COMBINATIONS[name], 40, temperature=temperature)
+    bench = Bench(COMBINATIONS[name], 40, temperature=temperature, options=options)
     rows = bench.scores._store._rows[1]
     way = bench.by_kernels.way(bench.sequences[0])
     # Read from the store, all of them.
@@ -388,9 +541,6 @@ def test_kernels_take_what_they_know(options: dict[str, object], is_taken: bool)
     params = SamplingParams(max_tokens=4, **options)  # type: ignore[arg-type]
     sequence = Sequence.start("s", [0], params, decoding)
     assert bench.by_kernels.way(sequence).by_kernels is is_taken
-    plausible = make_decoding("cos", Combination.contrastive(3, 0.4, plausibility=0.1))
-    sequence = Sequence.start("s", [0], params, plausible)
-    assert not bench.by_kernels.way(sequence).by_kernels
 
 
 def kernels_for(wanted: CpuKernels, dtype: torch.dtype = torch.float32) -> RowKernels | None:

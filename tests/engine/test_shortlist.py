@@ -12,6 +12,7 @@ from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.engine import Engine
+from server.runner.attention_choice import CpuKernels
 from server.runner.base import ModelRunner
 from tests.engine.test_exactness import COMBINATIONS, Z_LIMIT, make_lms
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
@@ -26,7 +27,8 @@ SCHEDULES: dict[str, tuple[str, int | tuple[int, ...]]] = {
     "cos-each": ("cos", (3, 3)),
 }
 WARPS: dict[str, dict[str, Any]] = {
-    "top-k": {"top_k": 2, "temperature": 0.8},
+    "top-k": {"top_k": 1, "temperature": 0.8},
+    "top-p": {"top_p": 0.6},
     "min-p": {"min_p": 0.4},
     "penalties": {"presence_penalty": 0.5, "repetition_penalty": 1.4},
     "half-allowed": {"allowed_token_ids": (0, 1)},
@@ -42,6 +44,7 @@ def check_law(
     schedule: str,
     warp: dict[str, Any] | None = None,
     eos: frozenset[int] = frozenset(),
+    cpu_kernels: CpuKernels = "auto",
 ) -> None:
     lms = make_lms(len(combination.weights))
     options = {"max_tokens": 4, **(warp or {})}
@@ -51,7 +54,12 @@ def check_law(
         gamma = (gamma * 2)[: len(lms)]
     decoding = make_decoding(strategy, combination, gamma)
     engine = make_engine(
-        lms, eos=eos, max_sequences=500, max_step_tokens=4096, shortlists=shortlists
+        lms,
+        eos=eos,
+        max_sequences=500,
+        max_step_tokens=4096,
+        shortlists=shortlists,
+        cpu_kernels=cpu_kernels,
     )
     samples = decode(engine, PROMPT, params, decoding)
     law = exact_law(lms, combination, params[0], PROMPT, eos)
@@ -74,22 +82,29 @@ def test_law_of_every_combination(name: str, schedule: str) -> None:
 
 
 @pytest.mark.parametrize("verification", ["token", "block"])
-def test_law_where_some_shortlists_are_empty(verification: str) -> None:
+@pytest.mark.parametrize("warp", [{}, {"top_p": 0.6}])
+@pytest.mark.parametrize("listed", [[2], [0, 2]])
+def test_law_where_some_shortlists_are_empty(
+    listed: list[int], warp: dict[str, Any], verification: str
+) -> None:
     """The model gives nothing to any token on it: it proposes from the whole vocabulary there."""
     combination = COMBINATIONS["contrastive-2"]
     lms = make_lms(2, zero_share=0.6)
-    params = [SamplingParams(max_tokens=4, seed=seed) for seed in range(NUM_SAMPLES)]
+    params = [SamplingParams(max_tokens=4, seed=seed, **warp) for seed in range(NUM_SAMPLES)]
     decoding = make_decoding("speculative", combination, 3, verification=verification)
-    engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, shortlists=[[2], None])
+    engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, shortlists=[listed, None])
     samples = decode(engine, PROMPT, params, decoding)
     assert chi_square_z(samples, exact_law(lms, combination, params[0], PROMPT)) < Z_LIMIT
     assert deferred(engine.runners[0]).num_deferred > 0
 
 
-@pytest.mark.parametrize("warp", WARPS)
+@pytest.mark.parametrize(
+    ("warp", "cpu_kernels"),
+    [*((warp, "auto") for warp in WARPS), *((warp, "off") for warp in ("top-k", "top-p", "min-p"))],
+)
 @pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
-def test_law_under_warps(name: str, warp: str) -> None:
-    check_law([[0, 2], None], COMBINATIONS[name], "cos", WARPS[warp])
+def test_law_under_warps(name: str, warp: str, cpu_kernels: CpuKernels) -> None:
+    check_law([[0, 2], None], COMBINATIONS[name], "cos", WARPS[warp], cpu_kernels=cpu_kernels)
 
 
 def test_law_where_the_end_of_text_is_not_listed() -> None:
