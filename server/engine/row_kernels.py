@@ -5,8 +5,11 @@ Imported only where the kernels can run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import accumulate
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +42,7 @@ from server.simd.weights import BLOCK, INVALID, NOTHING
 
 Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]
+Key = TypeVar("Key")
 
 _RULES: dict[Rule, int] = {"token": TOKENS, "coupled": PICKS, "block": BLOCKS}
 _CHECKED = 300  # columns
@@ -149,12 +153,9 @@ class RowKernels:
         return _decide(self._targets(places), origins, tokens, lengths, _RULES[rule], uniforms)
 
     def _draw(self, laws: _Laws, is_coupled: bool, uniforms: Tensor) -> Tensor:
-        count = len(laws.scores)
-        origins = _Origins(np.full((count, 4), DRAWN, np.int64), np.ones(count, np.float32), ())
-        tokens = torch.full((count,), INVALID)
+        origins, tokens, lengths = _nobody(len(laws.scores))
         rule = PICKS if is_coupled else TOKENS
-        decided = _decide(laws, origins, tokens, [1] * count, rule, (uniforms, uniforms))
-        return decided[:, 1]
+        return _decide(laws, origins, tokens, lengths, rule, (uniforms, uniforms))[:, 1]
 
     def _alone(self, model: int, places: list[Place]) -> _Laws:
         """What `model` says, of the whole vocabulary."""
@@ -171,8 +172,7 @@ class RowKernels:
         shape = len(places), self._num_models
         scores = np.zeros(shape, np.int64)
         scales, shares = np.empty(shape, np.float32), np.empty(shape, np.float32)
-        for target, rows in grouped(list(range(len(places))), targets.__getitem__):
-            group = [places[row] for row in rows]
+        for target, rows, group in _grouped(places, targets):
             for model in target.scorers:
                 scores[rows, model] = self._scores.addresses(model, group)
             scales[rows], shares[rows] = _weights(target)
@@ -194,8 +194,7 @@ class RowKernels:
         kept: list[Tensor] = []
         if is_coupled:  # whatever was proposed is right or wrong
             return _Origins(numbers, scales, ())
-        for origin, rows in grouped(list(range(len(places))), lambda row: origin_of(places[row])):
-            group = [places[row] for row in rows]
+        for origin, rows, group in _grouped(places, [origin_of(place) for place in places]):
             numbers[rows] = self._origin(origin, group, scales[rows], kept)
         return _Origins(numbers, scales, tuple(kept))
 
@@ -236,7 +235,7 @@ def _decide(
     # Of a team any thread may be given something, also where there is less than one for each.
     num_threads = 1 if is_alone else torch.get_num_threads()
     scratch = _scratch(num_threads * scratch_size)
-    windows = np.cumsum([0, *lengths])
+    windows = np.fromiter(accumulate(lengths, initial=0), np.int64, len(lengths) + 1)
     decisions = torch.empty(len(lengths), 2, dtype=torch.int64)
     kernel = decider()
     (kernel.alone if is_alone else kernel)(
@@ -264,6 +263,25 @@ def _decide(
         decisions.data_ptr(),
     )
     return decisions
+
+
+def _grouped(
+    places: list[Place], keys: list[Key]
+) -> Iterator[tuple[Key, list[int] | slice, list[Place]]]:
+    """Places by their keys, each with its row; most often all have the same."""
+    if len(set(keys)) == 1:
+        yield keys[0], slice(None), places
+        return
+    for key, rows in grouped(list(range(len(places))), keys.__getitem__):
+        yield key, rows, [places[row] for row in rows]
+
+
+@lru_cache(maxsize=64)
+def _nobody(count: int) -> tuple[_Origins, Tensor, list[int]]:
+    """Windows of a row each that nobody has proposed anything for; not to be written to."""
+    numbers = np.full((count, 4), DRAWN, np.int64)
+    origins = _Origins(numbers, np.ones(count, np.float32), ())
+    return origins, torch.full((count,), INVALID), [1] * count
 
 
 def _scratch(num_bytes: int) -> Tensor:
@@ -306,16 +324,16 @@ def check() -> None:
 def _check_warped(laws: _Laws, scores: Tensor) -> None:
     """As `check`: the same law with a token that truncation leaves out, and with noise."""
     count = len(laws.scores)
-    drawn = _Origins(np.full((count, 4), DRAWN, np.int64), np.ones(count, np.float32), ())
-    tokens, uniforms = torch.full((count,), INVALID), torch.full((count,), 0.999)
+    drawn, tokens, lengths = _nobody(count)
+    uniforms = torch.full((count,), 0.999)
     noise = exponentials(range(count), [0] * count, _CHECKED, scores.device)
     picked = replace(laws, noises=np.array([(1, *noise_key(seed, 0)) for seed in range(count)]))
-    decided = _decide(picked, drawn, tokens, [1] * count, PICKS, (uniforms, uniforms))
+    decided = _decide(picked, drawn, tokens, lengths, PICKS, (uniforms, uniforms))
     expected = (2 + noise[:, 2:4].argmin(-1)).tolist()
     scores[0, 3] = 0.4
     limits = np.array([(0.95, 0, 1), (0, 1, 1), (0, 0, 0.5)], np.float32)
     truncated = replace(laws, limits=limits)
-    left = _decide(truncated, drawn, tokens, [1] * count, TOKENS, (uniforms, uniforms))
+    left = _decide(truncated, drawn, tokens, lengths, TOKENS, (uniforms, uniforms))
     found = decided[:, 1].tolist(), left[:, 1].tolist()
     if found != (expected, [2] * count):
         raise RuntimeError(f"warped, decided {found}")
