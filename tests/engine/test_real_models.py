@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from server.core.stats import StepStats
 from server.engine.engine import Engine, EngineLimits
 from server.runner.loader import LoadedModels, load_models
 from tests.support.engines import generated, make_decoding, run
+from tests.support.threads import threads
 from tests.support.tiny_models import make_triple
 
 PROMPTS = [[5, 9, 200, 31], [7] * 23, [100, 3], list(range(40, 55))]
@@ -122,6 +125,32 @@ def test_seeded_text_is_the_same_alone_in_a_batch_and_across_preemption(
     small = load(directories, kv_memory="300KiB")
     assert texts(make_engine(small, steps), sequences_of(decoding, 1.0)) == alone
     assert sum(step.num_preempted for step in steps) > 0
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("strategy", ["standard", "cos"])
+def test_the_number_of_threads_changes_nothing(
+    strategy: str, count: int, models: LoadedModels
+) -> None:
+    """Few texts on more threads among them, and requests of every kind beside each other."""
+    decoding = make_decoding(strategy, COMBINATIONS["contrastive"], gamma=3)
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0},
+        {"top_p": 0.9, "min_p": 0.01},
+        {"is_seeded": True, "top_k": 20},
+        {"frequency_penalty": 0.5},
+    ]
+
+    def written(num_texts: int) -> list[tuple[int, ...]]:
+        sequences = sequences_of(decoding, 1.0)[:num_texts]
+        for sequence, kind in zip(sequences, kinds * 3, strict=False):
+            sequence.params = replace(sequence.params, **kind)
+        return texts(make_engine(models), sequences)
+
+    for num_texts in (2, 3, 9):
+        alone = written(num_texts)
+        with threads(count):
+            assert written(num_texts) == alone
 
 
 @pytest.mark.parametrize("strategy", ["standard", "speculative", "cos"])
