@@ -33,8 +33,8 @@ class Engine:
         self.texts = []
         self.most = 0
 
-    def start(self, prompt, num_tokens, temperature, strategy, cache_salt):
-        self.texts.append(Text(num_tokens))
+    def start(self, prompt, params, strategy):
+        self.texts.append(Text(params.max_tokens))
         return self.texts[-1]
 
     def drop(self, sequences):
