@@ -144,8 +144,8 @@ def main(argv: Row[str] | None = None) -> None:
     machine, versions = describe_machine(), describe_versions()
     console = Console(width=max(Console().width, 100))
     console.print(
-        f"{machine['cpu']}, torch {versions['torch']}, 1 thread, temperature "
-        f"{options.temperature} {options.sampling or ''}; calibrating ..."
+        f"{machine['cpu']}, torch {versions['torch']}, 1 thread, "
+        f"{dict(options.sampling, temperature=options.temperature)}; calibrating ..."
     )
     workbench = Workbench(config, load_prompts(options.prompts).prompts)
     for batch in options.batch:

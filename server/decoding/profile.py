@@ -36,7 +36,7 @@ class Shape(NamedTuple):
     num_proposed: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Profile:
     """Mean of one verified token.
 

@@ -204,10 +204,10 @@ class RowKernels:
         """Rows [n, 4]; adds to `kept`."""
         model, is_short = origin
         numbers = np.zeros((len(places), 4), np.int64)
-        whole = list(range(len(places)))  # rows that were proposed from the whole vocabulary
         if model == LOOKUP:
             numbers[:, 0] = CERTAIN
             return numbers
+        whole = list(range(len(places)))  # rows that were proposed from the whole vocabulary
         if is_short:
             rows, ids = self._scores.shortlist(model, places)
             numbers[:, 0] = SHORT

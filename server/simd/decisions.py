@@ -26,6 +26,7 @@ from server.simd.weights import (
     BLOCK,
     INVALID,
     NEVER,
+    VECTOR,
     add_row,
     add_scores,
     draw,
@@ -44,7 +45,6 @@ DRAWN, WIDE, NARROW, SHORT, CERTAIN = range(5)
 TOKENS, PICKS, BLOCKS = range(3)
 NOISE = 3  # numbers; see `decider`
 
-_VECTOR = LANES * NUMBER
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 _ARGUMENTS = {
@@ -401,7 +401,7 @@ def _excess(a: Any, row: Any, mass: Any, p: Any, share: Any, size: Any) -> Any:
     above = 0.0
     for start in range(0, size * NUMBER, BLOCK * NUMBER):
         block_sum = vectors.splat(_ZERO, LANES)
-        for column in range(start, start + BLOCK * NUMBER, _VECTOR):
+        for column in range(start, start + BLOCK * NUMBER, VECTOR):
             x = vectors.multiply(
                 vectors.load(row.weights + column, LANES, 32), vectors.splat(p, LANES)
             )

@@ -14,11 +14,10 @@ import numpy as np
 from server.simd import vectors
 from server.simd.compiled import compiled
 from server.simd.vectors import LANES, NUMBER
-from server.simd.weights import BLOCK
+from server.simd.weights import BLOCK, VECTOR
 
 NUM_LIMITS = 3  # float32 numbers: min-p, top-k, top-p; 0, 0 and 1 leave nothing out
 
-_VECTOR = LANES * NUMBER
 _ZERO, _ONE, _ANY = np.float32(0.0), np.float32(1.0), np.float32(np.inf)
 _BITS_OF_ONE = 0x3F800000  # float32 numbers from 0 on are ordered as their bits are
 # Weights above the first are gathered, or above so much less as it takes.
@@ -70,9 +69,9 @@ def _gather(row: Any, size: Any, total: Any, top_k: Any, top_p: Any, room: Any) 
         floor = floor * _STEP if floor > _LAST_FLOOR else _ZERO
     count = 0
     never = vectors.splat(floor, LANES)
-    for place in range(row, row + size * NUMBER, _VECTOR):
+    for place in range(row, row + size * NUMBER, VECTOR):
         if vectors.largest(vectors.subtract(vectors.load(place, LANES, 32), never)) > _ZERO:
-            for column in range(place, place + _VECTOR, NUMBER):
+            for column in range(place, place + VECTOR, NUMBER):
                 weight = vectors.load_number(column)
                 if weight > floor:
                     vectors.store_number(room + count * NUMBER, weight)
@@ -115,7 +114,7 @@ def _above(row: Any, size: Any, floor: Any) -> Any:
     count, mass = zero, 0.0
     for start in range(row, row + size * NUMBER, BLOCK * NUMBER):
         block_sum = zero
-        for place in range(start, start + BLOCK * NUMBER, _VECTOR):
+        for place in range(start, start + BLOCK * NUMBER, VECTOR):
             x = vectors.load(place, LANES, 32)
             count = vectors.add(count, vectors.where_less(limit, x, one, zero))
             block_sum = vectors.add(block_sum, vectors.where_less(limit, x, x, zero))
@@ -130,7 +129,7 @@ def _keep(row: Any, size: Any, least: Any) -> Any:
     total = 0.0
     for start in range(row, row + size * NUMBER, BLOCK * NUMBER):
         block_sum = zero
-        for place in range(start, start + BLOCK * NUMBER, _VECTOR):
+        for place in range(start, start + BLOCK * NUMBER, VECTOR):
             x = vectors.load(place, LANES, 32)
             x = vectors.where_less(x, limit, zero, x)
             vectors.store(place, x, 32)

@@ -15,13 +15,13 @@ from server.simd.functions import exp
 from server.simd.vectors import LANES, NUMBER
 
 BLOCK = 16 * LANES  # columns that are added up together
+VECTOR = LANES * NUMBER  # bytes of a Vector(LANES) in memory
 INVALID = -1  # no column at all
 # A score of -inf, as finite numbers have it. Where scores are combined, a negative weight takes it
 # for the second, as in `decoding.combine`.
 NEVER, _FLOOR = np.float32(-1e30), np.float32(-1e4)
 NOTHING = np.float32(-5e29)  # of what there is, scores are larger, and their sums
 
-_VECTOR = LANES * NUMBER
 _LEAST = np.float32(-87.0)  # logarithm of the least probability, beside the largest, that is not 0
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -90,7 +90,7 @@ def drop_where_less(row: Any, others: Any, size: Any, floor: Any) -> Any:
     """Make scores NEVER where `others` are less than `floor`; returns the largest that is left."""
     never, limit = vectors.splat(NEVER, LANES), vectors.splat(floor, LANES)
     largest = never
-    for column in range(0, size * NUMBER, _VECTOR):
+    for column in range(0, size * NUMBER, VECTOR):
         x = vectors.load(row + column, LANES, 32)
         x = vectors.where_less(vectors.load(others + column, LANES, 32), limit, never, x)
         vectors.store(row + column, x, 32)
@@ -107,7 +107,7 @@ def exponentials(row: Any, size: Any, largest: Any) -> Any:
     least = vectors.splat(_LEAST, LANES)
     for start in range(row, row + size * NUMBER, BLOCK * NUMBER):
         part_sum = vectors.splat(_ZERO, LANES)
-        for place in range(start, start + BLOCK * NUMBER, _VECTOR):
+        for place in range(start, start + BLOCK * NUMBER, VECTOR):
             x = vectors.load(place, LANES, 32)
             x = vectors.subtract(x, vectors.splat(largest, LANES))
             y = vectors.where_less(x, least, vectors.splat(_ZERO, LANES), exp(x))
@@ -120,7 +120,7 @@ def exponentials(row: Any, size: Any, largest: Any) -> Any:
 @compiled
 def add_row(row: Any, others: Any, size: Any, factor: Any, is_first: Any) -> Any:
     """Add `factor` times `others`, or write it."""
-    for column in range(0, size * NUMBER, _VECTOR):
+    for column in range(0, size * NUMBER, VECTOR):
         x = vectors.multiply(vectors.load(others + column, LANES, 32), vectors.splat(factor, LANES))
         if not is_first:
             x = vectors.add(x, vectors.load(row + column, LANES, 32))
@@ -130,7 +130,7 @@ def add_row(row: Any, others: Any, size: Any, factor: Any, is_first: Any) -> Any
 @compiled
 def take_row(row: Any, others: Any, size: Any, factor: Any) -> None:
     """Take `factor` times `others` away, where that is more, all."""
-    for column in range(0, size * NUMBER, _VECTOR):
+    for column in range(0, size * NUMBER, VECTOR):
         x = vectors.multiply(vectors.load(others + column, LANES, 32), vectors.splat(factor, LANES))
         x = vectors.subtract(vectors.load(row + column, LANES, 32), x)
         vectors.store(row + column, vectors.larger(x, vectors.splat(_ZERO, LANES)), 32)
@@ -140,7 +140,7 @@ def take_row(row: Any, others: Any, size: Any, factor: Any) -> None:
 def largest_of(row: Any, size: Any) -> Any:
     """Of whole blocks."""
     found = vectors.load(row, LANES, 32)
-    for place in range(row, row + size * NUMBER, _VECTOR):
+    for place in range(row, row + size * NUMBER, VECTOR):
         found = vectors.larger(found, vectors.load(place, LANES, 32))
     return vectors.largest(found)
 
@@ -166,7 +166,7 @@ def draw(row: Any, size: Any, sums: Any, uniform: Any) -> Any:
     for block in range(size // BLOCK):
         start = row + block * BLOCK * NUMBER
         block_sum = vectors.splat(_ZERO, LANES)
-        for place in range(start, start + BLOCK * NUMBER, _VECTOR):
+        for place in range(start, start + BLOCK * NUMBER, VECTOR):
             block_sum = vectors.add(block_sum, vectors.load(place, LANES, 32))
         mass = vectors.total(block_sum)
         vectors.store_number(sums + block * NUMBER, mass)
