@@ -18,6 +18,7 @@ from server.core.lookup import LOOKUP, PromptLookup
 from server.core.matcher import Matcher
 from server.core.provenance import Provenance
 from server.core.sampling_params import DecodingParams, SamplingParams
+from server.core.token_counts import Ids, TokenCounts
 from server.core.unread import is_unread
 
 
@@ -80,6 +81,7 @@ class Sequence:
         lookup: guesses tokens, where `decoding` has it.
         provenance: of verified tokens that nobody has taken yet; None where it is not asked for.
         priority: waiting sequences are admitted in ascending order of it, then as they came.
+        token_counts: see `counts_before`.
     """
 
     id: str
@@ -105,6 +107,7 @@ class Sequence:
     lookup: PromptLookup | None = None
     provenance: list[Provenance] | None = None
     priority: int = 0
+    token_counts: TokenCounts = field(default_factory=TokenCounts)
     status: Status = Status.WAITING
     stats: SequenceStats = field(default_factory=lambda: SequenceStats([], []))
 
@@ -217,6 +220,15 @@ class Sequence:
         """Tokens that `model` would feed in an unbounded advance."""
         until = self.resume_at[model] if self.num_seen[model] < self.resume_at[model] else len(self)
         return until - self.num_seen[model]
+
+    def counts_before(self, position: int) -> tuple[Ids, Ids]:
+        """Tokens before `position`, and how often each was generated; see `TokenCounts.before`.
+
+        None of them may be unread.
+        """
+        return self.token_counts.before(
+            self.token_ids, self.num_prompt, self.num_verified, position
+        )
 
     def propose(
         self, token_id: int, model: int, from_shortlist: bool = False, is_bonus: bool = False

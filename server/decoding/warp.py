@@ -12,7 +12,6 @@ token of the *combined* distribution (`combine.rank`).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as Row
 
 import torch
@@ -157,11 +156,10 @@ def _adjust(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[in
         kept = logits[allowed]
         logits.fill_(-torch.inf)
         logits[allowed] = kept
-    if banned_words := [w[-1] for w in params.bad_words if _completes(w, sequence, position)]:
-        logits[_ids(banned_words, logits)] = -torch.inf
-    if position < sequence.num_prompt + params.min_tokens:
-        banned = params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos
-        ends = _ids(sorted(banned), logits)
+    if banned := bad_tokens(sequence, position):
+        logits[_ids(banned, logits)] = -torch.inf
+    if banned := early_ends(sequence, position, eos):
+        ends = _ids(banned, logits)
         kept = logits[ends]
         logits[ends] = -torch.inf
         if sequence.matcher is not None and logits.max() == -torch.inf:
@@ -188,6 +186,21 @@ def _unpack(packed: Tensor, vocab_size: int) -> Tensor:
     return ((packed[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
 
 
+def bad_tokens(sequence: Sequence, position: int) -> list[int]:
+    """Those that would complete a bad word there."""
+    return [w[-1] for w in sequence.params.bad_words if _completes(w, sequence, position)]
+
+
+def early_ends(sequence: Sequence, position: int, eos_token_ids: frozenset[int]) -> list[int]:
+    """Those that may not end the text there, since it has to be longer."""
+    params = sequence.params
+    if position >= sequence.num_prompt + params.min_tokens:
+        return []
+    return sorted(
+        params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
+    )
+
+
 def _completes(word: tuple[int, ...], sequence: Sequence, position: int) -> bool:
     """Whether the generated tokens before `position` end with all of `word` but its last."""
     start = position - len(word) + 1
@@ -195,17 +208,19 @@ def _completes(word: tuple[int, ...], sequence: Sequence, position: int) -> bool
 
 
 def _penalise(logits: Tensor, sequence: Sequence, position: int) -> None:
-    params = sequence.params
+    params, device = sequence.params, logits.device
+    tokens, counts = sequence.counts_before(position)
     if params.repetition_penalty != 1:
-        seen = _ids(sorted(set(sequence.token_ids[:position])), logits)
+        seen = sent(torch.from_numpy(tokens), device)
         scores = logits[seen]
         penalty = params.repetition_penalty
         logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
-    counts = Counter(sequence.token_ids[sequence.num_prompt : position])
-    if counts and (params.frequency_penalty or params.presence_penalty):
-        times = tensor_on(logits.device, list(counts.values()), logits.dtype)
-        logits[_ids(counts, logits)] -= params.frequency_penalty * times + params.presence_penalty
+    if params.frequency_penalty or params.presence_penalty:
+        made = counts > 0
+        times = sent(torch.from_numpy(counts[made]), device).to(logits.dtype)
+        ids = sent(torch.from_numpy(tokens[made]), device)
+        logits[ids] -= params.frequency_penalty * times + params.presence_penalty
 
 
-def _ids(token_ids: Row[int] | Counter[int], logits: Tensor) -> Tensor:
+def _ids(token_ids: Row[int], logits: Tensor) -> Tensor:
     return tensor_on(logits.device, list(token_ids), torch.long)

@@ -115,7 +115,7 @@ class Advancer:
         self._distributions = Distributions(
             self._scores, strategies, eos_token_ids, len(runners), runners[0].vocab_size
         )
-        kernels = find_kernels(runners, self._scores, strategies, cpu_kernels)
+        kernels = find_kernels(runners, self._scores, strategies, eos_token_ids, cpu_kernels)
         self._decider = Decider(self._distributions, kernels)
         self._num_draws = self._num_probes = 0  # draws since the last probe
         self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step

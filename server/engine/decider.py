@@ -112,7 +112,11 @@ class Decider:
 
 
 def find_kernels(
-    runners: Row[ModelRunner], scores: Scores, strategies: Strategies, wanted: CpuKernels
+    runners: Row[ModelRunner],
+    scores: Scores,
+    strategies: Strategies,
+    eos_token_ids: frozenset[int],
+    wanted: CpuKernels,
 ) -> RowKernels | None:
     """Kernels for the scores of these models; None where they are not wanted, or not to be had.
 
@@ -134,4 +138,4 @@ def find_kernels(
             raise ConfigError(f"engine.cpu_kernels: on, but they fail here: {reason}") from error
         logger.warning("tokens are decided by torch's operations, kernels fail: %s", reason)
         return None
-    return RowKernels(scores, strategies, len(runners), runners[0].vocab_size)
+    return RowKernels(scores, strategies, eos_token_ids, len(runners), runners[0].vocab_size)

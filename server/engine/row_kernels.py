@@ -5,9 +5,9 @@ Imported only where the kernels can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence as Row
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import TypeVar
 
@@ -24,6 +24,7 @@ from server.decoding.strategies import Strategies
 from server.decoding.verify import Decisions, Rule
 from server.decoding.warp import Place
 from server.engine.distributions import Origin, grouped, origin_of
+from server.engine.row_adjustments import Adjuster, Adjustments, Ids, Reals
 from server.engine.scores import Scores
 from server.simd.decisions import (
     BLOCKS,
@@ -38,11 +39,10 @@ from server.simd.decisions import (
     scratch_bytes,
 )
 from server.simd.support import BITS
-from server.simd.weights import BLOCK, INVALID, NOTHING
+from server.simd.weights import BLOCK, INVALID, NOTHING, padded
 
-Ids = NDArray[np.int64]
-Reals = NDArray[np.float32]
 Key = TypeVar("Key")
+Allowed = list[NDArray[np.bool_] | None]  # of some rows' tokens; None: all of them
 
 _RULES: dict[Rule, int] = {"token": TOKENS, "coupled": PICKS, "block": BLOCKS}
 _CHECKED = 300  # columns
@@ -60,7 +60,9 @@ class _Laws:
         plausibility: floors and references, [R] each, or None.
         limits: [R, NUM_LIMITS], or None.
         noises: [R, NOISE], or None.
-        columns: float32 [num_columns, up to whole blocks]: their tokens, if they are not all.
+        columns: float32 [num_columns, up to whole blocks]: their tokens, if noises are not of all.
+        ids: int64 [num_columns]: their tokens, if they are not all.
+        adjustments: of all rows, and of what was proposed there; None: there are none.
         kept: what the addresses point into.
     """
 
@@ -73,6 +75,8 @@ class _Laws:
     limits: Reals | None = None
     noises: Ids | None = None
     columns: Tensor | None = None
+    ids: Tensor | None = None
+    adjustments: Adjustments | None = None
     kept: Tensor | None = None
 
 
@@ -89,18 +93,23 @@ class RowKernels:
     """Draws and verifies; what is taken of a request depends on nothing but the request."""
 
     def __init__(
-        self, scores: Scores, strategies: Strategies, num_models: int, vocab_size: int
+        self,
+        scores: Scores,
+        strategies: Strategies,
+        eos_token_ids: frozenset[int],
+        num_models: int,
+        vocab_size: int,
     ) -> None:
         self._scores = scores
         self._strategies = strategies
         self._num_models = num_models
         self._vocab_size = vocab_size
         self._bits = np.array([BITS[scores.dtype(k)] for k in range(num_models)])
+        self._adjuster = Adjuster(eos_token_ids, padded.py_func(vocab_size))
 
     def take(self, sequence: Sequence) -> bool:
         """Is the sequence's every distribution of a kind that kernels make?"""
-        params = sequence.params
-        return not params.adjusts_scores and sequence.matcher is None
+        return self._adjuster.takes(sequence)
 
     def draw(self, places: list[Place], is_coupled: bool, uniforms: Tensor) -> Tensor:
         """A token of each place from its target, int64 [R]; see `verify.sample` and `pick`."""
@@ -114,6 +123,7 @@ class RowKernels:
             return self._draw(self._alone(model, places), is_coupled, uniforms)
         rows, ids = self._scores.shortlist(model, places)
         scales, noises = _inverse_temperatures(places), _noises(places)
+        adjustments = self._adjuster.adjustments(places, scales)
         laws = _Laws(
             num_columns=rows.shape[1],
             bits=np.array([32]),
@@ -123,11 +133,13 @@ class RowKernels:
             limits=_limits(places),
             noises=noises,
             columns=None if noises is None else _padded(ids),
+            ids=ids,
+            adjustments=adjustments,
             kept=rows,
         )
         numbers = self._draw(laws, is_coupled, uniforms)
         tokens = torch.where(numbers == INVALID, INVALID, ids[numbers])
-        if empty := _empty(rows, scales):
+        if empty := _empty(rows, scales, _allowed(adjustments, range(len(places)), ids)):
             whole = self._alone(model, [places[row] for row in empty])
             tokens[empty] = self._draw(whole, is_coupled, uniforms[empty])
         return tokens
@@ -149,8 +161,9 @@ class RowKernels:
             rule: of all the sequences.
             uniforms: float32 [R] each, that decide acceptance and draw what is recovered.
         """
-        origins = self._origins(places, rule == "coupled")
-        return _decide(self._targets(places), origins, tokens, lengths, _RULES[rule], uniforms)
+        laws = self._targets(places)
+        origins = self._origins(places, rule == "coupled", laws.adjustments)
+        return _decide(laws, origins, tokens, lengths, _RULES[rule], uniforms)
 
     def _draw(self, laws: _Laws, is_coupled: bool, uniforms: Tensor) -> Tensor:
         origins, tokens, lengths = _nobody(len(laws.scores))
@@ -176,7 +189,8 @@ class RowKernels:
             for model in target.scorers:
                 scores[rows, model] = self._scores.addresses(model, group)
             scales[rows], shares[rows] = _weights(target)
-        scales *= _inverse_temperatures(places)[:, None]
+        inverse_temperatures = _inverse_temperatures(places)
+        scales *= inverse_temperatures[:, None]
         return _Laws(
             num_columns=self._vocab_size,
             bits=self._bits,
@@ -186,20 +200,30 @@ class RowKernels:
             plausibility=_plausibility(targets),
             limits=_limits(places),
             noises=_noises(places),
+            adjustments=self._adjuster.adjustments(places, inverse_temperatures),
         )
 
-    def _origins(self, places: list[Place], is_coupled: bool) -> _Origins:
+    def _origins(
+        self, places: list[Place], is_coupled: bool, adjustments: Adjustments | None
+    ) -> _Origins:
         numbers = np.zeros((len(places), 4), np.int64)
         scales = _inverse_temperatures(places)
         kept: list[Tensor] = []
         if is_coupled:  # whatever was proposed is right or wrong
             return _Origins(numbers, scales, ())
         for origin, rows, group in _grouped(places, [origin_of(place) for place in places]):
-            numbers[rows] = self._origin(origin, group, scales[rows], kept)
+            chosen = range(len(places))[rows] if isinstance(rows, slice) else rows
+            allows = partial(_allowed, adjustments, chosen)
+            numbers[rows] = self._origin(origin, group, scales[rows], allows, kept)
         return _Origins(numbers, scales, tuple(kept))
 
     def _origin(
-        self, origin: Origin, places: list[Place], scales: Reals, kept: list[Tensor]
+        self,
+        origin: Origin,
+        places: list[Place],
+        scales: Reals,
+        allows: Callable[[Tensor], Allowed],
+        kept: list[Tensor],
     ) -> Ids:
         """Rows [n, 4]; adds to `kept`."""
         model, is_short = origin
@@ -214,7 +238,7 @@ class RowKernels:
             numbers[:, 1] = _addresses(rows)
             numbers[:, 2:] = ids.data_ptr(), len(ids)
             kept += rows, ids
-            whole = _empty(rows, scales)
+            whole = _empty(rows, scales, allows(ids))
         if whole:
             numbers[whole, 0] = _KINDS[BITS[self._scores.dtype(model)]]
             numbers[whole, 1] = self._scores.addresses(model, [places[row] for row in whole])
@@ -252,6 +276,8 @@ def _decide(
         0 if laws.limits is None else laws.limits.ctypes.data,
         0 if laws.noises is None else laws.noises.ctypes.data,
         0 if laws.columns is None else laws.columns.data_ptr(),
+        0 if laws.ids is None else laws.ids.data_ptr(),
+        *_addresses_of(laws.adjustments),
         origins.numbers.ctypes.data,
         origins.scales.ctypes.data,
         tokens.data_ptr(),
@@ -263,6 +289,15 @@ def _decide(
         decisions.data_ptr(),
     )
     return decisions
+
+
+def _addresses_of(adjustments: Adjustments | None) -> tuple[int, int, int, int]:
+    """Of masks, starts, changed and changes, as the kernel takes them."""
+    if adjustments is None:
+        return 0, 0, 0, 0
+    arrays = adjustments.masks, adjustments.starts, adjustments.changed, adjustments.changes
+    masks, starts, changed, changes = [array.ctypes.data for array in arrays]
+    return masks, starts, changed, changes
 
 
 def _grouped(
@@ -322,7 +357,7 @@ def check() -> None:
 
 
 def _check_warped(laws: _Laws, scores: Tensor) -> None:
-    """As `check`: the same law with a token that truncation leaves out, and with noise."""
+    """As `check`: the same law with a token that is left out or less probable, and with noise."""
     count = len(laws.scores)
     drawn, tokens, lengths = _nobody(count)
     uniforms = torch.full((count,), 0.999)
@@ -334,8 +369,19 @@ def _check_warped(laws: _Laws, scores: Tensor) -> None:
     limits = np.array([(0.95, 0, 1), (0, 1, 1), (0, 0, 0.5)], np.float32)
     truncated = replace(laws, limits=limits)
     left = _decide(truncated, drawn, tokens, lengths, TOKENS, (uniforms, uniforms))
-    found = decided[:, 1].tolist(), left[:, 1].tolist()
-    if found != (expected, [2] * count):
+    bits = np.full((1, padded.py_func(_CHECKED) // 8), 255, np.uint8)
+    bits[0, 0] ^= 1 << 2
+    adjustments = Adjustments(
+        starts=np.array([0, 0, 1, 1]),
+        changed=np.array([2]),
+        changes=np.array([[2.0, -0.5]], np.float32),
+        masks=np.array([bits.ctypes.data, 0, 0]),
+        bits=bits,
+    )
+    adjusted = replace(laws, adjustments=adjustments)
+    picks = _decide(adjusted, drawn, tokens, lengths, PICKS, (uniforms, uniforms))
+    found = decided[:, 1].tolist(), left[:, 1].tolist(), picks[:, 1].tolist()
+    if found != (expected, [2] * count, [3, 3, 2]):
         raise RuntimeError(f"warped, decided {found}")
 
 
@@ -387,10 +433,20 @@ def _padded(ids: Tensor) -> Tensor:
     return nn.functional.pad(ids.float(), (0, -len(ids) % BLOCK))
 
 
-def _empty(rows: Tensor, scales: Reals) -> list[int]:
+def _allowed(adjustments: Adjustments | None, rows: Row[int], ids: Tensor) -> Allowed:
+    """Which tokens of a shortlist some rows allow; see `Adjustments.allows`."""
+    if adjustments is None:
+        return [None] * len(rows)
+    return [adjustments.allows(row, ids.numpy()) for row in rows]
+
+
+def _empty(rows: Tensor, scales: Reals, allowed: Allowed) -> list[int]:
     """Rows of a shortlist that give no token anything: there the whole vocabulary counts."""
-    largest = rows.amax(-1).numpy() * scales
-    return np.flatnonzero(~(largest > NOTHING)).tolist()
+    largest = rows.amax(-1).numpy()
+    for row, listed in enumerate(allowed):
+        if listed is not None:
+            largest[row] = rows[row].numpy()[listed].max(initial=-np.inf)
+    return np.flatnonzero(~(largest * scales > NOTHING)).tolist()
 
 
 def _addresses(rows: Tensor) -> Ids:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from server.simd import vectors
+from server.simd.adjustment import change, column_of, forbid
 from server.simd.compiled import compiled
 from server.simd.kernel import Kernel, part
 from server.simd.noise import divide_by_noise
@@ -26,6 +27,7 @@ from server.simd.weights import (
     BLOCK,
     INVALID,
     NEVER,
+    NOTHING,
     VECTOR,
     add_row,
     add_scores,
@@ -61,6 +63,11 @@ _ARGUMENTS = {
     "limits": "q",
     "noises": "q",
     "columns": "q",
+    "ids": "q",
+    "masks": "q",
+    "starts": "q",
+    "changed": "q",
+    "changes": "q",
     "origins": "q",
     "origin_scales": "q",
     "tokens": "q",
@@ -89,6 +96,8 @@ class _Row(NamedTuple):
         floor: see `decider`.
         limits: address of what truncates it; 0: nothing.
         noise: address of its NOISE numbers; 0: none.
+        mask: address of what is allowed of its tokens; 0: all of them.
+        first_change, end_change: numbers of its changes.
         origin: address of four numbers: kind, scores, ids of the shortlist, and how many.
         origin_scale: of the proposal's scores.
         proposed: the token.
@@ -102,6 +111,9 @@ class _Row(NamedTuple):
     floor: Any
     limits: Any
     noise: Any
+    mask: Any
+    first_change: Any
+    end_change: Any
     origin: Any
     origin_scale: Any
     proposed: Any
@@ -131,8 +143,14 @@ def decider() -> Kernel:
         noises: int64 [R, NOISE]: is there any, and the halves of its key (`divide_by_noise`); or 0.
         columns: float32 [num_columns, up to whole blocks], the tokens that columns stand for; or 0:
             all tokens in their order.
+        ids: int64 [num_columns], the same, ascending; or 0.
+        masks: int64 [R], addresses of bits of allowed tokens, as many as whole blocks of the whole
+            vocabulary, or 0 (`adjustment.forbid`); or 0: no row has one.
+        starts: int64 [R + 1]; row r has the changes from its number to before the next; or 0.
+        changed, changes: int64 [N] and float32 [N, 2], of all rows (`adjustment.change`). Scores
+            are changed, and forbidden, where they are combined and scaled.
         origins: int64 [R, 4]: what the row's token was proposed from, as in this module; the
-            address of its scores; for a shortlist, the address of its ids, int64, and how many.
+            address of its scores; for a shortlist, that of its ids, int64, ascending; and how many.
         origin_scales: float32 [R], that those scores are multiplied with.
         tokens: int64 [R], proposed.
         accept_uniforms, choose_uniforms: float32 [R]; the second draws tokens.
@@ -171,6 +189,9 @@ def _row(a: Any, number: Any, room: Any) -> Any:
         vectors.load_number(a.floors + number * NUMBER) if a.references else _ZERO,
         a.limits + number * NUM_LIMITS * NUMBER if a.limits else 0,
         a.noises + number * NOISE * WHOLE if a.noises else 0,
+        vectors.load_whole(a.masks + number * WHOLE) if a.masks else 0,
+        vectors.load_whole(a.starts + number * WHOLE) if a.starts else 0,
+        vectors.load_whole(a.starts + number * WHOLE + WHOLE) if a.starts else 0,
         a.origins + number * 4 * WHOLE,
         vectors.load_number(a.origin_scales + number * NUMBER),
         vectors.load_whole(a.tokens + number * WHOLE),
@@ -311,6 +332,7 @@ def _target(a: Any, row: Any) -> Any:
     for model in range(a.num_models):
         if _speaks(row, model):
             largest = _add_model(a, row, model, row.others, True)
+            largest = _adjust(a, row, row.others, a.num_columns, a.ids, largest)
             total = _probabilities(row, row.others, num_columns, largest)
             if not total > _ZERO:
                 return _ZERO
@@ -322,7 +344,7 @@ def _target(a: Any, row: Any) -> Any:
 
 @compiled
 def _mix(a: Any, row: Any) -> Any:
-    """Fill `weights` with the sum of scores; returns the largest, NEVER if there is none."""
+    """Fill `weights` with the sum of scores, adjusted; returns the largest, NEVER for none."""
     largest, is_first = NEVER, True
     for model in range(a.num_models):
         if _speaks(row, model):
@@ -332,7 +354,7 @@ def _mix(a: Any, row: Any) -> Any:
             is_first = False
     if row.reference >= 0 and largest > NEVER:
         largest = _drop_implausible(a, row)
-    return largest
+    return _adjust(a, row, row.weights, a.num_columns, a.ids, largest)
 
 
 @compiled
@@ -342,6 +364,20 @@ def _drop_implausible(a: Any, row: Any) -> Any:
     bits = vectors.load_whole(a.bits + row.reference * WHOLE)
     best = add_scores(row.others, scores, bits, _ONE, a.num_columns, True)
     return drop_where_less(row.weights, row.others, padded(a.num_columns), best + row.floor)
+
+
+@compiled
+def _adjust(a: Any, row: Any, scores: Any, size: Any, ids: Any, largest: Any) -> Any:
+    """Forbid and change some of `size` scores; returns the largest, NEVER if there is none."""
+    count = row.end_change - row.first_change
+    if (row.mask == 0 and count == 0) or not largest > NEVER:
+        return largest
+    if row.mask != 0:
+        forbid(scores, size if ids else padded(size), ids, row.mask)
+    changed = a.changed + row.first_change * WHOLE
+    change(scores, size, ids, changed, a.changes + row.first_change * 2 * NUMBER, count)
+    largest = largest_of(scores, padded(size))
+    return largest if largest > NOTHING else NEVER
 
 
 @compiled
@@ -370,15 +406,14 @@ def _proposal(a: Any, row: Any, mass: Any) -> Any:
     if kind == CERTAIN:
         return mass, mass, 0
     scores = vectors.load_whole(row.origin + WHOLE)
-    size, place = a.num_columns, row.proposed
+    size, ids, place = a.num_columns, 0, row.proposed
     if kind == SHORT:
         ids = vectors.load_whole(row.origin + 2 * WHOLE)
         size = vectors.load_whole(row.origin + 3 * WHOLE)
-        place = 0
-        while place < size - 1 and vectors.load_whole(ids + place * WHOLE) != row.proposed:
-            place += 1
+        place = column_of(ids, size, row.proposed)
     bits = 16 if kind == NARROW else 32
     largest = add_scores(row.others, scores, bits, row.origin_scale, size, True)
+    largest = _adjust(a, row, row.others, size, ids, largest)
     total = _probabilities(row, row.others, padded(size), largest)
     share = mass / total if total > _ZERO else _ZERO
     return share, vectors.load_number(row.others + place * NUMBER) * share, padded(size)

@@ -24,7 +24,7 @@ LANES = 16
 WHOLE, NUMBER = 8, 4  # bytes of an int64 and of a float32; see `load_whole`, `load_number`
 
 FLOAT = ir.FloatType()
-I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 # Sums may be reordered, products and sums fused; of infinities and NaN nothing is promised.
 FAST = ("fast",)
 _FLOAT_BIAS, _FLOAT_SHIFT = 127, 23  # of the exponent of a float32 number
@@ -82,6 +82,31 @@ def where_less(context: Any, x: Any, y: Any, yes: Any, no: Any) -> Any:
         return builder.select(builder.fcmp_ordered("<", x, y), yes, no)
 
     return x(x, y, yes, no), generate
+
+
+@intrinsic
+def where_bits(context: Any, address: Any, yes: Any, no: Any) -> Any:
+    """`yes` in lanes whose bit is set, else `no`; that of lane i is bit i % 8 of byte i // 8."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits = builder.load(pointer(builder, args[0], ir.IntType(no.lanes)), align=1)
+        return builder.select(builder.bitcast(bits, ir.VectorType(I1, no.lanes)), args[1], args[2])
+
+    return no(types.int64, yes, no), generate
+
+
+@intrinsic
+def is_set(context: Any, address: Any, number: Any) -> Any:
+    """Of bits from `address` on, that of `number`; see `where_bits`."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address, number = args
+        place = builder.add(address, builder.lshr(number, ir.Constant(I64, 3)))
+        byte = builder.load(pointer(builder, place, I8), align=1)
+        shift = builder.trunc(builder.and_(number, ir.Constant(I64, 7)), I8)
+        return builder.trunc(builder.lshr(byte, shift), I1)
+
+    return types.boolean(types.int64, types.int64), generate
 
 
 @intrinsic

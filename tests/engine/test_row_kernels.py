@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence as Row
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from server.core.sequence import Sequence
 from server.decoding.rng import Purpose
 from server.decoding.strategies import SharedCoins, Strategies
 from server.decoding.verify import INVALID, block_tests
-from server.decoding.warp import Place
+from server.decoding.warp import Place, Warp
 from server.engine.decider import Decider, find_kernels
 from server.engine.distributions import Distributions
 from server.engine.scores import Scores
@@ -51,6 +51,24 @@ TRUNCATIONS = {
     "min-p": {"min_p": 0.05},
     "all": {"top_p": 0.9, "top_k": 40, "min_p": 0.001},
     "wide": {"top_p": 0.999, "top_k": 10**6},
+}
+ADJUSTMENTS: dict[str, Mapping[str, Any]] = {
+    "repetition": {"repetition_penalty": 1.4},
+    "frequency": {"frequency_penalty": 0.7, "presence_penalty": -0.4},
+    "bias": {"logit_bias": ((0, 2.5), (2, float("-inf")), (9, -3.0))},
+    "allowed": {"allowed_token_ids": (0, 3, 7, 8, 9, 15)},
+    "bad words": {"bad_words": ((1,), (0, 7), (0, 0))},
+    "min tokens": {"min_tokens": 2, "stop_token_ids": frozenset({0, 5})},
+    "all": {
+        "repetition_penalty": 0.7,
+        "frequency_penalty": 0.3,
+        "presence_penalty": 0.9,
+        "logit_bias": ((8, 4.0), (9, 1.0)),
+        "allowed_token_ids": tuple(range(14)),
+        "bad_words": ((3,),),
+        "min_tokens": 9,
+        "top_p": 0.9,
+    },
 }
 SIZES = [1, 3, 16, 257, 1500]
 CPU = torch.device("cpu")
@@ -90,6 +108,27 @@ class Listed:
         return states[:, self.shortlist]
 
 
+class EvenMatcher:
+    """Allows even tokens, and 1 after 0; of the first text, token 10 alone."""
+
+    error = None
+
+    def __init__(self, vocab_size: int, number: int) -> None:
+        self._size = vocab_size
+        self._number = number
+
+    def mask(self, generated: Row[int]) -> bytes:
+        bits = np.zeros(-(-self._size // 8) * 8, np.uint8)
+        bits[0::2] = 1
+        bits[1] = list(generated[-1:]) == [0]
+        if self._number == 0:
+            bits[:] = np.arange(len(bits)) == 10
+        return np.packbits(bits, bitorder="little").tobytes()
+
+    def end(self, generated: Row[int]) -> int | None:
+        return None
+
+
 class Bench:
     """Windows of tokens that model 0 or 1 proposed, over random scores of three models.
 
@@ -108,6 +147,7 @@ class Bench:
         verification: str = "token",
         options: Mapping[str, Any] = NONE,
         shortlist: Tensor | None = None,
+        has_grammar: bool = False,
     ) -> None:
         self.random = torch.Generator().manual_seed(seed)
         dtypes = [torch.float32, torch.bfloat16, torch.float32]
@@ -120,8 +160,8 @@ class Bench:
         )
         self.scores = Scores(runners, store)  # type: ignore[arg-type]
         strategies = Strategies(SharedCoins(0))
-        distributions = Distributions(self.scores, strategies, frozenset(), 3, vocab_size)
-        kernels = RowKernels(self.scores, strategies, 3, vocab_size)
+        distributions = Distributions(self.scores, strategies, frozenset({1}), 3, vocab_size)
+        kernels = RowKernels(self.scores, strategies, frozenset({1}), 3, vocab_size)
         self.by_kernels = Decider(distributions, kernels)
         self.by_torch = Decider(distributions, None)
         self.distributions = distributions
@@ -129,7 +169,8 @@ class Bench:
         self.sequences = []
         for number in range(NUM_WINDOWS):
             params = SamplingParams(max_tokens=9, temperature=temperature, seed=number, **options)
-            sequence = Sequence.start(f"s{number}", [0, 0], params, decoding)
+            matcher = EvenMatcher(vocab_size, number) if has_grammar else None
+            sequence = Sequence.start(f"s{number}", [0, 0], params, decoding, matcher=matcher)
             sequence.slot = store.take_slot()
             self.sequences.append(sequence)
         self.places = [(s, 2 + i) for s in self.sequences for i in range(LENGTH + 1)]
@@ -187,6 +228,14 @@ def assert_picked(bench: Bench, rows: Tensor, places: list[Place], tokens: list[
     for row, token in enumerate(tokens):
         quotients = rows[row] / noise[row]
         assert float(quotients[token]) >= float(quotients.max()) * (1 - 1e-5)
+
+
+def assert_same_decisions(bench: Bench) -> None:
+    """By kernels and by torch; nothing is recovered where all is accepted."""
+    found, expected = bench.verify(bench.by_kernels), bench.verify(bench.by_torch)
+    assert found[:, 0].tolist() == expected[:, 0].tolist()
+    rejected = expected[:, 0] < LENGTH
+    assert found[rejected].tolist() == expected[rejected].tolist()
 
 
 def truncated(
@@ -348,8 +397,9 @@ def test_seeded_picks_are_the_same(
 
 
 def shortlist_of(size: int) -> Tensor:
-    """So many of 1500 tokens, in no order."""
-    return torch.randperm(1500, generator=torch.Generator().manual_seed(size))[:size]
+    """So many of 1500 tokens."""
+    tokens = torch.randperm(1500, generator=torch.Generator().manual_seed(size))[:size]
+    return tokens.sort().values
 
 
 @pytest.mark.parametrize("truncation", ["none", "top-p", "all"])
@@ -412,6 +462,104 @@ def test_an_empty_shortlist_is_the_whole_vocabulary(options: Mapping[str, Any]) 
     assert torch.equal(found, bench.verify(bench.by_torch))
 
 
+ADJUSTED = [
+    *[pytest.param(options, False, id=name) for name, options in ADJUSTMENTS.items()],
+    pytest.param({}, True, id="grammar"),
+    pytest.param({"allowed_token_ids": tuple(range(12)), "presence_penalty": 1.0}, True, id="both"),
+]
+
+
+@pytest.mark.parametrize("vocab_size", [16, 257, 1500])
+@pytest.mark.parametrize(("options", "has_grammar"), ADJUSTED)
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_adjusted_greedy_tokens_are_the_same(
+    name: str, options: Mapping[str, Any], has_grammar: bool, vocab_size: int
+) -> None:
+    bench = Bench(
+        COMBINATIONS[name],
+        vocab_size,
+        temperature=0.0,
+        zero_share=0.0 if has_grammar else 0.1,
+        options=options,
+        has_grammar=has_grammar,
+    )
+    ways = [decider.way(bench.sequences[0]) for decider in (bench.by_kernels, bench.by_torch)]
+    assert [way.by_kernels for way in ways] == [True, False]
+    assert_same_decisions(bench)
+    # Behind the pending tokens, too, which count for penalties.
+    places = [place for place in bench.places if place[1] <= len(place[0])]
+    drawn = bench.by_kernels.draw(places, ways[0])
+    assert torch.equal(drawn, bench.by_torch.draw(places, ways[1]))
+    for model in range(3):
+        picked = bench.by_kernels.propose(model, places, ways[0], False)
+        assert torch.equal(picked, bench.by_torch.propose(model, places, ways[1], False))
+
+
+@pytest.mark.parametrize("vocab_size", [16, 257, 1500])
+@pytest.mark.parametrize("verification", ["token", "block"])
+@pytest.mark.parametrize(("options", "has_grammar"), ADJUSTED)
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_adjusted_draws_are_of_the_target(
+    name: str,
+    options: Mapping[str, Any],
+    has_grammar: bool,
+    verification: str,
+    vocab_size: int,
+) -> None:
+    bench = Bench(
+        COMBINATIONS[name],
+        vocab_size,
+        temperature=0.8,
+        zero_share=0.0 if has_grammar else 0.1,
+        seed=2,
+        verification=verification,
+        options=options,
+        has_grammar=has_grammar,
+    )
+    way = bench.by_kernels.way(bench.sequences[0])
+    assert way.by_kernels
+    places = bench.places
+    uniforms = bench.distributions.uniforms(places, Purpose.DRAW).tolist()
+    targets = bench.rows(bench.distributions.target(places))
+    for row, token in enumerate(bench.by_kernels.draw(places, way).tolist()):
+        if np.isnan(targets[row]).any():  # nothing that is plausible is allowed
+            assert token == INVALID
+        else:
+            assert_drawn(targets[row], token, uniforms[row])
+    uniforms = bench.distributions.uniforms(places, Purpose.PROPOSE).tolist()
+    warp = Warp(places, frozenset({1}), CPU, proposing=True)
+    for model in range(3):
+        probs = bench.rows(warp.probs(bench.scores.read(model, places)))
+        tokens = bench.by_kernels.propose(model, places, way, False).tolist()
+        for row, token in enumerate(tokens):
+            assert_drawn(probs[row], token, uniforms[row])
+    assert_same_decisions(bench)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize(("options", "has_grammar"), ADJUSTED)
+def test_adjusted_tokens_from_a_shortlist(
+    options: Mapping[str, Any], has_grammar: bool, temperature: float
+) -> None:
+    """Which allows none of the tokens, all of them, or some."""
+    ids = torch.cat([torch.arange(1, 12, 3), 16 + shortlist_of(1200)[shortlist_of(1200) < 1484]])
+    bench = Bench(
+        COMBINATIONS["contrastive"],
+        1500,
+        temperature=temperature,
+        options=options,
+        shortlist=ids,
+        has_grammar=has_grammar,
+    )
+    way = bench.by_kernels.way(bench.sequences[0])
+    assert way.by_kernels
+    by_torch = bench.by_torch.way(bench.sequences[0])
+    places = [place for place in bench.places if place[1] <= len(place[0])]
+    tokens = bench.by_kernels.propose(0, places, way, True)
+    assert torch.equal(tokens, bench.by_torch.propose(0, places, by_torch, True))
+    assert_same_decisions(bench)
+
+
 def test_neighbours_change_nothing() -> None:
     """Greedy, seeded, truncated and plausible texts beside each other, and each alone."""
     bench = Bench(COMBINATIONS["linear"], 1500)
@@ -423,6 +571,8 @@ def test_neighbours_change_nothing() -> None:
         {"is_seeded": True},
         {"is_seeded": True, "top_k": 5},
         {"min_p": 0.1},
+        {"repetition_penalty": 1.3, "bad_words": ((0,),)},
+        {"allowed_token_ids": tuple(range(700)), "is_seeded": True},
     ]
     for number, sequence in enumerate(bench.sequences):
         options = {"temperature": 1.0, **kinds[number % len(kinds)]}
@@ -519,35 +669,40 @@ def test_what_was_looked_up_is_never_recovered(verification: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "is_taken"),
+    "options",
     [
-        ({}, True),
-        ({"temperature": 0.0, "top_p": 0.5, "is_seeded": True}, True),
-        ({"temperature": 0.7}, True),
-        ({"logprobs": 3}, True),
-        ({"is_seeded": True}, True),
-        ({"top_p": 0.9, "top_k": 4, "min_p": 0.1}, True),
-        ({"min_tokens": 2}, False),
-        ({"repetition_penalty": 1.2}, False),
-        ({"presence_penalty": 0.1}, False),
-        ({"logit_bias": ((1, 2.0),)}, False),
-        ({"allowed_token_ids": (1,)}, False),
-        ({"bad_words": ((1,),)}, False),
+        {},
+        {"temperature": 0.0, "top_p": 0.5, "is_seeded": True},
+        {"temperature": 0.7},
+        {"logprobs": 3},
+        {"is_seeded": True},
+        {"top_p": 0.9, "top_k": 4, "min_p": 0.1},
+        {"min_tokens": 2, "repetition_penalty": 1.2, "presence_penalty": 0.1},
+        {"logit_bias": ((1, 2.0),), "allowed_token_ids": (1,), "bad_words": ((1,),)},
     ],
 )
-def test_kernels_take_what_they_know(options: dict[str, object], is_taken: bool) -> None:
+def test_kernels_take_what_they_know(options: dict[str, object]) -> None:
     bench = Bench(COMBINATIONS["one"], 3)
     decoding = make_decoding("cos", COMBINATIONS["contrastive"])
     params = SamplingParams(max_tokens=4, **options)  # type: ignore[arg-type]
     sequence = Sequence.start("s", [0], params, decoding)
-    assert bench.by_kernels.way(sequence).by_kernels is is_taken
+    assert bench.by_kernels.way(sequence).by_kernels
+
+
+def test_an_early_end_of_a_grammar_is_left_to_torch() -> None:
+    bench = Bench(COMBINATIONS["one"], 3, has_grammar=True)
+    (sequence, *_) = bench.sequences
+    assert bench.by_kernels.way(sequence).by_kernels
+    sequence.params = SamplingParams(max_tokens=4, min_tokens=2)
+    assert not bench.by_kernels.way(sequence).by_kernels
 
 
 def kernels_for(wanted: CpuKernels, dtype: torch.dtype = torch.float32) -> RowKernels | None:
     runners = [TableRunner(TableLM(number)) for number in range(2)]
     runners[1].dtype = dtype
     store = ScoreStore(1, 4, 3, [torch.float32] * 2, [CPU] * 2)
-    return find_kernels(runners, Scores(runners, store), Strategies(SharedCoins(0)), wanted)
+    scores, strategies = Scores(runners, store), Strategies(SharedCoins(0))
+    return find_kernels(runners, scores, strategies, frozenset(), wanted)
 
 
 def test_kernels_are_used_where_they_can_be() -> None:
