@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import socket
 import ssl
 import subprocess
 import sys
@@ -19,13 +20,24 @@ from typing import Any
 import httpx
 import pytest
 
+from server.config import HttpConfig
 from server.errors import ConfigError
-from server.serve import serve
+from server.serve import _bind, serve
 from tests.support.api import MODEL, make_config
 from tests.support.live_server import wait_until
 from tests.support.sse import parse
 
 BODY = {"model": MODEL, "prompt": "1", "stream": True, "ignore_eos": True}
+
+
+def test_connections_send_at_once() -> None:
+    """What waits for acknowledgements makes each answer on a used connection 40 ms late."""
+    with (
+        _bind(HttpConfig(host="127.0.0.1", port=0)) as listener,
+        socket.create_connection(listener.getsockname()),
+        listener.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 @dataclass

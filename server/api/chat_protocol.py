@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, St
 from server.api.protocol import (
     Body,
     Entries,
+    FewItems,
     Finite,
     GenerationRequest,
     Items,
@@ -40,7 +41,7 @@ def _content_kind(content: object) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("string")] | Annotated[Items[TextPart], Tag("parts")],
+    Annotated[str, Tag("string")] | Annotated[Items[TextPart], FewItems, Tag("parts")],
     Discriminator(
         _content_kind,
         custom_error_type="content_type",
@@ -110,7 +111,9 @@ class Conversation(Body):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
-    messages: Items[Message] = Field(min_length=1, description="The conversation so far.")
+    messages: Annotated[Items[Message], FewItems] = Field(
+        min_length=1, description="The conversation so far."
+    )
     add_generation_prompt: bool | None = Field(
         None, description="Open the reply's turn; true if null, unless the last one is continued."
     )
@@ -120,7 +123,7 @@ class Conversation(Body):
     chat_template_kwargs: Entries[Scalar] | None = Field(
         None, description="Variables that the chat template reads; plain values only."
     )
-    tools: Items[Tool] | None = Field(
+    tools: Annotated[Items[Tool] | None, FewItems] = Field(
         None, description="For templates that read them; calls come back as text."
     )
     tool_choice: ToolChoice | None = Field(

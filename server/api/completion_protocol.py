@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from server.api.protocol import (
+    FewItems,
     GenerationRequest,
     Items,
     PromptLogprobs,
@@ -23,6 +24,7 @@ Prompt = Annotated[
         "a string, a list of strings, a list of token ids or a list of such lists; "
         "token ids are integers"
     ),
+    FewItems,
 ]
 
 

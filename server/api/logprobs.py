@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -13,6 +14,7 @@ from server.api.protocol import PromptLogprob, PromptLogprobs
 from server.core.output import TokenLogprob
 
 _LOWEST = -9999.0  # JSON has no infinity
+_CONTINUATIONS = bytes(range(0x80, 0xC0))  # bytes of UTF-8 that begin no character
 
 
 class TokenNames:
@@ -27,12 +29,13 @@ class TokenNames:
 
 
 class LogprobsWriter:
-    """Log-probabilities of one completion; knows how far its text has come, in token strings."""
+    """Log-probabilities of one completion; knows how far its text has come, in characters."""
 
     def __init__(self, codec: Codec, as_ids: bool = False) -> None:
         self._codec = codec
         self._name = TokenNames(codec, as_ids)
         self._offset = 0
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
 
     def write(self, entries: Iterable[TokenLogprob], first: int | None = None) -> Logprobs:
         """`first` is a token before all others, that has no log-probability."""
@@ -54,8 +57,19 @@ class LogprobsWriter:
         logprobs.tokens.append(self._name(token_id))
         logprobs.token_logprobs.append(logprob)
         logprobs.top_logprobs.append(top)
-        logprobs.text_offset.append(self._offset)
-        self._offset += len(self._codec.token_text(token_id))
+        logprobs.text_offset.append(self._advance(self._codec.token_bytes(token_id)))
+
+    def _advance(self, token: bytes) -> int:
+        """Go on by one token, and say where it began.
+
+        Tokens that are parts of one character all begin where it does.
+        """
+        if token[:1] not in _CONTINUATIONS:
+            # What was begun and not completed reads as a character of its own.
+            self._offset += len(self._characters.decode(b"", final=True))
+        begun = self._offset
+        self._offset += len(self._characters.decode(token))
+        return begun
 
     def _top(self, name: str, entry: TokenLogprob) -> dict[str, float]:
         """The token itself first. Of tokens that read alike, the most probable counts."""

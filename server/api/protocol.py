@@ -7,8 +7,10 @@ change the text are refused by name (unsupported.py).
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -29,6 +31,7 @@ T = TypeVar("T")
 # wrong item of it, on the event loop. The first one is enough, and so many entries are.
 Items = Annotated[list[T], Field(fail_fast=True)]
 _MOST_ENTRIES = 1 << 14
+_MOST_ITEMS = 1 << 14  # prompts, messages, or parts of one: items that are objects or long texts
 # Of an object whose unknown keys are errors: far more than any such object knows.
 _MOST_KEYS = 64
 
@@ -50,16 +53,21 @@ def any_of(expected: str) -> WrapValidator:
 
 
 def at_most(limit: int) -> BeforeValidator:
-    """Objects of more entries are refused before any of them is looked at."""
+    """Objects of more entries are refused before any of them is looked at.
+
+    Lists too, but for lists of numbers, which take little time.
+    """
 
     def check(value: object) -> object:
-        if isinstance(value, dict) and len(value) > limit:
+        is_long = isinstance(value, dict | list) and len(value) > limit
+        if is_long and not (isinstance(value, list) and isinstance(value[0], int)):
             raise ValueError(f"Input should have at most {limit} entries")
         return value
 
     return BeforeValidator(check)
 
 
+FewItems = at_most(_MOST_ITEMS)
 Entries = Annotated[dict[str, T], at_most(_MOST_ENTRIES)]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")]
@@ -76,6 +84,24 @@ class Body(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True)
 
 
+def _strict_numbers(value: object) -> object:
+    """A combination's numbers are no text and no `true`, which a YAML file's may be (1e-3 is)."""
+    if isinstance(value, dict):
+        for name in value.keys() & {"mu", "plausibility", "weights"}:
+            numbers = value[name] if isinstance(value[name], list) else [value[name]]
+            if any(map(_reads_as_number, numbers)):
+                raise ValueError(f"{name}: Input should be a valid number")
+    return value
+
+
+def _reads_as_number(value: object) -> bool:
+    """It is none, and would be taken for one; of what would not the field itself is told."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return math.isfinite(float(value))
+    return isinstance(value, bool)
+
+
 class StreamOptions(Body):
     """What a stream carries besides text."""
 
@@ -90,9 +116,9 @@ class CosOptions(Body):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    combination: Annotated[CombinationConfig | None, at_most(_MOST_KEYS)] = Field(
-        None, description="How the members' scores become one distribution."
-    )
+    combination: Annotated[
+        CombinationConfig | None, BeforeValidator(_strict_numbers), at_most(_MOST_KEYS)
+    ] = Field(None, description="How the members' scores become one distribution.")
     strategy: StrategyName | None = Field(None, description="Which model advances next.")
     gamma: Gamma = Field(
         None, description='Proposal length of the first, or of each model, or "auto".'

@@ -27,6 +27,7 @@ _LIMITS = LLParserLimits(
     initial_lexer_fuel=200_000,
     step_lexer_fuel=20_000,
     step_max_items=20_000,
+    max_items_in_row=20_000,
     max_lexer_states=20_000,
     max_grammar_size=200_000,
     verbose_errors=False,

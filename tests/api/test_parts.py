@@ -49,6 +49,23 @@ def test_logprobs_of_tokens_that_read_alike_keep_the_higher(codec: Codec) -> Non
     assert written.top_logprobs == [{"\ufffd": -0.1, " the": -2.0}]
 
 
+def test_tokens_within_a_character_begin_where_it_does() -> None:
+    """Two bytes of a heart, its third, a letter; then a lone byte, and what follows it."""
+    parts = [b"\xe2\x9d", b"\xa4", b"a", b"\xe2", b" b", "é".encode(), b"!"]
+
+    class Bytes(Codec):
+        def token_bytes(self, token_id: int) -> bytes:
+            return parts[token_id]
+
+    codec = Bytes(SpacyTokenizer(), 5)
+    writer = LogprobsWriter(codec, as_ids=True)
+    offsets = writer.write([TokenLogprob(i, -1.0) for i in range(4)]).text_offset
+    offsets += writer.write([TokenLogprob(i, -1.0) for i in range(4, 7)]).text_offset
+    text = b"".join(parts).decode(errors="replace")
+    assert offsets == [0, 0, 1, 2, 3, 5, 6]
+    assert [text[i] for i in offsets] == ["❤", "❤", "a", "\ufffd", " ", "é", "!"]
+
+
 def test_logprobs_are_finite_and_offsets_go_on(codec: Codec) -> None:
     writer = LogprobsWriter(codec)
     first = writer.write([TokenLogprob(1, -math.inf), TokenLogprob(2, 0.0)])

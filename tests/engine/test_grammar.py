@@ -324,6 +324,33 @@ def test_others_run_while_a_grammar_is_read(byte_grammars: Grammars) -> None:
     assert ticks >= 5
 
 
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("choice", json.dumps([f"item {number}" for number in range(6000)])),
+        (
+            "json",
+            json.dumps(
+                {
+                    "type": "object",
+                    "properties": {f"p{i}": {"type": ["integer", "null"]} for i in range(1200)},
+                }
+            ),
+        ),
+    ],
+)
+def test_thousands_of_alternatives_can_be_followed(
+    byte_grammars: Grammars, kind: Kind, source: str
+) -> None:
+    [matcher] = byte_grammars.matchers(kind, source, 1)
+    rng, made = random.Random(0), list[int]()
+    while matcher.end(made) is None and len(made) < 12:
+        mask = np.frombuffer(matcher.mask(made), np.uint8)
+        assert matcher.error is None
+        ids = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+        made.append(int(rng.choice(ids)))
+
+
 def test_choices_are_taken_literally() -> None:
     texts = ["ab", 'c"', "a\\b", "b\n", "(c|a)"]
     [matcher] = GRAMMARS.matchers("choice", json.dumps(texts), 1)
