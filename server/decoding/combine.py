@@ -3,7 +3,9 @@
 weighted:  r = sum_k w_k softmax(warp(l_k)): each member is warped before mixing, so that drawing
            a model by its weight and then a token from that model is the same law.
 logits:    r = softmax(warp(sum_k w_k l_k)): contrastive decoding (weights 1 and -mu) and every
-           other linear mix.
+           other linear mix. Tokens that are improbable to a reference model beside the most
+           probable one may be left out (plausibility, Li et al. 2023): of those that the request
+           allows at all, or a text of a given form could find none.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ _FLOOR = -1e4
 def combine(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
     """The target distribution r, float32 [R, V]; greedy rows' is that at temperature 1."""
     if combination.is_logit_level:
-        return warp.probs(mix_logits(scores, combination))
+        return warp.probs(mix_logits(scores, combination, warp))
     return _mix_probs(scores, combination, warp)
 
 
@@ -35,7 +37,7 @@ def rank(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
     For greedy rows only: what they take from the logits needs no softmax.
     """
     if combination.is_logit_level:
-        return warp(mix_logits(scores, combination))
+        return warp(mix_logits(scores, combination, warp))
     if len(combination.scorers) == 1:
         return warp(scores(combination.scorers[0]))
     return _mix_probs(scores, combination, warp)
@@ -66,10 +68,11 @@ def _mix_probs(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
     return total
 
 
-def mix_logits(scores: Scores, combination: Combination) -> Tensor:
+def mix_logits(scores: Scores, combination: Combination, warp: Warp | None = None) -> Tensor:
     """sum_k w_k l_k with the plausibility mask, float32 [R, V]; not to be written to.
 
-    A token to which a positively weighted member gives probability zero has probability zero.
+    Plausible are tokens beside those that `warp` allows, or beside all. A token to which a
+    positively weighted member gives probability zero has probability zero.
     """
     total: Tensor | None = None
     for model in combination.scorers:
@@ -83,12 +86,14 @@ def mix_logits(scores: Scores, combination: Combination) -> Tensor:
             total = logits if weight == 1 else logits * weight
     assert total is not None
     if combination.plausibility > 0:
-        total = total.masked_fill(_implausible(scores, combination), -torch.inf)
+        total = total.masked_fill(_implausible(scores, combination, warp), -torch.inf)
     return total
 
 
-def _implausible(scores: Scores, combination: Combination) -> Tensor:
+def _implausible(scores: Scores, combination: Combination, warp: Warp | None) -> Tensor:
     """Tokens with p(x) < alpha * max p under the reference model, bool [R, V]."""
     logits = scores(combination.reference)
+    if warp is not None:
+        logits = warp.forbid(logits)
     alpha = torch.tensor(combination.plausibility)  # a number for every device
     return logits < logits.amax(-1, keepdim=True) + alpha.log()

@@ -61,14 +61,11 @@ class Warp:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """float32 [R, V] -> warped logits [R, V]; the argument is left alone."""
-        if self._masks is not None:
-            rows, packed = self._masks
-            allowed = _unpack(packed, logits.shape[-1])
-            logits = logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
         if not self._is_plain:
             logits = logits.clone()
             for row, place in enumerate(self._places):
-                _adjust(logits[row], *place, self._eos)
+                _adjust(logits[row], *place)
+        logits = self.forbid(logits)
         if self._is_tempered:
             logits = logits / self._temperature
         if self._min_p is not None:
@@ -77,6 +74,18 @@ class Warp:
         if self._top_k is not None or self._top_p is not None:
             threshold = self._threshold(logits)
             logits = logits.masked_fill(logits < threshold, -torch.inf)
+        return logits
+
+    def forbid(self, logits: Tensor) -> Tensor:
+        """float32 [R, V] -> the same without the tokens that masks leave no probability."""
+        if self._masks is not None:
+            rows, packed = self._masks
+            allowed = _unpack(packed, logits.shape[-1])
+            logits = logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
+        if not self._is_plain:
+            logits = logits.clone()
+            for row, place in enumerate(self._places):
+                _forbid(logits[row], *place, self._eos)
         return logits
 
     def _threshold(self, logits: Tensor) -> Tensor:
@@ -143,14 +152,19 @@ def _column(values: Row[float], neutral: float, device: torch.device) -> Tensor 
     return tensor_on(device, values)[:, None]
 
 
-def _adjust(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int]) -> None:
-    """Penalties, biases and masks of one row [V], in place."""
+def _adjust(logits: Tensor, sequence: Sequence, position: int) -> None:
+    """Penalties and biases of one row [V], in place."""
     params = sequence.params
     if params.has_penalties:
         _penalise(logits, sequence, position)
     if params.logit_bias:
         ids, biases = zip(*params.logit_bias, strict=True)
         logits.index_add_(0, _ids(ids, logits), tensor_on(logits.device, biases))
+
+
+def _forbid(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int]) -> None:
+    """Masks of one row [V] but a grammar's, in place."""
+    params = sequence.params
     if params.allowed_token_ids is not None:
         allowed = _ids(params.allowed_token_ids, logits)
         kept = logits[allowed]

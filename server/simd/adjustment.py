@@ -45,6 +45,17 @@ def change(row: Any, size: Any, ids: Any, tokens: Any, changes: Any, count: Any)
 
 
 @compiled
+def ban(row: Any, size: Any, ids: Any, tokens: Any, changes: Any, count: Any) -> None:
+    """Of the changes of `change` those alone that leave a token no probability."""
+    for number in range(count):
+        if vectors.load_number(changes + 2 * number * NUMBER + NUMBER) < NEVER:
+            token = vectors.load_whole(tokens + number * WHOLE)
+            column = token if ids == 0 else column_of(ids, size, token)
+            if column != INVALID:
+                vectors.store_number(row + column * NUMBER, NEVER)
+
+
+@compiled
 def forbid(row: Any, size: Any, ids: Any, mask: Any) -> None:
     """Make scores NEVER of tokens whose bit is not set.
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from server.simd import vectors
-from server.simd.adjustment import change, column_of, forbid
+from server.simd.adjustment import ban, change, column_of, forbid
 from server.simd.compiled import compiled
 from server.simd.kernel import Kernel, part
 from server.simd.noise import divide_by_noise
@@ -136,7 +136,8 @@ def decider() -> Kernel:
         shares: float32 [R, K]; of a row that begins with 0, scores are added; of others, each
             model's probabilities are, times its share.
         floors: float32 [R]; of a row with a reference, tokens whose scores by that model are less
-            than its largest and this number have no probability, where scores are added.
+            than its largest of an allowed token and this number have no probability, where scores
+            are added.
         references: int64 [R], models, -1: none; or 0: no row has one.
         limits: float32 [R, NUM_LIMITS], that truncate what scores are made to, and what was
             proposed from; or 0: nothing does.
@@ -363,6 +364,13 @@ def _drop_implausible(a: Any, row: Any) -> Any:
     scores = vectors.load_whole(row.scores + row.reference * WHOLE)
     bits = vectors.load_whole(a.bits + row.reference * WHOLE)
     best = add_scores(row.others, scores, bits, _ONE, a.num_columns, True)
+    count = row.end_change - row.first_change
+    if row.mask != 0 or count > 0:
+        if row.mask != 0:
+            forbid(row.others, padded(a.num_columns), 0, row.mask)
+        changed, changes = _changes(a, row)
+        ban(row.others, a.num_columns, 0, changed, changes, count)
+        best = largest_of(row.others, padded(a.num_columns))
     return drop_where_less(row.weights, row.others, padded(a.num_columns), best + row.floor)
 
 
@@ -374,10 +382,19 @@ def _adjust(a: Any, row: Any, scores: Any, size: Any, ids: Any, largest: Any) ->
         return largest
     if row.mask != 0:
         forbid(scores, size if ids else padded(size), ids, row.mask)
-    changed = a.changed + row.first_change * WHOLE
-    change(scores, size, ids, changed, a.changes + row.first_change * 2 * NUMBER, count)
+    changed, changes = _changes(a, row)
+    change(scores, size, ids, changed, changes, count)
     largest = largest_of(scores, padded(size))
     return largest if largest > NOTHING else NEVER
+
+
+@compiled
+def _changes(a: Any, row: Any) -> Any:
+    """Addresses of a row's changed tokens, and of what is changed of their scores."""
+    return (
+        a.changed + row.first_change * WHOLE,
+        a.changes + row.first_change * 2 * NUMBER,
+    )
 
 
 @compiled

@@ -188,6 +188,16 @@ def test_law_of_degenerate_combinations(name: str, schedule: str, cpu_kernels: C
     check_law(lms, decoding_of(schedule, combination), cpu_kernels=cpu_kernels)
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
+@pytest.mark.parametrize("schedule", ["standard", "cos-each-2"])
+@pytest.mark.parametrize("warp", ["allowed", "bad-words", "penalties"])
+def test_plausible_are_tokens_beside_those_that_are_allowed(
+    warp: str, schedule: str, cpu_kernels: CpuKernels
+) -> None:
+    decoding = decoding_of(schedule, DEGENERATE["plausible"])
+    check_law(make_lms(2), decoding, dict(WARPS[warp]), cpu_kernels=cpu_kernels)
+
+
 @pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
 @pytest.mark.parametrize("name", ["weighted-2", "contrastive-2", "linear-3", "weighted-3"])
 def test_law_with_end_of_text(name: str, schedule: str) -> None:

@@ -29,11 +29,8 @@ VOCAB_SIZE = 36
 EOS = 35
 MAX_LENGTH = 256
 MODEL = "table"
-# Only an implausible token is allowed: no distribution is left, and the generation fails.
-IMPOSSIBLE: dict[str, Any] = {
-    "allowed_token_ids": [3],
-    "cos": {"combination": {"method": "contrastive", "mu": 0.5, "plausibility": 0.9}},
-}
+# The only token that is allowed is banned: no distribution is left, and the generation fails.
+IMPOSSIBLE: dict[str, Any] = {"allowed_token_ids": [3], "bad_words": ["3"]}
 
 
 @dataclass

@@ -24,6 +24,14 @@ def softmax(logits: Floats) -> Floats:
     return probs
 
 
+def forbidden(vocab_size: int, params: SamplingParams, made: Sequence[int]) -> list[int]:
+    """Tokens that lists of tokens and words leave out."""
+    completed = [w[-1] for w in params.bad_words if [*made][len(made) - len(w) + 1 :] == [*w[:-1]]]
+    if params.allowed_token_ids is None:
+        return completed
+    return completed + [t for t in range(vocab_size) if t not in params.allowed_token_ids]
+
+
 def warped(
     logits: Floats, params: SamplingParams, prompt: Sequence[int], made: Sequence[int]
 ) -> Floats:
@@ -37,10 +45,7 @@ def warped(
         logits[token] -= params.frequency_penalty * count + params.presence_penalty * (count > 0)
     for token, bias in params.logit_bias:
         logits[token] += bias
-    if params.allowed_token_ids is not None:
-        logits[[t for t in range(len(logits)) if t not in params.allowed_token_ids]] = -np.inf
-    completed = [w[-1] for w in params.bad_words if [*made][len(made) - len(w) + 1 :] == [*w[:-1]]]
-    logits[completed] = -np.inf
+    logits[forbidden(len(logits), params, made)] = -np.inf
     if params.is_greedy:
         return logits
     logits = logits / params.temperature
@@ -81,6 +86,7 @@ def target(
             )
         if combination.plausibility:
             p = softmax(raw[combination.reference])
+            p[forbidden(len(p), params, made)] = 0
             mix = np.where(p < combination.plausibility * p.max(), -np.inf, mix)
         r = softmax(warped(mix, params, prompt, made))
     if params.is_greedy:
