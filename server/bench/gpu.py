@@ -186,7 +186,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--attention", choices=("auto", "portable", "triton"), default="auto", help="(%(default)s)"
     )
     parser.add_argument(
-        "--seconds", type=float, default=480, help="begin nothing new after them (%(default)s)"
+        "--seconds", type=float, default=400, help="begin nothing new after them (%(default)s)"
     )
     parser.add_argument(
         "--config", type=Path, default=Path("configs/default.yaml"), help="pair (%(default)s)"
@@ -259,7 +259,14 @@ def _measure_random_pair(
     def forwards(name: str) -> list[dict[str, Any]]:
         member = Member(name, device, dtype, load, kernels)
         rows, runner = time_forwards(
-            member, load, scale.batches, lengths, limits, capture, session.log
+            member,
+            load,
+            scale.batches,
+            lengths,
+            limits,
+            capture,
+            session.may_go_on,
+            session.log,
         )
         members.append(member)
         runners.append(runner)
@@ -273,6 +280,7 @@ def _measure_random_pair(
     for name in scale.members:
         session.part(f"forward {name}", lambda name=name: forwards(name))  # type: ignore[misc]
     if len(runners) < len(scale.members):
+        session.results["left_out"].append("cycles: they need the forwards of both models")
         return
     pair = (runners[0], runners[1])
     session.part("cycle", lambda: time_cycles(pair, floor, load, scale.batches, scale.gamma))

@@ -10,6 +10,7 @@ from typing import Any
 from server.bench.gpu_models import Load, Member
 from server.bench.gpu_timing import median_seconds
 from server.runner.base import Batch, ModelRunner
+from server.runner.torch_runner import TorchRunner
 
 # Tried in this order; the server runs graphs, and of compiled layers where that is configured.
 WAYS = ("transformers", "written out", "graphs", "compiled")
@@ -41,9 +42,12 @@ def time_forwards(
     lengths: Sequence[int],
     limits: Limits,
     capture: bool,
+    may_go_on: Callable[[], bool],
     report: Callable[[str], None],
 ) -> tuple[list[dict[str, Any]], ModelRunner]:
     """Seconds of a forward in each way, and the runner of the graphs that are not compiled.
+
+    What the compiled layers take is missing where they cannot be compiled or run.
 
     Args:
         member: whose weights are taken over.
@@ -52,10 +56,12 @@ def time_forwards(
         lengths: tokens each sequence feeds.
         limits: of the device.
         capture: CUDA graphs; False: padded shapes alone.
+        may_go_on: there is time for compiled layers.
         report: takes one line for each phase.
     """
     plain = member.plain()
     rows = [_row(member, batch, n, load, limits) for batch in batches for n in lengths]
+    _fill(plain, load)
     _time(rows, WAYS[0], plain, load, report)
     fast = member.fast()
     fast.store = plain.store
@@ -63,12 +69,29 @@ def time_forwards(
     graphs = member.graphs(fast, capture)
     graphs.warm_up(report)
     _time(rows, WAYS[2], graphs, load, report)
+    if may_go_on():
+        try:
+            _time_compiled(rows, member, fast, load, capture, report)
+        except Exception as error:  # compilers fail in many ways, and the rest is worth keeping
+            report(f"{member.name}: compiled layers fail: {error}")
+            for row in rows:
+                row["seconds"].pop(WAYS[3], None)
+    return rows, graphs
+
+
+def _time_compiled(
+    rows: list[dict[str, Any]],
+    member: Member,
+    fast: TorchRunner,
+    load: Load,
+    capture: bool,
+    report: Callable[[str], None],
+) -> None:
     with member.compiled(report) as is_compiled:
         if is_compiled:
             compiled = member.graphs(fast, capture)
             compiled.warm_up(report)
             _time(rows, WAYS[3], compiled, load, report)
-    return rows, graphs
 
 
 def time_cycles(
@@ -123,6 +146,14 @@ def _time(
     for row in rows:
         batch = load.batch_of(row["batch"], row["num_tokens"], runner.vocab_size)
         row["seconds"][way] = median_seconds(partial(runner.forward, batch), runner.device)
+
+
+def _fill(runner: TorchRunner, load: Load) -> None:
+    """Memory of the texts with random numbers: with zeros the same products take less time."""
+    runner.forward(load.batch_of(1, 1, runner.vocab_size))  # allocates it
+    for layer in range(runner.store.num_layers):
+        for part in runner.store.slots(layer):
+            part.normal_()
 
 
 def _run_all(steps: list[tuple[ModelRunner, Batch]]) -> None:

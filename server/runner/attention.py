@@ -24,6 +24,10 @@ from server.runner.style import Style
 
 NAME = "cos_paged"
 _ATTRIBUTE = "cos_paged_attention"
+# A block of queries of torch's memory-efficient kernel for GPUs, or half of one. Where the last
+# block holds a single query and heads share their keys, that kernel, up to torch 2.13, takes the
+# first query's bias for it (pytorch/pytorch#191937).
+_CUDA_BLOCK = 32
 
 
 class ShortAttention(Protocol):
@@ -217,15 +221,18 @@ def _attend_long(
     heads = queries.reshape(len(queries), num_kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
     shared = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
     from_start = group.is_whole(style.window)
+    bias = None if from_start else group.bias(style.window, 1, queries.dtype)
+    if bias is not None and len(queries) % _CUDA_BLOCK == 1:
+        heads, bias = F.pad(heads, (0, 0, 0, 1)), F.pad(bias, (0, 0, 0, 1))
     output = F.scaled_dot_product_attention(
         heads,
         keys[0][:, None].expand(shared),
         values[0][:, None].expand(shared),
-        attn_mask=None if from_start else group.bias(style.window, 1, queries.dtype),
+        attn_mask=bias,
         is_causal=from_start,
         scale=style.scale,
     )
-    return output.permute(2, 0, 1, 3).flatten(1, 2)
+    return output[:, :, : len(queries)].permute(2, 0, 1, 3).flatten(1, 2)
 
 
 def _attend_plainly(

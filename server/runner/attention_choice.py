@@ -55,6 +55,10 @@ def choose_attention(
     Raises:
         ConfigError: Triton is wanted, and cannot run here.
     """
+    if device.type == "cuda":
+        # Torch prefers cuDNN's attention on some GPUs, which makes a plan for each length of a text
+        # it has not seen, in tenths of a second, and keeps all of them.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if wanted == "portable":
         return None
     if wanted == "auto" and device.type != "cuda":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
 
@@ -16,8 +17,10 @@ logger = logging.getLogger(__name__)
 BACKEND: str | Callable[..., object] = "inductor"
 
 _FAILURES = (TorchDynamoException, FailOnRecompileLimitHit)
-# Each kind of layer is compiled twice, for one row and for several; all members share a limit.
+# Each kind of layer is compiled twice, for one row and for several; all members share a limit. A
+# thread knows only what was set in it.
 _RECOMPILE_LIMIT = 64
+_thread = threading.local()
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -41,7 +44,7 @@ class Compiled(Generic[Arguments, Result]):
         Raises:
             RuntimeError: torch.compile does not support this Python or platform.
         """
-        config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+        _raise_limit()
         self._function = function
         self.run = torch.compile(function, fullgraph=True, dynamic=True, backend=BACKEND)
         self.has_failed = False
@@ -50,9 +53,17 @@ class Compiled(Generic[Arguments, Result]):
         """What the function gives."""
         if self.has_failed:
             return self._function(*args, **kwargs)
+        _raise_limit()
         try:
             return self.run(*args, **kwargs)
         except _FAILURES as error:  # raised before anything has run
             self.has_failed = True
             logger.warning("a function is no longer compiled: %s", str(error).split("\n")[0])
             return self._function(*args, **kwargs)
+
+
+def _raise_limit() -> None:
+    """For this thread."""
+    if not hasattr(_thread, "has_limit"):
+        config.recompile_limit = max(config.recompile_limit, _RECOMPILE_LIMIT)
+        _thread.has_limit = True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
@@ -52,6 +53,7 @@ class GraphRunner:
         self._slots: dict[Shape, _Slot] = {}
         self._output = torch.empty(0, device=runner.device, dtype=runner.dtype)
         self._enabled = True
+        self._pool: tuple[int, int] | None = None  # that captures take their memory from
 
     @property
     def name(self) -> str:
@@ -145,13 +147,27 @@ class GraphRunner:
 
     def _give_up(self, report: Callable[[str], None], reason: str) -> None:
         self._enabled = False
+        self._leave_pool()
         self._slots.clear()
         self._output = self._output.new_empty(0)
         report(f"{self.name}: running without CUDA graphs: {reason}")
 
+    def _leave_pool(self) -> None:
+        """Where a capture has failed halfway.
+
+        Up to torch 2.11 it leaves the allocator in the pool for good, so that memory it keeps for
+        later could not be given back any more. Elsewhere there is nothing to leave, which raises.
+        """
+        if self._pool is None:
+            return
+        index = self.device.index or 0
+        with suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+
     def _capture_all(self, shapes: list[Shape]) -> None:
         """Largest first, so that the smaller ones find their memory in the pool they share."""
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self.device)
         self._reserve_output(max(shape.num_rows for shape in shapes))
         for shape in shapes:

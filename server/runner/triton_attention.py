@@ -32,9 +32,12 @@ _TILE_BYTES = 16 << 10
 _NEVER = tl.constexpr(-1e30)
 
 
-# Tables of captured graphs and of other steps differ in their strides' divisors, and would be
-# compiled for apart: the latter while requests wait.
-@triton.jit(do_not_specialize=["num_tokens", "table_stride"])
+# Tables of captured graphs and of other steps differ in their strides' divisors, and their parts in
+# where they begin, by the number of spans; they would be compiled for apart, while requests wait.
+@triton.jit(
+    do_not_specialize=["num_tokens", "table_stride"],
+    do_not_specialize_on_alignment=["table", "starts", "lengths"],
+)
 def _attend_split(
     queries,
     keys,

@@ -106,19 +106,6 @@ def test_graphs_in_sixteen_bits_equal_eager():
         torch.testing.assert_close(replayed, eager, rtol=0, atol=2e-2 * float(eager.abs().max()))
 
 
-def test_a_model_that_cannot_be_captured_runs_eagerly():
-    """Experts are picked by data, which a graph cannot follow."""
-    runner = make_runner("gpt_oss", kernels=True)
-    lines: list[str] = []
-    graphs = GraphRunner(runner, SHAPES, capture=True)
-    graphs.warm_up(lines.append)
-    batch = Batch((Span([1], 0, [5, 6], 2),))
-    plain = make_runner("gpt_oss", kernels=False, device="cpu").forward(batch)
-    ours = graphs.forward(batch).cpu()
-    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
-    assert graphs.num_graphs or "running without CUDA graphs" in lines[-1]
-
-
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     return make_pair(tmp_path_factory.mktemp("models"))
@@ -236,3 +223,19 @@ def test_compiled_layers_write_the_same(directories):
     assert sum("compiled its layers" in line for line in lines) == 2
     assert all(runner.num_graphs > 0 for runner in loaded.runners)
     assert texts(loaded, "cos", 1.0) == expected
+
+
+def test_a_model_that_cannot_be_captured_runs_eagerly():
+    """Experts are picked by data, which a graph cannot follow.
+
+    The last test: with some releases of torch a failed capture leaves the allocator in its pool.
+    """
+    runner = make_runner("gpt_oss", kernels=True)
+    lines: list[str] = []
+    graphs = GraphRunner(runner, SHAPES, capture=True)
+    graphs.warm_up(lines.append)
+    batch = Batch((Span([1], 0, [5, 6], 2),))
+    plain = make_runner("gpt_oss", kernels=False, device="cpu").forward(batch)
+    ours = graphs.forward(batch).cpu()
+    torch.testing.assert_close(ours, plain, rtol=0, atol=1e-4 * float(plain.abs().max()))
+    assert graphs.num_graphs or "running without CUDA graphs" in lines[-1]
