@@ -182,10 +182,16 @@ def _percent(seconds: Mapping[str, float], *names: str) -> str:
 def _params(options: argparse.Namespace) -> SamplingParams:
     """Raises SystemExit where `--sampling` names what there is not."""
     common = {"max_tokens": options.tokens, "temperature": options.temperature}
+    sampling = {name: _frozen(value) for name, value in options.sampling.items()}
     try:
-        return SamplingParams(**common, **options.sampling)
+        return SamplingParams(**common, **sampling)
     except TypeError as error:
         raise SystemExit(f"--sampling: {error}") from error
+
+
+def _frozen(value: Any) -> Any:
+    """Parameters are hashable, JSON's lists are not."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _parse(argv: Row[str] | None) -> argparse.Namespace:
