@@ -139,8 +139,8 @@ def _bind(http: HttpConfig) -> socket.socket:
     # asyncio sets it only for sockets that were made with the protocol's number.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
-        # Without it one whose client reads nothing would stay for ever,
-        # since a closed connection first sends what it still has.
+        # Without it one whose client reads nothing would stay for ever, since a closed connection
+        # first sends what it still has.
         milliseconds = int(http.send_seconds * 1000)
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
     return listener

@@ -155,8 +155,9 @@ class GraphRunner:
     def _leave_pool(self) -> None:
         """Where a capture has failed halfway.
 
-        Up to torch 2.11 it leaves the allocator in the pool for good, so that memory it keeps for
-        later could not be given back any more. Elsewhere there is nothing to leave, which raises.
+        Some releases of torch then leave the allocator in the pool, and memory that it keeps for
+        later could not be given back any more. With others there is nothing to leave: that raises,
+        and says nothing that anybody has to know.
         """
         if self._pool is None:
             return

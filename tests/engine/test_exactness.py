@@ -145,11 +145,13 @@ def test_a_block_needs_new_uniforms_after_a_rejection(monkeypatch: pytest.Monkey
     check_law(lms, make_decoding("speculative", combination, 6, verification="token"), long)
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("schedule", ["speculative-3", "cos-3", "cos-each-2"])
 @pytest.mark.parametrize("warp", [name for name in WARPS if name != "plain"])
 @pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
-def test_law_under_every_warp(name: str, warp: str, schedule: str) -> None:
-    check_law(make_lms(2), decoding_of(schedule, COMBINATIONS[name]), dict(WARPS[warp]))
+def test_law_under_every_warp(name: str, warp: str, schedule: str, cpu_kernels: CpuKernels) -> None:
+    decoding = decoding_of(schedule, COMBINATIONS[name])
+    check_law(make_lms(2), decoding, dict(WARPS[warp]), cpu_kernels=cpu_kernels)
 
 
 @pytest.mark.parametrize("is_seeded", [False, True])
@@ -223,11 +225,12 @@ def test_law_of_mixtures(name: str, mixture: str) -> None:
     check_law(make_lms(len(combination.weights)), decoding)
 
 
+@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("mixture", MIXTURES)
 @pytest.mark.parametrize("warp", ["top-k", "top-p", "penalties"])
-def test_law_of_mixtures_under_warps(warp: str, mixture: str) -> None:
+def test_law_of_mixtures_under_warps(warp: str, mixture: str, cpu_kernels: CpuKernels) -> None:
     decoding = make_decoding("mixture", COMBINATIONS["weighted-2"], **MIXTURES[mixture])
-    check_law(make_lms(2), decoding, dict(WARPS[warp]))
+    check_law(make_lms(2), decoding, dict(WARPS[warp]), cpu_kernels=cpu_kernels)
 
 
 @pytest.mark.parametrize("cpu_kernels", ["auto", "off"])

@@ -534,7 +534,10 @@ def test_adjusted_draws_are_of_the_target(
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize(("options", "has_grammar"), ADJUSTED)
+@pytest.mark.parametrize(
+    ("options", "has_grammar"),
+    [*ADJUSTED, pytest.param({"allowed_token_ids": (0, 3, 12)}, False, id="none listed")],
+)
 def test_adjusted_tokens_from_a_shortlist(
     options: Mapping[str, Any], has_grammar: bool, temperature: float
 ) -> None:
