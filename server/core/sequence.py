@@ -14,11 +14,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
+import numpy as np
+
 from server.core.lookup import LOOKUP, PromptLookup
 from server.core.matcher import Matcher
 from server.core.provenance import Provenance
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.token_counts import Ids, TokenCounts
+from server.core.token_mask import Bits, both, packed
 from server.core.unread import is_unread
 
 
@@ -51,7 +54,7 @@ class SequenceStats:
     cached: list[int] = field(default_factory=list)  # [num_models] found, not computed, at first
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Sequence:
     """State of one sequence. Compared by identity.
 
@@ -82,6 +85,7 @@ class Sequence:
         provenance: of verified tokens that nobody has taken yet; None where it is not asked for.
         priority: waiting sequences are admitted in ascending order of it, then as they came.
         token_counts: see `counts_before`.
+        listed: mask of `params.allowed_token_ids`, once it has been asked for; see `mask`.
     """
 
     id: str
@@ -108,6 +112,7 @@ class Sequence:
     provenance: list[Provenance] | None = None
     priority: int = 0
     token_counts: TokenCounts = field(default_factory=TokenCounts)
+    listed: Bits | None = None
     status: Status = Status.WAITING
     stats: SequenceStats = field(default_factory=lambda: SequenceStats([], []))
 
@@ -229,6 +234,20 @@ class Sequence:
         return self.token_counts.before(
             self.token_ids, self.num_prompt, self.num_verified, position
         )
+
+    def mask(self, position: int) -> Bits | None:
+        """Tokens that a list and a grammar allow at `position`; None: all of them.
+
+        None before it may be unread.
+        """
+        if self.listed is None and self.params.allowed_token_ids is not None:
+            # The list may be as long as the vocabulary: it is read once, not at each position.
+            self.listed = packed(self.params.allowed_token_ids)
+        if self.matcher is None:
+            return self.listed
+        generated = self.token_ids[self.num_prompt : position]
+        followed = np.frombuffer(self.matcher.mask(generated), np.uint8)
+        return followed if self.listed is None else both(followed, self.listed)
 
     def propose(
         self, token_id: int, model: int, from_shortlist: bool = False, is_bonus: bool = False

@@ -43,10 +43,13 @@ def rank(scores: Scores, combination: Combination, warp: Warp) -> Tensor:
     return _mix_probs(scores, combination, warp)
 
 
-def log_combined(scores: Scores, combination: Combination) -> Tensor:
-    """Logarithm of r without any warp, float32 [R, V]: what `logprobs` reports."""
+def log_combined(scores: Scores, combination: Combination, warp: Warp | None = None) -> Tensor:
+    """Logarithm of r without any warp, float32 [R, V]: what `logprobs` reports.
+
+    Of `warp` no more is taken than beside which tokens others are plausible; see `mix_logits`.
+    """
     if combination.is_logit_level:
-        return mix_logits(scores, combination).log_softmax(-1)
+        return mix_logits(scores, combination, warp).log_softmax(-1)
     parts = [
         scores(model).log_softmax(-1) + torch.tensor(combination.weights[model]).log().item()
         for model in combination.scorers
@@ -93,7 +96,6 @@ def mix_logits(scores: Scores, combination: Combination, warp: Warp | None = Non
 def _implausible(scores: Scores, combination: Combination, warp: Warp | None) -> Tensor:
     """Tokens with p(x) < alpha * max p under the reference model, bool [R, V]."""
     logits = scores(combination.reference)
-    if warp is not None:
-        logits = warp.forbid(logits)
+    compared = logits if warp is None else warp.forbid(logits)
     alpha = torch.tensor(combination.plausibility)  # a number for every device
-    return logits < logits.amax(-1, keepdim=True) + alpha.log()
+    return logits < compared.amax(-1, keepdim=True) + alpha.log()

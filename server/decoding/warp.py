@@ -16,9 +16,12 @@ from collections.abc import Sequence as Row
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from server.cache.on_device import sent, tensor_on
+from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
+from server.core.token_mask import stacked
 
 Place = tuple[Sequence, int]  # a sequence and a position of it
 
@@ -46,7 +49,8 @@ class Warp:
         self._eos = eos_token_ids
         self._device = device
         params = [sequence.params for sequence, _ in places]
-        self._is_plain = not any(p.adjusts_scores for p in params)
+        self._is_adjusted = any(p.has_penalties or p.logit_bias for p in params)
+        self._bans = any(p.bad_words or p.min_tokens for p in params)
         self._masks = _masks(places, device)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)
@@ -61,7 +65,7 @@ class Warp:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """float32 [R, V] -> warped logits [R, V]; the argument is left alone."""
-        if not self._is_plain:
+        if self._is_adjusted:
             logits = logits.clone()
             for row, place in enumerate(self._places):
                 _adjust(logits[row], *place)
@@ -82,10 +86,10 @@ class Warp:
             rows, packed = self._masks
             allowed = _unpack(packed, logits.shape[-1])
             logits = logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
-        if not self._is_plain:
+        if self._bans:
             logits = logits.clone()
             for row, place in enumerate(self._places):
-                _forbid(logits[row], *place, self._eos)
+                _ban(logits[row], *place, self._eos)
         return logits
 
     def _threshold(self, logits: Tensor) -> Tensor:
@@ -162,18 +166,12 @@ def _adjust(logits: Tensor, sequence: Sequence, position: int) -> None:
         logits.index_add_(0, _ids(ids, logits), tensor_on(logits.device, biases))
 
 
-def _forbid(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int]) -> None:
-    """Masks of one row [V] but a grammar's, in place."""
-    params = sequence.params
-    if params.allowed_token_ids is not None:
-        allowed = _ids(params.allowed_token_ids, logits)
-        kept = logits[allowed]
-        logits.fill_(-torch.inf)
-        logits[allowed] = kept
+def _ban(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int]) -> None:
+    """Bad words and ends that come too early, of one masked row [V], in place."""
     if banned := bad_tokens(sequence, position):
         logits[_ids(banned, logits)] = -torch.inf
-    if banned := early_ends(sequence, position, eos):
-        ends = _ids(banned, logits)
+    if is_early(sequence, position) and (ending := ending_tokens(sequence.params, eos)):
+        ends = _ids(sorted(ending), logits)
         kept = logits[ends]
         logits[ends] = -torch.inf
         if sequence.matcher is not None and logits.max() == -torch.inf:
@@ -181,23 +179,20 @@ def _forbid(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[in
 
 
 def _masks(places: Row[Place], device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """Rows that follow a grammar, int64 [M], and their masks, uint8 [M, bytes]; None for none."""
-    rows: list[int] = []
-    masks = bytearray()
-    for row, (sequence, position) in enumerate(places):
-        if sequence.matcher is not None:
-            rows.append(row)
-            masks += sequence.matcher.mask(sequence.token_ids[sequence.num_prompt : position])
-    if not rows:
+    """Rows that have a mask, int64 [M], and these, uint8 [M, bytes]; None where no row has one."""
+    masks = {row: sequence.mask(position) for row, (sequence, position) in enumerate(places)}
+    found = {row: mask for row, mask in masks.items() if mask is not None}
+    if not found:
         return None
-    packed = torch.frombuffer(masks, dtype=torch.uint8).view(len(rows), -1)
-    return tensor_on(device, rows), sent(packed, device)
+    packed = stacked([*found.values()], max(map(len, found.values())))
+    return tensor_on(device, [*found]), sent(torch.from_numpy(packed), device)
 
 
 def _unpack(packed: Tensor, vocab_size: int) -> Tensor:
     """Bits of [M, bytes], the lowest of each byte first: bool [M, vocab_size]."""
     bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    return ((packed[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
+    unpacked = ((packed[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
+    return pad(unpacked, (0, vocab_size - unpacked.shape[1]))
 
 
 def bad_tokens(sequence: Sequence, position: int) -> list[int]:
@@ -205,14 +200,14 @@ def bad_tokens(sequence: Sequence, position: int) -> list[int]:
     return [w[-1] for w in sequence.params.bad_words if _completes(w, sequence, position)]
 
 
-def early_ends(sequence: Sequence, position: int, eos_token_ids: frozenset[int]) -> list[int]:
-    """Those that may not end the text there, since it has to be longer."""
-    params = sequence.params
-    if position >= sequence.num_prompt + params.min_tokens:
-        return []
-    return sorted(
-        params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
-    )
+def is_early(sequence: Sequence, position: int) -> bool:
+    """Must the text be longer before a token there may end it?"""
+    return position < sequence.num_prompt + sequence.params.min_tokens
+
+
+def ending_tokens(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    """Those that end a text."""
+    return params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
 
 
 def _completes(word: tuple[int, ...], sequence: Sequence, position: int) -> bool:

@@ -58,10 +58,14 @@ class Distributions:
         return self._by_key(places, self._combination, evaluate)
 
     def target_logprobs(self, places: list[Place]) -> Tensor:
-        """Logarithm of r before temperature and truncation, float32 [len(places), V]."""
+        """Logarithm of r before temperature and truncation, float32 [len(places), V].
+
+        What is plausible is what it is for the text's own law.
+        """
 
         def evaluate(combination: Combination, group: list[Place]) -> Tensor:
-            return log_combined(partial(self._read, group), combination)
+            warp = self._warp(group) if combination.plausibility > 0 else None
+            return log_combined(partial(self._read, group), combination, warp)
 
         return self._by_key(places, self._combination, evaluate)
 

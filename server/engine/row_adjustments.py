@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence as Row
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
 
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
-from server.decoding.warp import Place, bad_tokens, early_ends
+from server.core.token_mask import Bits, are_in, stacked
+from server.decoding.warp import Place, bad_tokens, ending_tokens, is_early
 
 Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]
-Bits = NDArray[np.uint8]
 _Changes = tuple[Ids, Reals]  # tokens, [n], and what is changed of their scores, [n, 2]
 
 _NONE: _Changes = np.empty(0, np.int64), np.empty((0, 2), np.float32)
@@ -53,8 +53,21 @@ class Adjustments:
         allowed = ~np.isin(ids, banned)
         if mask:
             number = (mask - self.bits.ctypes.data) // self.bits.shape[1]
-            allowed &= np.unpackbits(self.bits[number], bitorder="little")[ids].astype(bool)
+            allowed &= are_in(ids, self.bits[number])
         return allowed
+
+
+@dataclass(frozen=True, slots=True)
+class _Lasting:
+    """What one sequence asks for at each of its places.
+
+    Attributes:
+        biases: of scores; None: there are none.
+        ends: what is done to the tokens that would end the text too early.
+    """
+
+    biases: _Changes | None
+    ends: _Changes
 
 
 class Adjuster:
@@ -64,6 +77,8 @@ class Adjuster:
         """`num_bits` of a mask: the vocabulary, up to whole blocks."""
         self._eos = eos_token_ids
         self._num_bytes = num_bits // 8
+        # Requests may list hundreds of tokens: they are read once, not at each place.
+        self._lasting: WeakKeyDictionary[Sequence, _Lasting] = WeakKeyDictionary()
 
     def takes(self, sequence: Sequence) -> bool:
         """Can it make all that `sequence` asks for?
@@ -93,37 +108,38 @@ class Adjuster:
 
     def _changes(self, sequence: Sequence, position: int) -> Iterable[_Changes]:
         """In the order in which they are made."""
-        params = sequence.params
+        params, lasting = sequence.params, self._of(sequence)
         if params.has_penalties:
             yield _penalties(params, *sequence.counts_before(position))
-        if params.logit_bias:
-            yield _biases(params.logit_bias)
-        if banned := bad_tokens(sequence, position) + early_ends(sequence, position, self._eos):
-            yield _biases(tuple((token_id, -np.inf) for token_id in banned))
+        if lasting.biases is not None:
+            yield lasting.biases
+        if banned := bad_tokens(sequence, position):
+            yield _added([(token_id, -np.inf) for token_id in banned])
+        if is_early(sequence, position):
+            yield lasting.ends
 
     def _masks(self, places: Row[Place]) -> tuple[Ids, Bits]:
         """Addresses [R] of masks, or 0, and these."""
-        rows: list[Bits] = []
-        numbers = np.full(len(places), -1)
-        for row, (sequence, position) in enumerate(places):
-            mask = self._mask(sequence, position)
-            if mask is not None:
-                numbers[row] = len(rows)
-                rows.append(mask)
-        bits = np.stack(rows) if rows else np.empty((0, self._num_bytes), np.uint8)
-        return np.where(numbers < 0, 0, bits.ctypes.data + numbers * self._num_bytes), bits
+        masks = {row: sequence.mask(position) for row, (sequence, position) in enumerate(places)}
+        found = {row: mask for row, mask in masks.items() if mask is not None}
+        bits = stacked([*found.values()], self._num_bytes)
+        addresses = np.zeros(len(places), np.int64)
+        addresses[[*found]] = bits.ctypes.data + np.arange(len(found)) * self._num_bytes
+        return addresses, bits
 
-    def _mask(self, sequence: Sequence, position: int) -> Bits | None:
-        """[num_bytes] of what is allowed at a place; None: everything."""
-        mask = None
-        if (allowed := sequence.params.allowed_token_ids) is not None:
-            mask = _bits(allowed, self._num_bytes)
-        if sequence.matcher is not None:
-            generated = sequence.token_ids[sequence.num_prompt : position]
-            given = np.frombuffer(sequence.matcher.mask(generated), np.uint8)
-            followed = np.pad(given, (0, self._num_bytes - len(given)))
-            mask = followed if mask is None else followed & mask
-        return mask
+    def _of(self, sequence: Sequence) -> _Lasting:
+        lasting = self._lasting.get(sequence)
+        if lasting is None:
+            lasting = self._lasting[sequence] = self._made(sequence)
+        return lasting
+
+    def _made(self, sequence: Sequence) -> _Lasting:
+        biases = sequence.params.logit_bias
+        ends = sorted(ending_tokens(sequence.params, self._eos))
+        return _Lasting(
+            biases=_added(biases) if biases else None,
+            ends=_added([(token_id, -np.inf) for token_id in ends]) if ends else _NONE,
+        )
 
 
 def _penalties(params: SamplingParams, tokens: Ids, counts: Ids) -> _Changes:
@@ -139,21 +155,12 @@ def _penalties(params: SamplingParams, tokens: Ids, counts: Ids) -> _Changes:
     return tokens, changes
 
 
-@lru_cache(maxsize=256)
-def _biases(biases: tuple[tuple[int, float], ...]) -> _Changes:
-    """What is added to scores of tokens; not to be written to."""
+def _added(biases: Row[tuple[int, float]]) -> _Changes:
+    """What is added to scores of tokens, of which there are some; not to be written to."""
     tokens, added = zip(*biases, strict=True)
     changes = np.ones((len(tokens), 2), np.float32)
     changes[:, 1] = added
     return np.array(tokens, np.int64), changes
-
-
-@lru_cache(maxsize=64)
-def _bits(token_ids: tuple[int, ...], num_bytes: int) -> Bits:
-    """A mask of these tokens; not to be written to."""
-    mask = np.zeros(num_bytes * 8, np.uint8)
-    mask[list(token_ids)] = 1
-    return np.packbits(mask, bitorder="little")
 
 
 def _joined(parts: Iterable[_Changes]) -> _Changes:

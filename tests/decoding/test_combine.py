@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +17,9 @@ P = [[2.0, 0.0, -1.0]]
 Q = [[0.5, 1.0, -1.0]]
 
 
-def warp_of(**options: float) -> Warp:
+def warp_of(**options: Any) -> Warp:
     decoding = DecodingParams("standard", Combination.only(2, 0), (1, 1))
-    params = SamplingParams(**options)  # type: ignore[arg-type]
+    params = SamplingParams(**options)
     return Warp([(Sequence.start("s", [0], params, decoding), 1)], frozenset(), torch.device("cpu"))
 
 
@@ -63,6 +65,16 @@ def test_log_combined_ignores_warps() -> None:
     )
     only = log_combined(scores, Combination.only(2, 1))
     assert torch.equal(only, torch.tensor(P).log_softmax(-1))
+
+
+def test_log_combined_takes_from_warps_beside_what_tokens_are_plausible() -> None:
+    combination = Combination.contrastive(2, 0.5, plausibility=0.5)
+    beside_all = log_combined(scores, combination)[0].tolist()
+    assert beside_all == [0, -torch.inf, -torch.inf]
+    warp = warp_of(allowed_token_ids=(1, 2), temperature=0.5, top_k=1)
+    mix = np.array(P[0][:2]) - 0.5 * np.array(Q[0][:2])
+    expected = [*np.log(softmax(mix)), -np.inf]
+    assert log_combined(scores, combination, warp)[0].numpy() == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_zero_of_a_positive_member_wins_over_a_zero_of_a_negative_one() -> None:

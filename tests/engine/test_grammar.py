@@ -161,6 +161,21 @@ def test_law(name: str, schedule: str, cpu_kernels: CpuKernels) -> None:
 
 
 @pytest.mark.parametrize("name", ["standard", "cos"])
+def test_no_token_is_reported_to_be_impossible(name: str) -> None:
+    """Not even one that is plausible only beside what the grammar allows."""
+    decoding = make_decoding(name, PLAUSIBLE["plausible"], gamma=3)
+    engine = make_engine(make_lms(2), eos=frozenset({EOS}))
+    sequences = [
+        Sequence.start(f"s{i}", PROMPT, SamplingParams(seed=i, logprobs=0), decoding, 0, matcher)
+        for i, matcher in enumerate(matchers(20))
+    ]
+    deltas = run(engine, sequences)
+    found = [entry.logprob for s in sequences for d in deltas[s.id] for entry in d.logprobs]
+    assert len(found) > 20
+    assert min(found) > -20
+
+
+@pytest.mark.parametrize("name", ["standard", "cos"])
 def test_batches_and_preemptions_change_nothing(name: str) -> None:
     decoding = make_decoding(name, COMBINATIONS["weighted-2"], gamma=3)
     params = [SamplingParams(max_tokens=20, seed=seed, logprobs=0) for seed in range(12)]
