@@ -164,6 +164,7 @@ def make_engine(config: ServerConfig, metrics: Metrics) -> tuple[Engine, list[Pa
         max_sequences=config.engine.max_sequences,
         max_gamma=config.decoding.max_gamma,
         max_waiting=config.engine.max_waiting,
+        cpu_kernels=config.engine.cpu_kernels,
     )
     engine = Engine(runners, DigitDecoder(), frozenset({EOS}), limits, on_step=metrics.observe_step)
     engine.on_fault = metrics.engine.observe_fault

@@ -1,7 +1,8 @@
 """A server process over table LMs: python -m tests.support.table_server '{"pace": 0.02, ...}'.
 
 Options: pace, seconds of a forward; fail_after, forwards until the engine breaks; the rest are
-sections of the configuration.
+sections of the configuration, where `engine.cpu_kernels` is off unless it says otherwise: to
+compile them takes longer than most tests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from tests.support.api import VOCAB_SIZE, DigitTokenizer, make_config, make_engi
 
 def run(pace: float = 0.0, fail_after: int | None = None, **sections: Any) -> int:
     logging.basicConfig(level="INFO")
-    config = make_config(**sections)
+    engine_section = {"cpu_kernels": "off"} | sections.pop("engine", {})
+    config = make_config(engine=engine_section, **sections)
 
     def load() -> Parts:
         engine, runners = make_engine(config, Metrics(config))
