@@ -11,6 +11,7 @@ from server.api.errors import ERROR_RESPONSES
 from server.api.generation import Generation, Prompt, make_generation
 from server.api.limits import check_chars
 from server.api.logprobs import LogprobsWriter, prompt_logprobs, trimmed
+from server.api.protocol import PromptLogprobs
 from server.api.reply import Piece
 from server.api.respond import Writer, respond
 from server.api.route import StrictJsonRoute
@@ -45,6 +46,7 @@ class CompletionWriter(Writer):
         as_ids = bool(request.return_tokens_as_token_ids)
         self._logprobs = [LogprobsWriter(self.codec, as_ids) for _ in generation.sequences]
         self._has_begun: set[int] = set()
+        self._scored_prompts: dict[int, PromptLogprobs] = {}
 
     def whole(self, choices: Row[Piece]) -> Completion:
         return self._body([self._choice(choice) for choice in choices])
@@ -75,11 +77,18 @@ class CompletionWriter(Writer):
                 choice.prompt_token_ids = self.generation.prompt(piece.index).token_ids
         if piece.provenance is not None:
             choice.provenance = self._provenance(piece.provenance)
-        if (num_top := self.request.prompt_logprobs) is not None:
-            as_ids = bool(self.request.return_tokens_as_token_ids)
-            entries = piece.prompt_logprobs
-            choice.prompt_logprobs = prompt_logprobs(entries, num_top, self.codec, as_ids)
+        if self.request.prompt_logprobs is not None:
+            choice.prompt_logprobs = self._scored_prompt(piece, self.request.prompt_logprobs)
         return choice
+
+    def _scored_prompt(self, piece: Piece, num_top: int) -> PromptLogprobs:
+        """The same of all choices of a prompt."""
+        prompt = piece.index // self.generation.num_choices
+        if prompt not in self._scored_prompts:
+            as_ids = bool(self.request.return_tokens_as_token_ids)
+            scored = prompt_logprobs(piece.prompt_logprobs, num_top, self.codec, as_ids)
+            self._scored_prompts[prompt] = scored
+        return self._scored_prompts[prompt]
 
     def _choice_logprobs(self, piece: Piece, echoes: bool) -> Logprobs | None:
         if piece.logprobs is None:

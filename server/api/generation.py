@@ -124,15 +124,22 @@ def _fan_out(
     service: Service,
     unique: str,
 ) -> Iterator[Sequence]:
-    n, max_length, vocab_size = request.n or 1, service.engine.max_length, service.codec.vocab_size
+    n, max_length = request.n or 1, service.engine.max_length
+    shared = _sampling_params(request, bad_words, service.codec.vocab_size)
     for i, prompt in enumerate(prompts):
         left = max_length - len(prompt.token_ids)
         wanted = request.max_new_tokens
         max_tokens = left if wanted is None else min(wanted, left)
         for k in range(n):
             params = replace(
-                _sampling_params(request, max_tokens, k, vocab_size), bad_words=bad_words
+                shared,
+                max_tokens=max_tokens,
+                min_tokens=min(request.min_tokens or 0, max_tokens),
+                seed=_seed(request, k),
             )
+            if k > 0 and not request.stream and max_tokens > 0:
+                # The first choice's are those of all; in a stream the others would wait for it.
+                params = replace(params, prompt_logprobs=None)
             yield Sequence.start(
                 f"{unique}-{i * n + k}",
                 prompt.token_ids,
@@ -147,15 +154,16 @@ def _with_matcher(sequence: Sequence, matcher: Matcher | None) -> Sequence:
     return sequence
 
 
+def _seed(request: GenerationRequest, choice: int) -> int:
+    return secrets.randbits(63) if request.seed is None else derive_seed(request.seed, choice)
+
+
 def _sampling_params(
-    request: GenerationRequest, max_tokens: int, choice: int, vocab_size: int
+    request: GenerationRequest, bad_words: tuple[tuple[int, ...], ...], vocab_size: int
 ) -> SamplingParams:
-    """Parameters of one choice; null takes the default of OpenAI, or of SamplingParams."""
-    seed = derive_seed(request.seed, choice) if request.seed is not None else secrets.randbits(63)
+    """What all choices have in common; null takes the default of OpenAI, or of SamplingParams."""
     allowed = request.allowed_token_ids
     return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min(request.min_tokens or 0, max_tokens),
         temperature=request.effective_temperature,
         top_k=min(max(0, request.top_k or 0), vocab_size),
         top_p=_default(request.top_p, 1.0),
@@ -165,7 +173,7 @@ def _sampling_params(
         repetition_penalty=_default(request.repetition_penalty, 1.0),
         logit_bias=tuple(logit_bias(request)),
         allowed_token_ids=None if allowed is None else tuple(sorted(set(allowed))),
-        seed=seed,
+        bad_words=bad_words,
         is_seeded=request.seed is not None,
         stop=stop_strings(request),
         stop_token_ids=frozenset(request.stop_token_ids or ()),

@@ -6,9 +6,11 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Sequence as Row
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from fastapi import Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from server.api.clients import client_of
 from server.api.disconnect import ClientDisconnected, while_connected
@@ -106,10 +108,26 @@ async def _whole(deltas: DeltaStream, reply: Reply, writer: Writer) -> Response:
             for delta in batch:
                 piece = reply.take(delta)
                 pieces[piece.index].append(piece)
-    body = writer.whole([merge(each) for each in pieces])
+    params = writer.generation.sequences[0].params
+    if params.logprobs is None and params.prompt_logprobs is None:
+        encoded = _encoded(pieces, reply, writer)
+    else:  # may be many megabytes
+        encoded = await run_in_threadpool(_encoded, pieces, reply, writer)
+    return Response(encoded, media_type="application/json")
+
+
+def _encoded(pieces: list[list[Piece]], reply: Reply, writer: Writer) -> str:
+    """The body of `pieces` of each choice."""
+    num_choices = writer.generation.num_choices
+    choices = [merge(each) for each in pieces]
+    for choice in choices:
+        # Prompts are scored once; see `make_generation`.
+        scored = choices[choice.index - choice.index % num_choices].prompt_logprobs
+        choices[choice.index] = replace(choice, prompt_logprobs=scored)
+    body = writer.whole(choices)
     body.usage, body.cos = reply.usage(), reply.report()
     # Fields that were not asked for stay out.
-    return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
+    return body.model_dump_json(exclude_unset=True)
 
 
 async def _first(deltas: DeltaStream) -> list[TokenDelta]:

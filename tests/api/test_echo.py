@@ -104,6 +104,28 @@ def test_prompt_logprobs_by_name(live: Live) -> None:
     ]
 
 
+def test_a_prompt_is_scored_once_for_all_its_choices(live: Live) -> None:
+    def num_fed() -> float:
+        name = "cos_model_forward_tokens_total"
+        return live.table.value(name, model="m0", phase="prefill")
+
+    prompts, before = [PROMPT, PROMPT[::-1]], num_fed()
+    options: dict[str, Any] = {"prompt": prompts, "prompt_logprobs": 1, "max_tokens": 1}
+    body = live.complete(**options, n=8, echo=True, logprobs=0, cos=STANDARD)
+    num_scored = num_fed() - before
+    # Of the other choices one reads it, and the rest find all but its last, incomplete page.
+    assert 2 * 2 * len(PROMPT) <= num_scored <= 2 * (2 * len(PROMPT) + 6 * 16)
+    assert [choice["index"] for choice in body["choices"]] == list(range(16))
+    for choice in body["choices"]:
+        ids = prompts[choice["index"] // 8]
+        scored = choice["prompt_logprobs"]
+        assert scored == body["choices"][choice["index"] // 8 * 8]["prompt_logprobs"]
+        found = [entry[str(token)] for token, entry in zip(ids[1:], scored[1:], strict=True)]
+        assert [entry["logprob"] for entry in found] == pytest.approx(expected(ids), abs=1e-4)
+        echoed = choice["logprobs"]["token_logprobs"][1 : len(ids)]
+        assert echoed == pytest.approx(expected(ids), abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
