@@ -10,6 +10,7 @@ import json
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from server import __version__, logs
@@ -37,35 +38,44 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cos-server", description=_DESCRIPTION)
     parser.add_argument("--version", action="version", version=f"cos-server {__version__}")
+    _add_logging(parser)
+    parser.set_defaults(log_level="info", log_format="text")
+    # The same behind the command; only what is given there counts.
+    logging_options = argparse.ArgumentParser(add_help=False)
+    _add_logging(logging_options)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_command = partial(commands.add_parser, parents=[logging_options])
+    serve = add_command("serve", help="serve the configured models over HTTP")
+    _add_config(serve)
+    serve.add_argument("--host", help="address to listen on, instead of http.host")
+    serve.add_argument("--port", type=int, help="port to listen on, instead of http.port")
+    serve.set_defaults(run=_serve)
+    check = add_command("check", help="validate a configuration")
+    _add_config(check)
+    check.add_argument("--load", action="store_true", help="load the models, too")
+    check.set_defaults(run=_check)
+    bench = add_command("bench", help="measure a running server")
+    if "bench" in arguments:
+        _add_bench(bench)
+    top = add_command("top", help="watch a running server in the terminal")
+    if "top" in arguments:
+        _add_top(top)
+    return parser
+
+
+def _add_logging(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--log-level",
         choices=["debug", "info", "warning", "error"],
-        default="info",
+        default=argparse.SUPPRESS,
         help="least level to log (default info)",
     )
     parser.add_argument(
         "--log-format",
         choices=["text", "json"],
-        default="text",
+        default=argparse.SUPPRESS,
         help="lines of text, or one JSON object a line (default text)",
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve = commands.add_parser("serve", help="serve the configured models over HTTP")
-    _add_config(serve)
-    serve.add_argument("--host", help="address to listen on, instead of http.host")
-    serve.add_argument("--port", type=int, help="port to listen on, instead of http.port")
-    serve.set_defaults(run=_serve)
-    check = commands.add_parser("check", help="validate a configuration")
-    _add_config(check)
-    check.add_argument("--load", action="store_true", help="load the models, too")
-    check.set_defaults(run=_check)
-    bench = commands.add_parser("bench", help="measure a running server")
-    if "bench" in arguments:
-        _add_bench(bench)
-    top = commands.add_parser("top", help="watch a running server in the terminal")
-    if "top" in arguments:
-        _add_top(top)
-    return parser
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

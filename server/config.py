@@ -36,7 +36,16 @@ class ModelConfig(Section):
     name: str = Field(
         description="Name of this member in metrics and logs.", pattern=r"^[A-Za-z0-9._-]{1,64}$"
     )
-    path: str = Field(description="Directory, GGUF file or hub id of the weights.", min_length=1)
+    path: str = Field(
+        description="Directory, GGUF file or hub id of the weights; what begins with models/ is "
+        "no hub id.",
+        min_length=1,
+    )
+    revision: str | None = Field(
+        None,
+        description="Of a hub id: commit, tag or branch; the default branch if null.",
+        min_length=1,
+    )
     device: str = Field("auto", description="torch device, or auto: cuda if present, else cpu.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -199,7 +208,11 @@ class EngineConfig(Section):
         "auto", description="KV memory of all models together, as 2GiB or 512MiB, or auto."
     )
     page_size: int = Field(16, ge=1, le=256, description="Tokens in one page of KV memory.")
-    max_waiting: int = Field(256, ge=1, description="Sequences that may wait before refusal.")
+    max_waiting: int = Field(
+        256,
+        ge=1,
+        description="Sequences taken beyond max_sequences, which wait; more are refused.",
+    )
     calibrate: bool = Field(
         True,
         description="Time forwards at start, some seconds, so that auto can choose and metrics can "
@@ -210,7 +223,9 @@ class EngineConfig(Section):
         description="Measure the speedup: now and then all sequences but mixtures decode by "
         "standard for some tokens, which costs what that takes. Off if null; {} for its defaults.",
     )
-    threads: int | None = Field(None, ge=1, description="CPU threads of torch; all cores if null.")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of torch; if null all cores, or what a container gets."
+    )
     attention: Literal["auto", "portable", "triton"] = Field(
         "auto",
         description="Attention of few tokens over long texts: torch's own operations, or kernels: "

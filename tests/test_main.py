@@ -10,7 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from server import __version__
+from server import __version__, logs
 from server.__main__ import main
 from tests.support.tiny_models import make_pair
 
@@ -53,6 +53,31 @@ def test_bad_arguments_are_code_2(arguments: list[str]) -> None:
 def test_check_accepts_a_configuration(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", "--config", str(config)]) == 0
     assert capsys.readouterr().out == f"{config}: ok\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "behind", "expected"),
+    [
+        ([], [], ("INFO", False)),
+        (["--log-format", "json"], [], ("INFO", True)),
+        ([], ["--log-format", "json"], ("INFO", True)),
+        (["--log-level", "error"], ["--log-level", "debug"], ("DEBUG", False)),
+        (["--log-level", "error"], ["--log-format", "json"], ("ERROR", True)),
+    ],
+)
+def test_logging_is_chosen_on_either_side_of_the_command(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    before: list[str],
+    behind: list[str],
+    expected: tuple[str, bool],
+) -> None:
+    found = []
+    monkeypatch.setattr(
+        logs, "configure", lambda level, form: found.append((level.upper(), form == "json"))
+    )
+    assert main([*before, "check", "--config", str(config), *behind]) == 0
+    assert found == [expected]
 
 
 @pytest.mark.parametrize(

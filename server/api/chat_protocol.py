@@ -145,7 +145,7 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
     )
     logprobs: bool | None = Field(None, description="Report log-probabilities.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=20, description="Alternatives for each token; needs logprobs."
+        None, ge=0, description="Alternatives for each token; needs logprobs."
     )
 
     @property

@@ -71,6 +71,14 @@ class Codec:
         except (TypeError, UnicodeError) as error:
             raise RequestError(f"{param} is not valid Unicode text", param=param) from error
 
+    def forms(self, word: str, param: str) -> list[tuple[int, ...]]:
+        """Token ids of a word as it begins a text and, where these differ, as it follows a space.
+
+        Raises RequestError as `encode`.
+        """
+        texts = word.lstrip(), " " + word.lstrip()
+        return list(dict.fromkeys(tuple(self.encode(text, False, param)) for text in texts))
+
     def check_ids(self, ids: list[int], param: str) -> None:
         """Raises RequestError for the first id that is not in the shared vocabulary."""
         if not ids or (min(ids) >= 0 and max(ids) < self.vocab_size):

@@ -188,19 +188,12 @@ def _sampling_params(
 
 
 async def _bad_words(request: GenerationRequest, codec: Codec) -> tuple[tuple[int, ...], ...]:
-    """Token ids of each word as it begins a text and, where that differs, as it follows a space."""
-
-    def encode() -> Iterator[tuple[int, ...]]:
-        for word in request.bad_words or ():
-            alone = codec.encode(word.lstrip(), False, "bad_words")
-            spaced = codec.encode(" " + word.lstrip(), False, "bad_words")
-            yield tuple(alone)
-            if spaced[0] != alone[0] and len(spaced) == len(alone):
-                yield tuple(spaced)
-
-    if not request.bad_words:
+    words = request.bad_words
+    if not words:
         return ()
-    return await run_in_threadpool(lambda: tuple(encode()))
+    return await run_in_threadpool(
+        lambda: tuple(form for word in words for form in codec.forms(word, "bad_words"))
+    )
 
 
 def _default(value: float | None, default: float) -> float:

@@ -12,10 +12,11 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from server.config import ServerConfig
 from server.core.sampling_params import proposal_lengths
 from server.errors import ConfigError
+from server.runner import cgroup
 from server.runner.architecture import check_architecture, native_max_length
 from server.runner.graph_runner import GraphRunner
 from server.runner.member import MemberLoader
-from server.runner.memory import KvNeed, free_bytes, num_pages
+from server.runner.memory import KvNeed, ScoreNeed, free_bytes, left_by_scores, num_pages
 from server.runner.source import ModelSource
 from server.runner.static_shapes import Shapes
 from server.runner.torch_runner import TorchRunner
@@ -62,8 +63,7 @@ def load_models(
         ConfigError: anything wrong with a path, a file, the pair or the machine; one clear line.
     """
     report = _Reporter(on_progress)
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
+    torch.set_num_threads(config.engine.threads or _num_threads())
     sources = [ModelSource(member) for member in config.models]
     configs = [source.config() for source in sources]
     for source, model_config in zip(sources, configs, strict=True):
@@ -98,6 +98,16 @@ class _Reporter:
             self._on_progress(message)
 
 
+def _num_threads() -> int:
+    """As many as torch would take, but no more than a container may keep busy.
+
+    Threads that wait for each other would wait for those that get no time.
+    """
+    allowed = cgroup.num_cpus()
+    usual = torch.get_num_threads()
+    return usual if allowed is None else min(usual, allowed)
+
+
 def _max_length(
     sources: Sequence[ModelSource], configs: Sequence[PreTrainedConfig], wanted: int | None
 ) -> int:
@@ -129,7 +139,13 @@ def _allocate(
     """Exchange the self-check's little stores for the real ones."""
     needs = [KvNeed(runner.device, runner.store.bytes_per_token) for runner in runners]
     free = {need.device: free_bytes(need.device) for need in needs}
-    pages = num_pages(needs, config.engine, max_length, free)
+    scores = [
+        ScoreNeed(runner.device, runner.vocab_size, runner.vocab_size * runner.dtype.itemsize)
+        for runner in runners
+    ]
+    num_rows = config.engine.max_sequences * (config.decoding.max_gamma + len(runners))
+    left = left_by_scores(scores, num_rows, free)
+    pages = num_pages(needs, config.engine, max_length, left)
     for runner in runners:
         runner.store = runner.store.resized(pages, config.engine.page_size)
     tokens = (pages - 1) * config.engine.page_size

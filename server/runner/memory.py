@@ -11,9 +11,13 @@ import torch
 
 from server.config import EngineConfig, parse_bytes
 from server.errors import ConfigError
+from server.runner import cgroup
 
-# Share of the free memory that `kv_memory: auto` takes; the rest is for activations and scores.
+# Share that `kv_memory: auto` takes of what scores leave; the rest is for activations.
 _AUTO_SHARE = {"cpu": 0.5, "cuda": 0.8}
+# Float32 rows of the vocabulary that deciding makes of a row of scores at once: of each member, of
+# the mix and of what was proposed. On CPUs kernels make none.
+_WORKING_ROWS = {"cpu": 0, "cuda": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +26,36 @@ class KvNeed:
 
     device: torch.device
     bytes_per_token: int
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreNeed:
+    """What one model scores, and where: rows of `row_bytes` bytes, of `row_size` numbers."""
+
+    device: torch.device
+    row_size: int
+    row_bytes: int
+
+
+def left_by_scores(
+    needs: Sequence[ScoreNeed], num_rows: int, free: Mapping[torch.device, int]
+) -> dict[torch.device, int]:
+    """What is left of `free` bytes once each model has `num_rows` rows of scores.
+
+    Raises:
+        ConfigError: nothing is left.
+    """
+    left = dict(free)
+    for need in needs:
+        working = _WORKING_ROWS.get(need.device.type, 0) * need.row_size * 4
+        left[need.device] -= num_rows * (need.row_bytes + working)
+    for device, rest in left.items():
+        if rest <= 0:
+            raise ConfigError(
+                f"scores of {num_rows} positions need {_mib(free[device] - rest)} on {device}, "
+                f"{_mib(free[device])} are free; lower engine.max_sequences or decoding.max_gamma"
+            )
+    return left
 
 
 def num_pages(
@@ -94,7 +128,8 @@ def free_bytes(device: torch.device) -> int:
         # Loading leaves much behind that torch would keep for itself: weights that were joined.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
-    return min(_free_of_machine(), _free_of_container())
+    machine, container = _free_of_machine(), cgroup.free_bytes()
+    return machine if container is None else min(machine, container)
 
 
 def _free_of_machine() -> int:
@@ -106,13 +141,3 @@ def _free_of_machine() -> int:
         pass
     # What is free isn't known everywhere; half of what is there is a guess on the safe side.
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _free_of_container() -> int:
-    """What the cgroup (v2) leaves; a container may have less than its machine."""
-    folder = Path("/sys/fs/cgroup")
-    try:
-        limit = int((folder / "memory.max").read_text())
-        return max(0, limit - int((folder / "memory.current").read_text()))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        return 1 << 62

@@ -35,6 +35,7 @@ class ModelSource:
         """Raises ConfigError when the path can be neither file, directory nor hub id."""
         self.name = member.name
         self.path = member.path
+        self._revision = member.revision
         self._local = Path(member.path).expanduser()
         self._gguf = self._local.is_file()
         self._check_path()
@@ -54,7 +55,9 @@ class ModelSource:
     def generation_config(self) -> GenerationConfig | None:
         """None where the member has none."""
         try:
-            return GenerationConfig.from_pretrained(self._folder(), trust_remote_code=False)
+            return GenerationConfig.from_pretrained(
+                self._folder(), trust_remote_code=False, **self._at_revision()
+            )
         except OSError:
             return None
 
@@ -86,12 +89,24 @@ class ModelSource:
         if self._local.is_dir():
             self._check_directory()
         elif not self._gguf and not self._may_be_hub_id():
-            raise ConfigError(f"model {self.name}: no directory or GGUF file at {self.path}")
+            hint = " (`make models` makes the default pair)" if self._is_in_models() else ""
+            raise ConfigError(f"model {self.name}: no directory or GGUF file at {self.path}{hint}")
+        if self._revision is not None and not self._is_hub_id():
+            raise ConfigError(f"model {self.name}: revision is for hub ids, not for {self.path}")
+
+    def _is_hub_id(self) -> bool:
+        return not self._gguf and not self._local.is_dir()
+
+    def _is_in_models(self) -> bool:
+        """Is it of the folder that default configurations name? Nothing there comes from a hub."""
+        return self._local.parts[:1] == ("models",)
 
     def _may_be_hub_id(self) -> bool:
         """Whether the path reads organisation/name and is no path into a folder that is here."""
         is_relative = not self.path.startswith((".", "/", "~"))
-        return is_relative and self.path.count("/") == 1 and not self._local.parent.is_dir()
+        if not is_relative or self._is_in_models():
+            return False
+        return self.path.count("/") == 1 and not self._local.parent.is_dir()
 
     def _check_directory(self) -> None:
         def has(*patterns: str) -> bool:
@@ -105,6 +120,10 @@ class ModelSource:
             found = "only pickled weights, which are not opened" if has(*_PICKLES) else "no weights"
             raise ConfigError(f"model {self.name}: {self.path} has {found}; expected *.safetensors")
 
+    def _at_revision(self) -> dict[str, str]:
+        """Options of a from_pretrained."""
+        return {} if self._revision is None else {"revision": self._revision}
+
     def _folder(self) -> str:
         return str(self._local.parent if self._gguf else self._local)
 
@@ -112,7 +131,8 @@ class ModelSource:
         """Call a from_pretrained; `plain` reads beside the GGUF file instead of in it."""
         if self._gguf and not plain:
             options["gguf_file"] = self._local.name
-        source = self._folder() if self._gguf or self._local.is_dir() else self.path
+        source = self.path if self._is_hub_id() else self._folder()
+        options |= self._at_revision()
         try:
             return load(source, trust_remote_code=False, **options)
         except Exception as error:  # parsers of broken files raise whatever they like

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from tokenizers import normalizers
 
 from server.api.codec import Codec
 from server.errors import RequestError
@@ -44,6 +45,23 @@ def test_a_text_is_what_its_tokens_say(codec: Codec) -> None:
     text = "the été 🙂 of\n"
     assert codec.decode(codec.encode(text, False)) == text
     assert codec.encode("", False) == []
+
+
+@pytest.mark.parametrize("word", ["return", "values", "xyz", " the", "é"])
+def test_forms_of_a_word_are_all_that_the_tokenizer_makes_of_it(codec: Codec, word: str) -> None:
+    """Also where one form is one token and the other several."""
+    forms = codec.forms(word, "bad_words")
+    assert forms == [
+        tuple(codec.encode(text, False)) for text in (word.strip(), " " + word.strip())
+    ]
+
+
+def test_forms_that_are_one(codec: Codec) -> None:
+    spaces = make_tokenizer().backend_tokenizer
+    spaces.normalizer = normalizers.Prepend(" ")
+    assert Codec(spaces, VOCAB_SIZE).forms("the", "bad_words")[0] == codec.forms("the", "")[1]
+    spaces.normalizer = normalizers.Strip()
+    assert Codec(spaces, VOCAB_SIZE).forms("the", "bad_words") == codec.forms("the", "")[:1]
 
 
 def test_ids_beyond_the_vocabulary_are_named(codec: Codec) -> None:

@@ -10,10 +10,11 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from server.config import parse_config
 from server.errors import ConfigError
-from server.runner import llama_body, member, self_check
+from server.runner import cgroup, llama_body, member, self_check
 from server.runner.base import Batch, Span
 from server.runner.loader import load_models
 from server.runner.packed_linear import multiplies_in_kernels
@@ -129,9 +130,38 @@ def test_missing_path(tmp_path, monkeypatch):
     assert "no directory or GGUF file" in refusal(config_of(tmp_path / "nowhere"))
     assert "no directory or GGUF file" in refusal(config_of("models/a/b"))
     # Two parts read like a hub id, but the first is a folder that is here.
-    (tmp_path / "models").mkdir()
+    (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert "no directory or GGUF file" in refusal(config_of("models/nowhere"))
+    assert "no directory or GGUF file" in refusal(config_of("here/nowhere"))
+    # What the default configurations name is never looked for elsewhere.
+    message = refusal(config_of("models/smollm2-proposer"))
+    assert message.endswith("models/smollm2-proposer (`make models` makes the default pair)")
+
+
+def test_a_hub_id_has_a_revision(llama, monkeypatch):
+    asked = []
+
+    def read(path, **options):
+        asked.append((path, options["revision"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", read)
+    assert "no network" in refusal(config_of("org/name", revision="0123abc"))
+    assert asked == [("org/name", "0123abc")]
+    assert "revision is for hub ids" in refusal(config_of(llama, revision="main"))
+
+
+def test_threads_are_those_of_the_container(llama, monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setattr(cgroup, "num_cpus", lambda: 2)
+        load_models(config_of(llama))
+        assert torch.get_num_threads() == 2
+        load_models(config_of(llama, engine={"threads": 4}))
+        assert torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_file_that_is_no_gguf(llama):

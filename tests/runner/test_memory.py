@@ -3,7 +3,8 @@ import torch
 
 from server.config import EngineConfig
 from server.errors import ConfigError
-from server.runner.memory import KvNeed, free_bytes, num_pages
+from server.runner import cgroup
+from server.runner.memory import KvNeed, ScoreNeed, free_bytes, left_by_scores, num_pages
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -56,3 +57,22 @@ def test_more_than_free_is_refused():
 
 def test_this_machine_has_memory():
     assert free_bytes(CPU) > 1 << 20
+
+
+def test_scores_come_first():
+    needs = [ScoreNeed(CPU, 500, 1000), ScoreNeed(GPU, 500, 1000), ScoreNeed(GPU, 500, 2000)]
+    left = left_by_scores(needs, 10, {CPU: 1 << 20, GPU: 1 << 20})
+    # On a GPU with what deciding makes of them.
+    assert left == {CPU: (1 << 20) - 10_000, GPU: (1 << 20) - 30_000 - 10 * 2 * 3 * 500 * 4}
+
+
+def test_scores_that_do_not_fit_are_refused():
+    with pytest.raises(ConfigError, match=r"scores of 2048 positions need 2 MiB on cpu, 1 MiB are"):
+        left_by_scores([ScoreNeed(CPU, 512, 1024)], 2048, {CPU: 1 << 20})
+
+
+def test_a_container_has_less_than_its_machine(monkeypatch):
+    monkeypatch.setattr(cgroup, "free_bytes", lambda: 12345)
+    assert free_bytes(CPU) == 12345
+    monkeypatch.setattr(cgroup, "free_bytes", lambda: 1 << 62)
+    assert free_bytes(CPU) < 1 << 62
