@@ -12,6 +12,7 @@ from fastapi import Request
 from server.api.clients import ANONYMOUS, Clients
 from server.api.codec import Codec
 from server.api.decoding import DecodingDefaults
+from server.api.grammar_threads import GrammarThreads
 from server.api.keys import load_keys
 from server.config import HttpConfig, ServerConfig
 from server.decoding.grammar import Grammars
@@ -25,7 +26,6 @@ _RENDER_THREADS = 4
 # the engine needs its share of the processor meanwhile.
 _LONG_TEXT = 1 << 14
 _ENCODE_THREADS = 2
-_GRAMMAR_THREADS = 2
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ class Service:
         self.started_at = int(time.time())
         self._encode_threads = CapacityLimiter(_ENCODE_THREADS)
         self.render_threads = CapacityLimiter(_RENDER_THREADS)
-        self.grammar_threads = CapacityLimiter(_GRAMMAR_THREADS)
+        self.grammar_threads = GrammarThreads(config.http.max_grammar_bytes)
         self.grammars: Grammars | None = None
         self.failure: BaseException | None = None
         self._engine: AsyncEngine | None = None

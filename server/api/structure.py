@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 
 from anyio import fail_after, to_thread
 
@@ -42,17 +43,13 @@ async def make_matchers(
             f"{field}: {size} bytes is above this server's limit {http.max_grammar_bytes}",
             param=field,
         )
+    grammars, asked = service.grammars, (structure.kind, structure.source, count)
     try:
-        # A thread cannot be ended from outside; the grammar's own limits end it soon.
+        known = await to_thread.run_sync(grammars.known_matchers, *asked)
+        if known is not None:
+            return known
         with fail_after(http.grammar_seconds):
-            return await to_thread.run_sync(
-                service.grammars.matchers,
-                structure.kind,
-                structure.source,
-                count,
-                abandon_on_cancel=True,
-                limiter=service.grammar_threads,
-            )
+            return await service.grammar_threads.run(partial(grammars.matchers, *asked))
     except TimeoutError as error:
         raise RequestError(
             f"{field}: reading it took longer than this server's limit of "

@@ -8,9 +8,9 @@ what is rejected is rolled back here too.
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from collections.abc import Callable, Sequence as Row
 from contextlib import suppress
-from functools import lru_cache
 from itertools import takewhile
 from threading import Lock
 from typing import Literal
@@ -21,10 +21,15 @@ Kind = Literal["json", "regex", "choice", "lark"]
 
 # Masks of so many positions are kept: more than can be pending.
 _KEPT_MASKS = 64
+_KEPT_GRAMMARS = 32
+# Of a Lark grammar. What is wrong with a rule is told once more by each rule that leads there, at
+# greater length each time: thousands would take minutes.
+_MOST_LINES = 1000
 
-# Bounds of the work and memory of one position, and of reading a grammar.
+# Bounds of the work and memory of one position, and of reading a grammar. A mask takes time by the
+# length of the literals it is in the midst of, which the first bounds.
 _LIMITS = LLParserLimits(
-    initial_lexer_fuel=200_000,
+    initial_lexer_fuel=60_000,
     step_lexer_fuel=20_000,
     step_max_items=20_000,
     max_items_in_row=20_000,
@@ -147,15 +152,24 @@ class Grammars:
         self._vocab_size = vocab_size
         self._lock = Lock()
         self._tokenizer: LLTokenizer | None = None
-        self._template = lru_cache(maxsize=32)(self._compile)
+        # By kind and source, latest last; of those that were refused, why.
+        self._known: OrderedDict[tuple[Kind, str], LLMatcher | str] = OrderedDict()
 
     def prepare(self) -> None:
         """Make the tokenizer now, so that the first request with a grammar stalls no others."""
         with suppress(GrammarError):  # each request will be told
             self._get_tokenizer()
 
+    def known_matchers(self, kind: Kind, source: str, count: int) -> list[GrammarMatcher] | None:
+        """As `matchers`, quickly; None where the grammar was not read of late."""
+        template = self._recall(kind, source)
+        return None if template is None else self._copies(template, count)
+
     def matchers(self, kind: Kind, source: str, count: int) -> list[GrammarMatcher]:
         """`count` matchers of one grammar; slow, and to be called off the event loop.
+
+        Reading one that is not known takes stack by its length: chains of references are followed
+        by recursion.
 
         Args:
             kind: json is a schema, choice a JSON list of texts, lark llguidance's dialect of it.
@@ -165,8 +179,35 @@ class Grammars:
         Raises:
             GrammarError: it is none, or takes more than the limits allow.
         """
-        template = self._template(kind, source)
+        return self._copies(self._recall(kind, source) or self._read(kind, source), count)
+
+    def _copies(self, template: LLMatcher, count: int) -> list[GrammarMatcher]:
         return [GrammarMatcher(template, self._eos, self._vocab_size) for _ in range(count)]
+
+    def _recall(self, kind: Kind, source: str) -> LLMatcher | None:
+        with self._lock:
+            found = self._known.get((kind, source))
+            if found is not None:
+                self._known.move_to_end((kind, source))
+        if isinstance(found, str):
+            raise GrammarError(found)
+        return found
+
+    def _read(self, kind: Kind, source: str) -> LLMatcher:
+        try:
+            template = self._compile(kind, source)
+        except GrammarError as error:
+            # Refusing one may take as long as reading it.
+            self._remember(kind, source, str(error))
+            raise
+        self._remember(kind, source, template)
+        return template
+
+    def _remember(self, kind: Kind, source: str, found: LLMatcher | str) -> None:
+        with self._lock:
+            self._known[kind, source] = found
+            while len(self._known) > _KEPT_GRAMMARS:
+                self._known.popitem(last=False)
 
     def _compile(self, kind: Kind, source: str) -> LLMatcher:
         matcher = LLMatcher(
@@ -201,6 +242,8 @@ def _grammar(kind: Kind, source: str) -> str:
             texts = [json.dumps(text) for text in json.loads(source)]
             return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
         case "lark":
+            if (num_lines := len(source.splitlines())) > _MOST_LINES:
+                raise GrammarError(f"{num_lines} lines are more than {_MOST_LINES}")
             return LLMatcher.grammar_from_lark(source)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import string
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +66,63 @@ def test_refusals(live: Live, fields: dict[str, Any], param: str, words: str) ->
         assert response.status_code == 400
         assert response.json()["error"]["param"] == param
         assert words in response.json()["error"]["message"]
+
+
+def chain(link: Callable[[int], str], end: str, most: int = 65_000) -> str:
+    """As many links as fit."""
+    text, number = "", 0
+    while len(text) + len(link(number)) + len(end) < most:
+        text += link(number)
+        number += 1
+    return text + end.format(number)
+
+
+def name(number: int) -> str:
+    letters = string.ascii_lowercase
+    return letters[number // 676] + letters[number // 26 % 26] + letters[number % 26]
+
+
+def rules(count: int, end: str) -> str:
+    links = "".join(f"{name(n)}: {name(n + 1)}\n" for n in range(count))
+    return f"start: {name(0)}\n{links}{end}"
+
+
+def schemas(wrap: Callable[[str], str]) -> str:
+    """Each refers to the next."""
+
+    def link(number: int) -> str:
+        return f'"{number}":{wrap(json.dumps({"$ref": f"#/$defs/{number + 1}"}))},'
+
+    definitions = chain(link, '"{}":{{}}')
+    return f'{{"$ref":"#/$defs/0","$defs":{{{definitions}}}}}'
+
+
+CHAINS: list[dict[str, Any]] = [
+    {"guided_grammar": rules(998, f'{name(998)}: "a"')},
+    {"guided_grammar": rules(500, "")},
+    {"guided_grammar": rules(7000, f'{name(7000)}: "a"')},
+    *(
+        {"guided_json": schemas(wrap)}
+        for wrap in (
+            lambda inner: f'{{"items":{inner}}}',
+            lambda inner: f'{{"type":"array","items":{inner}}}',
+            lambda inner: f'{{"allOf":[{inner}]}}',
+            lambda inner: f'{{"anyOf":[{inner},{{"type":"null"}}]}}',
+            lambda inner: f'{{"oneOf":[{inner}]}}',
+            lambda inner: f'{{"prefixItems":[{inner}]}}',
+            lambda inner: f'{{"properties":{{"a":{inner}}},"required":["a"]}}',
+            lambda inner: f'{{"additionalProperties":{inner}}}',
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("form", CHAINS)
+def test_long_chains_of_references_do_not_end_the_process(live: Live, form: dict[str, Any]) -> None:
+    """Followed by recursion, they overflow the stack of a usual thread."""
+    response = live.post(max_tokens=4, **form)
+    assert response.status_code in (200, 400), response.text
+    assert live.http.get("/health").status_code == 200
 
 
 def test_reading_a_grammar_may_not_take_for_ever(start: Callable[..., Live]) -> None:

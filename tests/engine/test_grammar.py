@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from llguidance import LLTokenizer
+from llguidance import LLMatcher, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
 from server.core.combination import Combination
@@ -330,6 +330,36 @@ def test_hostile_grammars_cost_little(byte_grammars: Grammars, kind: Kind, sourc
                 ids = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
                 made.append(int(rng.choice(ids)))
     assert time.thread_time() - started < 10
+
+
+def test_grammars_and_refusals_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    compile_one = Grammars._compile
+
+    def count(self: Grammars, kind: Kind, source: str) -> LLMatcher:
+        read.append(source)
+        return compile_one(self, kind, source)
+
+    monkeypatch.setattr(Grammars, "_compile", count)
+    assert GRAMMARS.known_matchers("regex", "a|b{7}", 2) is None
+    [matcher] = GRAMMARS.matchers("regex", "a|b{7}", 1)
+    known = GRAMMARS.known_matchers("regex", "a|b{7}", 2)
+    assert known is not None
+    assert [each.mask([]) for each in known] == [matcher.mask([])] * 2
+    for find in (GRAMMARS.matchers, GRAMMARS.matchers, GRAMMARS.known_matchers):
+        with pytest.raises(GrammarError, match="unclosed group"):
+            find("regex", "(abcde", 1)
+    assert read == ["a|b{7}", "(abcde"]
+    for number in range(40):
+        GRAMMARS.matchers("regex", f"a{{{number + 1}}}", 1)
+    assert GRAMMARS.known_matchers("regex", "a|b{7}", 1) is None
+    assert GRAMMARS.known_matchers("regex", "a{40}", 1) is not None
+
+
+def test_a_lark_grammar_has_so_many_lines() -> None:
+    assert GRAMMARS.matchers("lark", "\n" * 999 + 'start: "a"', 1)
+    with pytest.raises(GrammarError, match="1001 lines are more than 1000"):
+        GRAMMARS.matchers("lark", "\n" * 1000 + 'start: "a"', 1)
 
 
 def test_others_run_while_a_grammar_is_read(byte_grammars: Grammars) -> None:
