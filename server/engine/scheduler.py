@@ -36,15 +36,15 @@ class StepPlan:
         sequences: over which it advances.
         num_tokens: how many unseen tokens each of them feeds.
         pages: each one's page table in this model.
-        num_preempted: sequences that lost their pages to this plan.
-        num_cached: [num_models] tokens whose KV was found since the plan before, not computed.
+        num_preempted: sequences that lost their pages since the plan before.
+        num_cached: [num_models] tokens whose KV was found since then, not computed.
     """
 
     model: int
     sequences: tuple[Sequence, ...]
     num_tokens: tuple[int, ...]
     pages: tuple[Row[int], ...]
-    num_preempted: int
+    num_preempted: int = 0
     num_cached: tuple[int, ...] = ()
 
 
@@ -65,7 +65,6 @@ class _Step:
         reading: of those, what feeds longer than a decoding sequence's may take.
         num_tokens: what each sequence feeds.
         being_read: keys of the pages that this step fills.
-        num_preempted: sequences that made room.
     """
 
     model: int
@@ -73,7 +72,6 @@ class _Step:
     reading: int
     num_tokens: dict[Sequence, int] = field(default_factory=dict)
     being_read: set[bytes] = field(default_factory=set)
-    num_preempted: int = 0
 
     def is_read(self, table: PageTable, want: _Want) -> bool:
         """Does another sequence read most of this want now? Then it is found after the step."""
@@ -123,7 +121,9 @@ class Scheduler:
         self._num_smooth = 0  # steps since then
         self._prefix_cache = prefix_cache
         self._before_preemption = before_preemption
+        # Since the last plan.
         self._num_cached = [0] * len(pools)
+        self._num_preempted = 0
         self._tables: dict[str, tuple[PageTable, ...]] = {}
         # Whose few tokens full steps have left out, for longest first; they have precedence.
         self._left_out: dict[Sequence, None] = {}
@@ -137,7 +137,10 @@ class Scheduler:
     @property
     def num_decoding(self) -> int:
         """Running sequences that are past their prompts."""
-        return sum(not sequence.is_resuming for sequence in self.running)
+        return sum(
+            not sequence.is_resuming and max(sequence.num_seen) >= sequence.num_prompt
+            for sequence in self.running
+        )
 
     def num_fitting(self, num_tokens: int) -> int:
         """Sequences of `num_tokens` tokens that the free pages of all models hold."""
@@ -182,18 +185,24 @@ class Scheduler:
 
     def plan(self) -> StepPlan | None:
         """The next advance, over one sequence at least; None when nothing runs."""
-        num_preempted = 0
         while True:
             self._admit()
             wants = self._wants()
             if not wants:
                 return None
             plan = self._fill(self._choose_model(wants), wants)
-            num_preempted += plan.num_preempted
             # Empty where the only one that wanted the model was the youngest, and preempted itself.
             if plan.sequences:
                 num_cached, self._num_cached = tuple(self._num_cached), [0] * len(self._pools)
+                num_preempted, self._num_preempted = self._num_preempted, 0
                 return replace(plan, num_preempted=num_preempted, num_cached=num_cached)
+
+    def undo(self, plan: StepPlan) -> None:
+        """It came to nothing: the next one tells what it had to tell."""
+        self._num_preempted += plan.num_preempted
+        self._num_cached = [
+            sum(pair) for pair in zip(self._num_cached, plan.num_cached, strict=True)
+        ]
 
     def shrink(self, plan: StepPlan) -> bool:
         """Make the next steps smaller than `plan`, which ran out of memory.
@@ -380,7 +389,6 @@ class Scheduler:
             sequences=tuple(planned),
             num_tokens=tuple(step.num_tokens[sequence] for sequence in planned),
             pages=tuple(self._tables[sequence.id][model].pages for sequence in planned),
-            num_preempted=step.num_preempted,
         )
 
     def _reading(self, model: int, wants: list[_Want]) -> int:
@@ -426,7 +434,7 @@ class Scheduler:
                 self._left_out.setdefault(sequence)
             return
         self._left_out.pop(sequence, None)
-        step.num_preempted += self._make_room(sequence, step.model, start + count, step.num_tokens)
+        self._make_room(sequence, step.model, start + count, step.num_tokens)
         if sequence.status is not Status.RUNNING:
             return
         table.grow(start + count)
@@ -439,23 +447,21 @@ class Scheduler:
 
     def _make_room(
         self, sequence: Sequence, model: int, num_tokens: int, planned: dict[Sequence, int]
-    ) -> int:
+    ) -> None:
         """Preempt the youngest until `sequence` fits, itself if it is the youngest."""
-        victims = 0
         table = self._tables[sequence.id][model]
         while table.num_missing(num_tokens) > self._pools[model].num_free:
             victim = self.running[-1]
             planned.pop(victim, None)
             self._preempt(victim)
-            victims += 1
             if victim is sequence:
                 break
-        return victims
 
     def _preempt(self, sequence: Sequence) -> None:
         self._before_preemption(sequence)
         self._take_out(sequence)
         sequence.forget()
+        self._num_preempted += 1
         self.waiting.appendleft(sequence)
 
     def _free(self, sequence: Sequence) -> None:

@@ -111,8 +111,11 @@ class SpeculationMetrics:
         for length in stats.tails:
             self.tails.observe(length)
         for delivery in stats.deliveries:
-            if delivery.has_first and delivery.decoding.strategy not in ("standard", "single"):
-                self.gamma.observe(delivery.decoding.gamma[0])
+            decoding = delivery.decoding
+            # A mixture proposes where its first model drafts through others' coins.
+            proposes = decoding.strategy in ("cos", "speculative") or decoding.kappa > 0
+            if delivery.has_first and proposes:
+                self.gamma.observe(decoding.gamma[0])
         for decoding in stats.chosen:
             self.chosen.labels(decoding.strategy).inc()
             if decoding.strategy in ("cos", "speculative"):

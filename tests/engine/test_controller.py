@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -112,6 +113,32 @@ def test_law_under_arbitrary_switching(
     assert chi_square_z(samples, exact_law(lms, combination, params[0], PROMPT)) < Z_LIMIT
     assert {choice.strategy for choice in chooser.seen} == {"standard", "cos", "speculative"}
     engine.scheduler.check_integrity()
+
+
+def test_tokens_count_for_the_way_they_were_decoded() -> None:
+    """Not for the one that begins behind them."""
+    lms = [TableLM(seed=11 + k) for k in range(2)]
+    engine, _ = capricious(lms, auto(WEIGHTED), by_history=True)
+    steps: list[StepStats] = []
+    engine.on_step = steps.append
+    params = [SamplingParams(max_tokens=40, seed=seed) for seed in range(5)]
+    sequences = [Sequence.start(f"{p.seed}", PROMPT, p, auto(WEIGHTED)) for p in params]
+    for sequence in sequences:
+        engine.add(sequence)
+    expected: list[Counter[str]] = [Counter() for _ in sequences]
+    while engine.has_work:
+        ways = [sequence.schedule.strategy for sequence in sequences]
+        for delta in engine.step():
+            place = int(delta.sequence_id)
+            expected[place][ways[place]] += len(delta.token_ids)
+    found = [Counter(sequence.stats.strategies) for sequence in sequences]
+    assert found == expected
+    assert len({way for counter in found for way in counter}) > 1
+    delivered: Counter[str] = Counter()
+    for step in steps:
+        for delivery in step.deliveries:
+            delivered[delivery.decoding.strategy] += delivery.num_tokens
+    assert delivered == sum(found, Counter())
 
 
 class Nosy:

@@ -49,6 +49,8 @@ def test_a_long_prompt_delays_no_token_for_long(strategy: str) -> None:
             if delta.sequence_id in last:
                 longest = max(longest, len(steps) - last[delta.sequence_id])
                 last[delta.sequence_id] = len(steps)
+        # A prompt that is being read is no text that is being written.
+        assert engine.scheduler.num_decoding == NUM_SHORT + (long.num_generated == 1)
     assert not any(sequence.is_finished for sequence in short)
     # A cycle proposes MAX_GAMMA tokens and scores them; the reader's own turns come between.
     assert longest <= 2 * (MAX_GAMMA + 2)

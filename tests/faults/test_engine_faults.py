@@ -16,6 +16,7 @@ from server.core.combination import Combination
 from server.core.output import TokenDelta
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
+from server.core.stats import StepStats
 from server.decoding.strategies import Strategies
 from server.decoding.warp import Place
 from server.engine import scheduler
@@ -184,6 +185,8 @@ def test_forwards_that_do_not_fit_are_made_smaller(strategy: str, error: Excepti
     """No forward of more than 2 spans or 6 tokens ever fits; every text is what it would be."""
     engine, runners = make_engine(max_step_tokens=64, max_gamma=3)
     faults = record_faults(engine)
+    steps: list[StepStats] = []
+    engine.on_step = steps.append
 
     def fail(batch: Batch) -> None:
         if len(batch.spans) > 2 or batch.num_tokens > 6:
@@ -191,13 +194,20 @@ def test_forwards_that_do_not_fit_are_made_smaller(strategy: str, error: Excepti
 
     for runner in runners:
         runner.fail = fail
-    deltas = run(engine, make_sequences(strategy))
+    sequences = make_sequences(strategy)
+    deltas = run(engine, sequences)
     expected = clean_run(strategy)
     assert {name: generated(each) for name, each in deltas.items()} == {
         name: generated(each) for name, each in expected.items()
     }
     check_clean(engine)
     assert set(faults) == {"memory_pressure"}
+    # Counters know of each forward once, and of whom smaller steps left no place.
+    for model in range(len(runners)):
+        forwards = sum(sequence.stats.forwards[model] for sequence in sequences)
+        assert forwards == sum(step.num_decoding for step in steps if step.model == model)
+    num_preempted = sum(step.num_preempted for step in steps)
+    assert num_preempted == sum(sequence.stats.num_preemptions for sequence in sequences) > 0
 
 
 def test_what_does_not_fit_alone_is_refused() -> None:
