@@ -36,6 +36,9 @@ from server.bench.strategy_spec import StrategySpec, parse_concurrency
 from server.errors import ConfigError, CosError
 
 _WARMUP = -1
+# Prompts of a round for each request in flight, at least: with fewer, the beginning, where prompts
+# are read, and the end, where few texts are left, would be most of a round.
+_WAVES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +98,8 @@ async def _client(stack: AsyncExitStack, url: str, settings: Settings) -> BenchC
 
 
 def _block(settings: Settings, name: str, concurrency: int, round: int) -> Block:
-    jobs = make_jobs(
-        settings.prompt_sets[0], settings.num_prompts, settings.seed, settings.max_tokens
-    )
+    count = max(settings.num_prompts, settings.rounds * _WAVES * concurrency)
+    jobs = make_jobs(settings.prompt_sets[0], count, settings.seed, settings.max_tokens)
     chosen = jobs[-concurrency:] if round == _WARMUP else jobs[round :: settings.rounds]
     spec = StrategySpec(name, {"strategy": "single"})
     return Block(settings.prompt_sets[0].name, concurrency, round, spec, chosen)

@@ -12,7 +12,6 @@ from server.bench.gpu_report import expected_tokens
 from server.runner import compiled
 from tests.support.tiny_models import write_pair_config
 
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -33,7 +32,7 @@ def test_every_part_is_measured(arguments, monkeypatch, capsys):
     )
     monkeypatch.setattr(gpu, "PAIR_MAX_LENGTH", 64)
     monkeypatch.setattr(compiled, "BACKEND", "aot_eager")  # no C++ compiler is needed
-    plot = ["--plot", str(directory)] if HAS_MATPLOTLIB else []
+    plot = ["--plot", str(directory)]
     gpu.main([*options, "--models", str(directory), *plot])
     results = json.loads((directory / "out.json").read_text())
     assert results["left_out"] == []
@@ -54,7 +53,7 @@ def test_every_part_is_measured(arguments, monkeypatch, capsys):
     assert all(row["cos"]["tokens_per_second"] > 0 for row in results["pair"])
     names = {"forward-tiny-proposer", "forward-tiny-expert", "cycle", "pair"}
     pictures = {path.name for path in directory.glob("*.png")}
-    assert pictures == ({f"gpu-{name}.png" for name in names} if HAS_MATPLOTLIB else set())
+    assert pictures == {f"gpu-{name}.png" for name in names}
     output = capsys.readouterr().out
     assert "The configured pair, contrastive" in output
     assert "floor / best" in output

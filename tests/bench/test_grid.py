@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections import Counter
 from pathlib import Path
@@ -15,7 +14,6 @@ from server.bench.prompts import PromptSet
 from server.bench.strategy_spec import parse_strategies
 from tests.bench.fake_server import FakeServer, serve
 
-HAS_MATPLOTLIB = importlib.util.find_spec("matplotlib") is not None
 SMALL = ("--prompts", "gsm8k", "--max-tokens", "20", "--cell-seconds", "0", "--strategy", "cos")
 
 
@@ -95,7 +93,6 @@ def test_failed_requests_end_in_exit_code_1(tmp_path):
         assert main(arguments) == 1  # what failed is measured again
 
 
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 def test_pictures(tmp_path, capsys):
     from server.bench import plot
 
@@ -112,7 +109,6 @@ def test_pictures(tmp_path, capsys):
     assert "other.json: no result file" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not HAS_MATPLOTLIB, reason="needs matplotlib")
 def test_the_picture_of_lockstep(tmp_path):
     from server.bench import plot
 
