@@ -42,6 +42,7 @@ _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # proposal lengths of the first model tha
 _BONUS_LENGTHS = (1, 2, 4)  # and of the others
 _PERIOD = 16  # steps between choices
 _BATCH_PERIOD = 4  # steps after which another batch is looked at
+_MOST_GROUPS = 4  # that choose between two steps: with dozens the rest wait for the next choice
 # Of all ways, only the best few are looked at each time, and all of them every so many times.
 _SWEEP_PERIOD = 4
 _NUM_NEAR = 8
@@ -144,6 +145,7 @@ class _Group:
         rates: [num_models] mean acceptance as last looked at, or little else; None: never.
         trials: of what has been tried.
         is_stale: standard decoding is to be timed again.
+        num_steps, seconds: of decoding with it, since it chose last.
     """
 
     choices: tuple[DecodingParams, ...]
@@ -155,6 +157,8 @@ class _Group:
     rates: tuple[float, ...] | None = None
     trials: dict[DecodingParams, _Trial] = field(default_factory=dict)
     is_stale: bool = False
+    num_steps: int = 0
+    seconds: float = 0.0
 
     def trial(self, choice: DecodingParams) -> _Trial:
         return self.trials.setdefault(choice, _Trial())
@@ -250,10 +254,12 @@ class Controller:
             )
             for group in groups.values():
                 group.num_left *= is_alike
+                group.num_steps += interval.num_steps
+                group.seconds += self._seconds - interval.begun_at
             self._batch = max(1, batch)
-            for key, group in groups.items():
-                self._fade(group, members[key][0], self._seconds - interval.begun_at)
-                self._decide(group, members[key], interval.num_steps)
+            longest_first = sorted(groups, key=lambda key: -groups[key].num_steps)
+            for key in longest_first[:_MOST_GROUPS]:
+                self._decide(groups[key], members[key])
             if before != [group.chosen for group in groups.values()]:
                 self._num_followed = 0
             elif is_left:
@@ -335,8 +341,10 @@ class Controller:
             for model in set(range(len(combination.weights))) - set(combination.scorers):
                 self._of(combination, sequence).forget(model, -math.expm1(-seconds / _UNTESTED))
 
-    def _decide(self, group: _Group, members: Row[Sequence], num_steps: int = 0) -> None:
-        """Choose for a group; `num_steps` have passed since it was last done."""
+    def _decide(self, group: _Group, members: Row[Sequence]) -> None:
+        """Choose for a group."""
+        self._fade(group, members[0], group.seconds)
+        num_steps, group.num_steps, group.seconds = group.num_steps, 0, 0.0
         rates = self._rates(group, members)
         seconds = self._seconds_of(group, rates)
         best = min(seconds, key=lambda choice: seconds[choice])

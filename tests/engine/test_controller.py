@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -226,6 +227,42 @@ def test_law_under_the_real_controller(mixture: bool) -> None:
     params = [SamplingParams(max_tokens=4, seed=seed) for seed in range(1000)]
     samples = decode(engine, PROMPT, params, auto(WEIGHTED, mixture))
     assert chi_square_z(samples, exact_law(lms, WEIGHTED, params[0], PROMPT)) < Z_LIMIT
+
+
+def test_of_many_combinations_few_choose_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one choice takes is taken between two tokens of everybody."""
+    decided: list[list[Combination]] = []
+    original, observe = Controller._decide, Controller.observe
+
+    def note(self: Controller, group: Any, members: Any) -> None:
+        decided[-1].append(group.chosen.combination)
+        original(self, group, members)
+
+    def begin(self: Controller, *args: Any) -> None:
+        decided.append([])
+        observe(self, *args)
+
+    monkeypatch.setattr(Controller, "_decide", note)
+    monkeypatch.setattr(Controller, "observe", begin)
+    engine = make_engine([TableLM(seed=11 + k) for k in range(2)], max_gamma=8)
+    engine.control(make_costs((0.01, 0.001, 0.0), (0.03, 0.001, 0.0)))
+    combinations = [Combination.weighted([0.01 * k, 1 - 0.01 * k]) for k in range(1, 13)]
+    sequences = [
+        Sequence.start(f"{k}", PROMPT, SamplingParams(max_tokens=60, seed=k), auto(combination))
+        for k, combination in enumerate(combinations)
+    ]
+    decided.append([])
+    for sequence in sequences:
+        engine.add(sequence)
+    engine.step()
+    assert set(decided[0]) == set(combinations)  # for each that begins
+    del decided[:-1]
+    decided[0].clear()
+    while all(not sequence.is_finished for sequence in sequences) and len(decided) < 60:
+        engine.step()
+    times = [each for each in decided if each]
+    assert all(len(each) <= 4 for each in times)
+    assert len({combination for each in times[:3] for combination in each}) == 12
 
 
 def controller(costs: CostTable) -> Controller:
