@@ -153,7 +153,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--server", action="append", required=True, metavar="NAME=URL", help="repeatable")
     add("--prompts", default="humaneval", help="bundled name or file (%(default)s)")
-    add("--num-prompts", type=int, default=64, help="of each server and concurrency (%(default)s)")
+    add(
+        "--num-prompts",
+        type=int,
+        default=64,
+        help="of each server and concurrency, at least; a round has three for each request in "
+        "flight in any case (%(default)s)",
+    )
     add("--max-tokens", type=int, default=64, help="of each request (%(default)s)")
     add("--concurrency", default="1,4,16", help="requests in flight (%(default)s)")
     add("--rounds", type=int, default=4, help="in which servers take turns (%(default)s)")

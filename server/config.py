@@ -336,7 +336,11 @@ class HttpConfig(Section):
     max_logit_bias: int = Field(1024, ge=0, description="Entries in logit_bias.")
     max_bad_words: int = Field(128, ge=0, description="Texts in bad_words.")
     max_grammar_bytes: int = Field(
-        64 << 10, ge=1, le=1 << 20, description="Length of a schema, regular expression or grammar."
+        64 << 10,
+        ge=1,
+        le=1 << 20,
+        description="Length of a schema, regular expression or grammar; 1 MiB at most, for the "
+        "threads that read them have stacks of 2,048 times as much.",
     )
     grammar_seconds: float = Field(10.0, gt=0, description="Time to read one of them.")
     ping_seconds: int = Field(15, ge=1, description="Interval of SSE keep-alive comments.")

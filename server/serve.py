@@ -23,6 +23,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from server.api.grammar_threads import READER
 from server.api.service import Service
 from server.app import LOADER, Load, create_app
 from server.config import HttpConfig, ServerConfig
@@ -64,12 +65,12 @@ def serve(config: ServerConfig, load: Load | None = None) -> int:
 
 
 def finish(code: int) -> int:
-    """`code`, for `sys.exit`; ends the process at once where models are still being loaded.
+    """`code`, for `sys.exit`; ends the process at once where models or grammars are being read.
 
     While Python shuts down, a thread that comes back to it from native code is unwound through that
-    code, and the process would abort.
+    code, and the process would abort; or Python waits for it.
     """
-    if any(thread.name == LOADER for thread in threading.enumerate()):
+    if any(thread.name in (LOADER, READER) for thread in threading.enumerate()):
         logging.shutdown()
         sys.stdout.flush()
         sys.stderr.flush()

@@ -183,6 +183,30 @@ def test_a_signal_while_models_are_loaded_ends_the_process_well() -> None:
     assert "terminate called" not in rest
 
 
+ENDLESS_GRAMMAR = """
+import asyncio, sys, threading, time
+from server.api.grammar_threads import GrammarThreads
+from server.serve import finish
+
+async def leave():
+    began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    def read():
+        loop.call_soon_threadsafe(began.set)
+        time.sleep(600)
+    task = asyncio.create_task(GrammarThreads(1).run(read))
+    await began.wait()
+    task.cancel()
+
+asyncio.run(leave())
+sys.exit(finish(3))
+"""
+
+
+def test_a_grammar_that_is_still_read_holds_up_no_end() -> None:
+    assert subprocess.run([sys.executable, "-c", ENDLESS_GRAMMAR], timeout=60).returncode == 3
+
+
 def test_a_broken_engine_ends_the_process_with_code_1() -> None:
     with process(fail_after=20, pace=0.01, http=HTTP) as server:
         with running_stream(server, max_tokens=200) as pieces:

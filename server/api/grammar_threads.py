@@ -11,6 +11,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
+READER = "grammar-reader"  # name of a thread while it reads
 _NUM_THREADS = 2
 # Of stack, for a byte of a grammar. The library that reads them follows references by recursion: a
 # chain of rules, of eight bytes each, or of schemas takes less than half of this.
@@ -29,7 +30,7 @@ class GrammarThreads:
 
     async def run(self, work: Callable[[], T]) -> T:
         """`work()`, as soon as a thread is free; on the event loop."""
-        return await wrap_future(self._executor.submit(work))
+        return await wrap_future(self._executor.submit(_named, work))
 
     @cached_property
     def _executor(self) -> ThreadPoolExecutor:
@@ -41,6 +42,18 @@ class GrammarThreads:
             for _ in range(_NUM_THREADS):
                 executor.submit(all_run.wait)
             all_run.wait()
+        except BaseException:  # there is no memory for one of them: the others wait no longer
+            all_run.abort()
+            raise
         finally:
             threading.stack_size(usual)
         return executor
+
+
+def _named(work: Callable[[], T]) -> T:
+    thread = threading.current_thread()
+    usual, thread.name = thread.name, READER
+    try:
+        return work()
+    finally:
+        thread.name = usual

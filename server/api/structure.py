@@ -52,8 +52,8 @@ async def make_matchers(
             return await service.grammar_threads.run(partial(grammars.matchers, *asked))
     except TimeoutError as error:
         raise RequestError(
-            f"{field}: reading it took longer than this server's limit of "
-            f"{http.grammar_seconds:g} s",
+            f"{field}: reading it, or waiting for others that are read, took longer than this "
+            f"server's limit of {http.grammar_seconds:g} s",
             param=field,
         ) from error
     except GrammarError as error:

@@ -113,13 +113,19 @@ def make_settings(args: argparse.Namespace) -> Settings:
     """Raises ConfigError."""
     if args.num_prompts < args.rounds:
         raise ConfigError(f"--num-prompts {args.num_prompts} is less than --rounds {args.rounds}")
+    concurrency = parse_concurrency(args.concurrency)
+    if (per_round := args.num_prompts // args.rounds) < max(concurrency):
+        raise ConfigError(
+            f"--num-prompts {args.num_prompts} in --rounds {args.rounds} are {per_round} a round: "
+            f"--concurrency {max(concurrency)} would not be reached"
+        )
     if args.warmup < 0:
         raise ConfigError(f"--warmup {args.warmup}: must not be negative")
     sources = args.prompts or [BUNDLED[0]]
     return Settings(
         prompt_sets=tuple(load_prompts(source) for source in dict.fromkeys(sources)),
         strategies=parse_strategies(args.strategies, parse_combination(args.combination)),
-        concurrency=parse_concurrency(args.concurrency),
+        concurrency=concurrency,
         num_prompts=args.num_prompts,
         rounds=args.rounds,
         max_tokens=args.max_tokens,

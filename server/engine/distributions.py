@@ -70,7 +70,7 @@ class Distributions:
         return self._by_key(places, self._combination, evaluate)
 
     def prompt_logprobs(self, places: list[Place], combination: Combination) -> Tensor:
-        """The same by one combination, whatever decides the places."""
+        """Logarithm of r by one combination, whatever decides the places, without any mask."""
         return log_combined(partial(self._read, places), combination)
 
     def proposal(self, places: list[Place]) -> Tensor:

@@ -92,7 +92,9 @@ class EngineMetrics:
             "model",
         )
         self.preemptions = counter(
-            "cos_preemptions", "Sequences that lost their pages to older ones."
+            "cos_preemptions",
+            "Sequences that lost their pages to older ones, or to smaller steps after one that did "
+            "not fit.",
         )
         self.faults = counter(
             "cos_engine_faults",

@@ -140,8 +140,7 @@ def _allocate(
     needs = [KvNeed(runner.device, runner.store.bytes_per_token) for runner in runners]
     free = {need.device: free_bytes(need.device) for need in needs}
     scores = [
-        ScoreNeed(runner.device, runner.vocab_size, runner.vocab_size * runner.dtype.itemsize)
-        for runner in runners
+        ScoreNeed(runner.device, runner.vocab_size * runner.dtype.itemsize) for runner in runners
     ]
     num_rows = config.engine.max_sequences * (config.decoding.max_gamma + len(runners))
     left = left_by_scores(scores, num_rows, free)

@@ -13,11 +13,9 @@ from server.config import EngineConfig, parse_bytes
 from server.errors import ConfigError
 from server.runner import cgroup
 
-# Share that `kv_memory: auto` takes of what scores leave; the rest is for activations.
+# Share that `kv_memory: auto` takes of what scores leave; the rest is for activations and for what
+# deciding makes of scores.
 _AUTO_SHARE = {"cpu": 0.5, "cuda": 0.8}
-# Float32 rows of the vocabulary that deciding makes of a row of scores at once: of each member, of
-# the mix and of what was proposed. On CPUs kernels make none.
-_WORKING_ROWS = {"cpu": 0, "cuda": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +28,9 @@ class KvNeed:
 
 @dataclass(frozen=True, slots=True)
 class ScoreNeed:
-    """What one model scores, and where: rows of `row_bytes` bytes, of `row_size` numbers."""
+    """Bytes of the scores that one model gives a position, and where they are kept."""
 
     device: torch.device
-    row_size: int
     row_bytes: int
 
 
@@ -47,8 +44,7 @@ def left_by_scores(
     """
     left = dict(free)
     for need in needs:
-        working = _WORKING_ROWS.get(need.device.type, 0) * need.row_size * 4
-        left[need.device] -= num_rows * (need.row_bytes + working)
+        left[need.device] -= num_rows * need.row_bytes
     for device, rest in left.items():
         if rest <= 0:
             raise ConfigError(
@@ -70,7 +66,7 @@ def num_pages(
         needs: of each model.
         engine: kv_memory, page_size and max_sequences.
         max_length: longest sequence, in tokens.
-        free: bytes free on each device of `needs`.
+        free: bytes free on each device of `needs`, those of scores taken off.
 
     Raises:
         ConfigError: not even one sequence of `max_length` tokens fits.
@@ -114,7 +110,7 @@ def _check_fits(
         if needed > available:
             raise ConfigError(
                 f"engine.kv_memory {engine.kv_memory} needs {_mib(needed)} on {device}, "
-                f"{_mib(available)} are free; lower engine.kv_memory"
+                f"{_mib(available)} are free besides scores; lower engine.kv_memory"
             )
 
 

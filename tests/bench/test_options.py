@@ -70,6 +70,12 @@ def test_wrong_prompt_files_are_refused(text, tmp_path):
         load_prompts(str(tmp_path / "wrong.jsonl"))
 
 
+def test_rounds_have_prompts_for_all_that_is_in_flight():
+    assert make_settings(parse("--concurrency", "1,4")).concurrency == (1, 4)
+    with pytest.raises(ConfigError, match="16 in --rounds 4 are 4 a round: --concurrency 5 would"):
+        make_settings(parse("--concurrency", "1,5"))
+
+
 def test_defaults_make_settings():
     settings = make_settings(parse())
     assert [each.name for each in settings.prompt_sets] == ["humaneval"]

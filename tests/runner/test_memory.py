@@ -46,7 +46,7 @@ def test_too_little_names_needed_available_and_settings():
 
 
 def test_more_than_free_is_refused():
-    with pytest.raises(ConfigError, match="2,048 MiB on cpu, 1,024 MiB are free"):
+    with pytest.raises(ConfigError, match="2,048 MiB on cpu, 1,024 MiB are free besides scores"):
         num_pages(
             [KvNeed(CPU, 1 << 20)],
             engine(kv_memory="2GiB", max_sequences=4096),
@@ -60,15 +60,14 @@ def test_this_machine_has_memory():
 
 
 def test_scores_come_first():
-    needs = [ScoreNeed(CPU, 500, 1000), ScoreNeed(GPU, 500, 1000), ScoreNeed(GPU, 500, 2000)]
+    needs = [ScoreNeed(CPU, 1000), ScoreNeed(GPU, 1000), ScoreNeed(GPU, 2000)]
     left = left_by_scores(needs, 10, {CPU: 1 << 20, GPU: 1 << 20})
-    # On a GPU with what deciding makes of them.
-    assert left == {CPU: (1 << 20) - 10_000, GPU: (1 << 20) - 30_000 - 10 * 2 * 3 * 500 * 4}
+    assert left == {CPU: (1 << 20) - 10_000, GPU: (1 << 20) - 30_000}
 
 
 def test_scores_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"scores of 2048 positions need 2 MiB on cpu, 1 MiB are"):
-        left_by_scores([ScoreNeed(CPU, 512, 1024)], 2048, {CPU: 1 << 20})
+        left_by_scores([ScoreNeed(CPU, 1024)], 2048, {CPU: 1 << 20})
 
 
 def test_a_container_has_less_than_its_machine(monkeypatch):
