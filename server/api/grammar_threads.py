@@ -13,8 +13,8 @@ T = TypeVar("T")
 
 READER = "grammar-reader"  # name of a thread while it reads
 _NUM_THREADS = 2
-# Of stack, for a byte of a grammar. The library that reads them follows references by recursion: a
-# chain of rules, of eight bytes each, or of schemas takes less than half of this.
+# Of stack, for a byte of a grammar. The library that reads them follows references by recursion:
+# the longest chain of schemas takes less than half of this.
 _STACK_PER_BYTE = 2048
 
 

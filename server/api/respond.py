@@ -121,7 +121,7 @@ def _encoded(pieces: list[list[Piece]], reply: Reply, writer: Writer) -> str:
     num_choices = writer.generation.num_choices
     choices = [merge(each) for each in pieces]
     for choice in choices:
-        # Prompts are scored once; see `make_generation`.
+        # The first choice of each prompt has the scores of all (`generation`).
         scored = choices[choice.index - choice.index % num_choices].prompt_logprobs
         choices[choice.index] = replace(choice, prompt_logprobs=scored)
     body = writer.whole(choices)

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from server.cache.on_device import sent, tensor_on
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
-from server.core.token_mask import stacked
+from server.core.token_mask import Bits, stacked
 
 Place = tuple[Sequence, int]  # a sequence and a position of it
 
@@ -180,12 +180,17 @@ def _ban(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int])
 
 def _masks(places: Row[Place], device: torch.device) -> tuple[Tensor, Tensor] | None:
     """Rows that have a mask, int64 [M], and these, uint8 [M, bytes]; None where no row has one."""
-    masks = {row: sequence.mask(position) for row, (sequence, position) in enumerate(places)}
-    found = {row: mask for row, mask in masks.items() if mask is not None}
+    found = masks_of(places)
     if not found:
         return None
     packed = stacked([*found.values()], max(map(len, found.values())))
     return tensor_on(device, [*found]), sent(torch.from_numpy(packed), device)
+
+
+def masks_of(places: Row[Place]) -> dict[int, Bits]:
+    """By row, of those that have one."""
+    masks = ((row, sequence.mask(position)) for row, (sequence, position) in enumerate(places))
+    return {row: mask for row, mask in masks if mask is not None}
 
 
 def _unpack(packed: Tensor, vocab_size: int) -> Tensor:

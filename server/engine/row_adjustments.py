@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.core.token_mask import Bits, are_in, stacked
-from server.decoding.warp import Place, bad_tokens, ending_tokens, is_early
+from server.decoding.warp import Place, bad_tokens, ending_tokens, is_early, masks_of
 
 Ids = NDArray[np.int64]
 Reals = NDArray[np.float32]
@@ -120,8 +120,7 @@ class Adjuster:
 
     def _masks(self, places: Row[Place]) -> tuple[Ids, Bits]:
         """Addresses [R] of masks, or 0, and these."""
-        masks = {row: sequence.mask(position) for row, (sequence, position) in enumerate(places)}
-        found = {row: mask for row, mask in masks.items() if mask is not None}
+        found = masks_of(places)
         bits = stacked([*found.values()], self._num_bytes)
         addresses = np.zeros(len(places), np.int64)
         addresses[[*found]] = bits.ctypes.data + np.arange(len(found)) * self._num_bytes
