@@ -1,12 +1,13 @@
-"""What only a GPU can show: captured graphs, compiled kernels, and the engine on top of both.
+"""Captured graphs, kernels, and the engine on top of both, on a GPU or on a pretended one.
 
     python -m pytest -m gpu
 
-`tests/runner/test_triton_attention.py` compares the kernels themselves; it runs everywhere.
+`tests/runner/test_triton_attention.py` compares the kernels themselves.
 """
 
 import random
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -25,17 +26,17 @@ from server.runner.attention_choice import choose_attention
 from server.runner.base import Batch, Span
 from server.runner.graph_runner import GraphRunner
 from server.runner.llama_body import LlamaBody
-from server.runner.loader import load_models
+from server.runner.loader import LoadedModels, load_models
 from server.runner.static_shapes import Shapes
 from server.runner.torch_runner import TorchRunner
 from tests.runner.test_torch_runner import MAX_LENGTH, NUM_SEQUENCES, Schedule, make_tables
 from tests.support.engines import generated, make_decoding, run
 from tests.support.tiny_models import VOCAB_SIZE, make_model, make_pair
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = pytest.mark.gpu
+IS_REAL = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not IS_REAL, reason="needs a GPU")
+NUM_TOKENS = 40 if IS_REAL else 16  # interpreted kernels take their time
 CUDA = torch.device("cuda")
 SHAPES = Shapes.of(NUM_SEQUENCES, 6, 512, 5)
 
@@ -65,10 +66,15 @@ def captured(runner):
     return graphs
 
 
-@pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize(
-    ("family", "fast"),
-    [("llama", True), ("llama", False), ("qwen3", True), ("mistral", True), ("gemma2", False)],
+    ("family", "fast", "page_size"),
+    [
+        ("llama", True, 4),
+        ("llama", False, 16),
+        ("qwen3", True, 16),
+        ("mistral", True, 4),
+        ("gemma2", False, 4),
+    ],
 )
 def test_kernels_and_graphs_equal_the_cpu(family, fast, page_size):
     """Ragged batches that grow and roll back, by every way of running them."""
@@ -80,8 +86,8 @@ def test_kernels_and_graphs_equal_the_cpu(family, fast, page_size):
         "kernels": make_runner(family, kernels=True, fast=fast, page_size=page_size),
         "graphs": captured(make_runner(family, kernels=True, fast=fast, page_size=page_size)),
     }
-    num_replayed = 0
-    for _ in range(30):
+    num_replayed, num_rounds = 0, 30 if IS_REAL else 12
+    for _ in range(num_rounds):
         batch, _ = schedule.next_batch()
         num_replayed += SHAPES.find(batch) is not None
         plain = reference.forward(batch)
@@ -89,7 +95,7 @@ def test_kernels_and_graphs_equal_the_cpu(family, fast, page_size):
             ours = runner.forward(batch).cpu()
             limit = 1e-4 * float(plain.abs().max()) if len(plain) else 0.0
             torch.testing.assert_close(ours, plain, rtol=0, atol=limit, msg=name)
-    assert num_replayed > 5
+    assert num_replayed > num_rounds // 6
 
 
 def test_graphs_in_sixteen_bits_equal_eager():
@@ -106,22 +112,34 @@ def test_graphs_in_sixteen_bits_equal_eager():
         torch.testing.assert_close(replayed, eager, rtol=0, atol=2e-2 * float(eager.abs().max()))
 
 
+Load = Callable[..., LoadedModels]
+
+
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    return make_pair(tmp_path_factory.mktemp("models"))
+def load(gpus, tmp_path_factory) -> Load:
+    """The pair on some devices under some settings, loaded once."""
+    directories = make_pair(tmp_path_factory.mktemp("models"))
+    kept: dict[str, LoadedModels] = {}
 
+    def load(devices: str, report: Callable[[str], None] | None = None, **engine: str):
+        """`devices`: one for both models, or one for each, with a space between."""
+        key = repr((devices, engine))
+        if report or key not in kept:
+            config = {
+                "served_model_name": "tiny",
+                "models": [
+                    {"name": f"m{k}", "path": str(path), "device": device, "dtype": "float32"}
+                    for k, (path, device) in enumerate(
+                        zip(directories, (devices.split() * 2)[:2], strict=True)
+                    )
+                ],
+                "combination": {"method": "contrastive"},
+                "engine": {"kv_memory": "64MiB", "max_length": 128, "max_sequences": 4, **engine},
+            }
+            kept[key] = load_models(parse_config(config), report)
+        return kept[key]
 
-def load(directories, device, report=None, **engine):
-    config = {
-        "served_model_name": "tiny",
-        "models": [
-            {"name": f"m{k}", "path": str(path), "device": device, "dtype": "float32"}
-            for k, path in enumerate(directories)
-        ],
-        "combination": {"method": "contrastive"},
-        "engine": {"kv_memory": "64MiB", "max_length": 128, "max_sequences": 8, **engine},
-    }
-    return load_models(parse_config(config), report)
+    return load
 
 
 def texts(loaded, strategy, temperature):
@@ -129,43 +147,58 @@ def texts(loaded, strategy, temperature):
         loaded.runners,
         loaded.tokenizer.backend_tokenizer,
         loaded.eos_token_ids,
-        EngineLimits(max_sequences=8, max_step_tokens=64),
+        EngineLimits(max_sequences=4, max_step_tokens=64),
     )
     decoding = make_decoding(strategy, Combination.contrastive(2, 0.1), 4)
     sequences = [
         Sequence.start(
             str(i),
             prompt,
-            SamplingParams(max_tokens=40, temperature=temperature, seed=i, ignore_eos=True),
+            SamplingParams(max_tokens=NUM_TOKENS, temperature=temperature, seed=i, ignore_eos=True),
             decoding,
         )
-        for i, prompt in enumerate([[5, 9, 31], [7] * 40, [100], list(range(60, 80))] * 2)
+        for i, prompt in enumerate([[5, 9, 31], [7] * 40, [100], list(range(60, 80))])
     ]
     deltas = run(engine, sequences)
     return [generated(deltas[sequence.id]) for sequence in sequences]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("strategy", ["standard", "cos"])
-def test_texts_are_those_of_the_cpu(directories, strategy, temperature):
+ENGINES: tuple[dict[str, str], ...] = ({}, {"cuda_graphs": "off"}, {"attention": "portable"})
+CASES = [
+    (strategy, temperature, engine)
+    for strategy in ("standard", "cos")
+    for temperature in (0.0, 1.0)
+    for engine in ENGINES
+    if IS_REAL or (strategy, temperature) == ("cos", 1.0) or "attention" in engine
+]
+
+
+@pytest.mark.parametrize(("strategy", "temperature", "engine"), CASES)
+def test_texts_are_those_of_the_cpu(load, strategy, temperature, engine):
     """Greedy, and sampled with the same seeds, whatever runs the models."""
-    expected = texts(load(directories, "cpu"), strategy, temperature)
-    for engine in ({}, {"cuda_graphs": "off"}, {"attention": "portable"}):
-        assert texts(load(directories, "cuda", **engine), strategy, temperature) == expected
+    expected = texts(load("cpu"), strategy, temperature)
+    assert texts(load("cuda", **engine), strategy, temperature) == expected
 
 
-def test_graphs_are_what_a_gpu_gets(directories):
-    loaded = load(directories, "cuda")
+@pytest.mark.skipif(IS_REAL and torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("strategy", ["standard", "cos"])
+def test_each_model_may_have_a_gpu_of_its_own(load, strategy):
+    expected = texts(load("cpu"), strategy, 1.0)
+    assert texts(load("cuda:0 cuda:1", attention="portable"), strategy, 1.0) == expected
+
+
+def test_graphs_are_what_a_gpu_gets(load):
+    loaded = load("cuda")
     assert all(isinstance(runner, GraphRunner) for runner in loaded.runners)
     assert all(runner.num_graphs > 0 for runner in loaded.runners)
-    portable = load(directories, "cuda", attention="portable")
+    portable = load("cuda", attention="portable")
     assert not any(isinstance(runner, GraphRunner) for runner in portable.runners)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_only_reading_tokens_waits(directories):
+def test_only_reading_tokens_waits(load):
     """What a step enqueues between a forward and its tokens, torch's own check of waiting on."""
-    (runner, _) = load(directories, "cuda").runners
+    (runner, _) = load("cuda").runners
     scores = ScoreStore(8, 6, VOCAB_SIZE, [runner.dtype], [runner.device])
     sequences = [
         Sequence.start(
@@ -191,14 +224,14 @@ def test_only_reading_tokens_waits(directories):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_drafting_waits_for_nothing(directories):
-    """Steps that leave their tokens unread, by torch's own check of waiting."""
-    loaded = load(directories, "cuda")
+def test_a_cycle_waits_once(load):
+    """Steps that leave their tokens unread do not, by torch's own check of waiting."""
+    loaded = load("cuda")
     tokenizer = loaded.tokenizer.backend_tokenizer
     engine = Engine(loaded.runners, tokenizer, frozenset(), EngineLimits(max_sequences=8))
     decoding = make_decoding("cos", Combination.contrastive(2, 0.1), (4, 0), verification="token")
     for i in range(3):
-        params = SamplingParams(max_tokens=40, seed=i, ignore_eos=True, top_p=0.9)
+        params = SamplingParams(max_tokens=NUM_TOKENS, seed=i, ignore_eos=True, top_p=0.9)
         engine.add(Sequence.start(str(i), [5 + i, 9], params, decoding))
     num_ahead = 0
     while engine.has_work:
@@ -209,22 +242,24 @@ def test_drafting_waits_for_nothing(directories):
                 engine.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        if engine.is_ahead:
-            num_ahead += 1
-            assert not [warning for warning in caught if "synchroniz" in str(warning.message)]
-    assert num_ahead > 20
+        num_waits = sum("synchroniz" in str(warning.message) for warning in caught)
+        num_ahead += engine.is_ahead
+        assert num_waits <= (not engine.is_ahead)
+    assert num_ahead > NUM_TOKENS // 2
 
 
+@needs_gpu
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
-def test_compiled_layers_write_the_same(directories):
-    expected = texts(load(directories, "cpu"), "cos", 1.0)
+def test_compiled_layers_write_the_same(load):
+    expected = texts(load("cpu"), "cos", 1.0)
     lines: list[str] = []
-    loaded = load(directories, "cuda", lines.append, compile="layers")
+    loaded = load("cuda", lines.append, compile="layers")
     assert sum("compiled its layers" in line for line in lines) == 2
     assert all(runner.num_graphs > 0 for runner in loaded.runners)
     assert texts(loaded, "cos", 1.0) == expected
 
 
+@needs_gpu
 def test_a_model_that_cannot_be_captured_runs_eagerly():
     """Experts are picked by data, which a graph cannot follow.
 

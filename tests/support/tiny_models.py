@@ -115,7 +115,7 @@ def make_model(
     ids = {"bos_token_id": None, "eos_token_id": VOCAB_SIZE - 3, "pad_token_id": VOCAB_SIZE - 2}
     merged = {**sizes, **ids, **FAMILIES[family], "vocab_size": vocab_size, **settings}
     config = AutoConfig.for_model(family, **merged)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id)

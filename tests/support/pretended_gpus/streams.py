@@ -1,0 +1,145 @@
+"""Streams, events and graphs: what is enqueued, and when it is done."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+Work = Callable[[], object]
+_SECONDS = 1e-6
+
+
+def spoil(memory: Tensor) -> None:
+    """Fill with what must not be read."""
+    if memory.dtype.is_floating_point:
+        memory.fill_(float("nan"))
+    elif memory.dtype == torch.bool:
+        memory.fill_(True)
+    else:
+        memory.fill_(torch.iinfo(memory.dtype).max // 2)
+
+
+@dataclass(eq=False)
+class Stream:
+    """In order, and not before somebody waits."""
+
+    index: int
+    capturing: Graph | None = None
+    seconds: float = 0.0
+    _works: deque[Work] = field(default_factory=deque)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", self.index)
+
+    def enqueue(self, work: Work) -> None:
+        """Or let the graph that is being captured do it whenever it is replayed."""
+        works = self._works if self.capturing is None else self.capturing.works
+        works.append(work)
+
+    def wait_event(self, event: Event) -> None:
+        """What is enqueued from now on comes after `event`."""
+        mark = event.mark
+        assert mark is not None, "an event is waited for that was never recorded"
+        self.enqueue(mark.reach)
+
+    def wait_stream(self, other: Stream) -> None:
+        """What is enqueued from now on comes after what `other` was given."""
+        event = Event()
+        event.record(other)
+        self.wait_event(event)
+
+    def synchronize(self) -> None:
+        """Do everything."""
+        self.run()
+
+    def run(self, until: Mark | None = None) -> None:
+        """Do what was enqueued before `until`, or everything."""
+        with _disable_current_modes(), torch.inference_mode():
+            while self._works and not (until and until.is_reached):
+                self._works.popleft()()
+                self.seconds += _SECONDS
+
+
+@dataclass(eq=False)
+class Mark:
+    """A place in a stream."""
+
+    stream: Stream
+    is_reached: bool = False
+    seconds: float = 0.0
+
+    def reach(self) -> None:
+        """Do what stands before it."""
+        self.stream.run(self)
+
+    def pass_by(self) -> None:
+        """The stream has come to it."""
+        self.is_reached, self.seconds = True, self.stream.seconds
+
+
+class Event:
+    """torch.cuda.Event."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self._enable_timing = enable_timing
+        self.mark: Mark | None = None
+
+    def record(self, stream: Stream) -> None:
+        """After all that `stream` was given so far."""
+        self.mark = Mark(stream)
+        stream.enqueue(self.mark.pass_by)
+
+    def query(self) -> bool:
+        """Has it come to pass?"""
+        return self.mark is None or self.mark.is_reached
+
+    def synchronize(self) -> None:
+        """Let the host wait for it."""
+        if self.mark is not None:
+            self.mark.reach()
+
+    def elapsed_time(self, end: Event) -> float:
+        """Milliseconds."""
+        return 1000 * (end._passed_at() - self._passed_at())
+
+    def _passed_at(self) -> float:
+        assert self._enable_timing, "it was made without enable_timing"
+        assert self.mark is not None
+        assert self.mark.is_reached, "nobody has waited for it"
+        return self.mark.seconds
+
+
+@dataclass(eq=False)
+class Graph:
+    """Work to be repeated on the same memory; graphs of one pool share theirs."""
+
+    works: list[Work] = field(default_factory=list)
+    results: list[Tensor] = field(default_factory=list)
+    pool: list[Graph] = field(default_factory=list)
+
+    def replay_in(self, stream: Stream) -> None:
+        """Enqueue it; what graphs of its pool have left behind is lost."""
+        assert self.works, "a graph is replayed that nothing was captured for"
+        for memory in [memory for graph in self.pool for memory in graph.results]:
+            stream.enqueue(partial(spoil, memory))
+        for work in self.works:
+            stream.enqueue(work)
+
+
+@contextmanager
+def captured_in(graph: Graph, stream: Stream) -> Iterator[None]:
+    """What `stream` is given is not done but kept."""
+    stream.synchronize()
+    stream.capturing = graph
+    try:
+        yield
+    finally:
+        stream.capturing = None
