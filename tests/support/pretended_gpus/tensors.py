@@ -168,6 +168,8 @@ class Gpus(TorchDispatchMode):
 
     def dispatch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         """One operation of torch, on the CPU, on a GPU or from one to another."""
+        if func is aten.scalar_tensor.default and not self._taken_apart:
+            kwargs = {**kwargs, "device": CPU}  # a number that is assigned; it goes anywhere
         args, kwargs = tree_map_only(torch.device, self._named, (args, kwargs))
         flat, _ = tree_flatten((args, kwargs))
         ours = [x for x in flat if isinstance(x, DeviceTensor)]
@@ -321,7 +323,7 @@ def _bare(argument: Any) -> Any:
 def _common_device(func: Any, flat: list[Any], wanted: torch.device | None) -> torch.device:
     """The one that is asked for, or that all tensors are on, numbers apart."""
     tensors = [x for x in flat if isinstance(x, Tensor)]
-    devices = {t.device for t in tensors if t.is_cuda or t.dim()}
+    devices = {t.device for t in tensors if t.device.type != "cpu" or t.dim()}
     if wanted is None and len(devices) > 1:
         raise RuntimeError(f"{func}: expected all tensors to be on the same device: {devices}")
     return wanted or devices.pop()

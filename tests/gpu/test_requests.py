@@ -1,0 +1,94 @@
+"""Requests of every kind write what they write on the CPU, each model on a GPU of its own."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server.config import parse_config
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams, LookupParams, SamplingParams
+from server.core.sequence import Sequence
+from server.engine.engine import Engine, EngineLimits
+from server.runner.loader import LoadedModels, load_models
+from tests.support.engines import make_decoding, run
+from tests.support.tiny_models import make_pair
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() == 1, reason="needs two GPUs, or none"),
+]
+WEIGHTED = Combination.weighted([0.4, 0.6])
+COS = make_decoding("cos", Combination.contrastive(2, 0.1, 0.1), 4)
+DECODINGS: dict[str, DecodingParams] = {
+    "standard": make_decoding("standard", Combination.linear([0.3, 0.7])),
+    "by token": make_decoding("cos", WEIGHTED, (3, 2), verification="token"),
+    "by block": COS,
+    "lookup": replace(COS, lookup=LookupParams(3, 1, 4)),
+    "auto": replace(make_decoding("auto", WEIGHTED), is_gamma_auto=True),
+    "mixture": make_decoding("mixture", WEIGHTED, 4, 1),
+    "shared coins": make_decoding("mixture", WEIGHTED, 4, 1, shared_coins=True),
+}
+REQUESTS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"top_p": 0.8, "top_k": 9},
+    {"min_p": 0.05, "temperature": 1.3},
+    {"frequency_penalty": 0.6, "presence_penalty": 0.1, "repetition_penalty": 1.2},
+    {"bad_words": ((3, 4), (5,)), "min_tokens": 6},
+    {"logit_bias": ((2, 1.5), (9, -4.0)), "logprobs": 2},
+    {"allowed_token_ids": tuple(range(40, 90)), "prompt_logprobs": 1},
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(gpus: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModels]:
+    """The same pair on the CPU and on two GPUs."""
+    paths = make_pair(tmp_path_factory.mktemp("models"))
+    return {
+        where: load(paths, devices)
+        for where, devices in (("cpu", ("cpu", "cpu")), ("gpus", ("cuda:0", "cuda:1")))
+    }
+
+
+def load(paths: tuple[Path, ...], devices: tuple[str, ...]) -> LoadedModels:
+    models = [
+        {"name": f"m{k}", "path": str(path), "device": device, "dtype": "float32"}
+        for k, (path, device) in enumerate(zip(paths, devices, strict=True))
+    ]
+    engine = {"kv_memory": "64MiB", "max_length": 128, "attention": "portable"}
+    config = {"served_model_name": "tiny", "models": models, "engine": engine}
+    return load_models(parse_config({**config, "combination": {"method": "contrastive"}}), None)
+
+
+def texts(loaded: LoadedModels, decoding: DecodingParams) -> list[tuple[list[int], Any]]:
+    """Tokens and how the text ends."""
+    engine = Engine(
+        loaded.runners,
+        loaded.tokenizer.backend_tokenizer,
+        loaded.eos_token_ids,
+        EngineLimits(max_sequences=8, max_step_tokens=24),
+        coin_seed=4,
+    )
+    sequences = [
+        Sequence.start(
+            str(i),
+            [5, 9, 31 + i] * (1 + i),
+            SamplingParams(max_tokens=9, seed=i, **asked),
+            decoding,
+        )
+        for i, asked in enumerate(REQUESTS)
+    ]
+    deltas = run(engine, sequences, engine.scheduler.check_integrity)
+    return [
+        ([t for delta in deltas[s.id] for t in delta.token_ids], deltas[s.id][-1].finish_reason)
+        for s in sequences
+    ]
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_texts_are_those_of_the_cpu(loaded: dict[str, LoadedModels], name: str) -> None:
+    made = texts(loaded["gpus"], DECODINGS[name])
+    assert made == texts(loaded["cpu"], DECODINGS[name])
+    assert {end for _, end in made} <= {"length", "stop"}
