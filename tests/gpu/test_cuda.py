@@ -7,14 +7,12 @@
 
 import random
 import warnings
-from collections.abc import Callable
 
 import pytest
 import torch
 
 from server.cache.kv_store import KVStore
 from server.cache.score_store import ScoreStore
-from server.config import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
@@ -26,17 +24,17 @@ from server.runner.attention_choice import choose_attention
 from server.runner.base import Batch, Span
 from server.runner.graph_runner import GraphRunner
 from server.runner.llama_body import LlamaBody
-from server.runner.loader import LoadedModels, load_models
 from server.runner.static_shapes import Shapes
 from server.runner.torch_runner import TorchRunner
 from tests.runner.test_torch_runner import MAX_LENGTH, NUM_SEQUENCES, Schedule, make_tables
 from tests.support.engines import generated, make_decoding, run
-from tests.support.tiny_models import VOCAB_SIZE, make_model, make_pair
+from tests.support.tiny_models import VOCAB_SIZE, make_model
 
 pytestmark = pytest.mark.gpu
 IS_REAL = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not IS_REAL, reason="needs a GPU")
-NUM_TOKENS = 40 if IS_REAL else 16  # interpreted kernels take their time
+# Interpreted kernels take their time.
+NUM_TOKENS, MAX_SEQUENCES = (40, 8) if IS_REAL else (16, 4)
 CUDA = torch.device("cuda")
 SHAPES = Shapes.of(NUM_SEQUENCES, 6, 512, 5)
 
@@ -66,16 +64,18 @@ def captured(runner):
     return graphs
 
 
-@pytest.mark.parametrize(
-    ("family", "fast", "page_size"),
-    [
-        ("llama", True, 4),
-        ("llama", False, 16),
-        ("qwen3", True, 16),
-        ("mistral", True, 4),
-        ("gemma2", False, 4),
-    ],
-)
+FAMILIES = [
+    ("llama", True, 4),
+    ("llama", False, 16),
+    ("qwen3", True, 16),
+    ("mistral", True, 4),
+    ("gemma2", False, 4),
+]
+if IS_REAL:
+    FAMILIES += [(family, fast, 20 - page_size) for family, fast, page_size in FAMILIES]
+
+
+@pytest.mark.parametrize(("family", "fast", "page_size"), FAMILIES)
 def test_kernels_and_graphs_equal_the_cpu(family, fast, page_size):
     """Ragged batches that grow and roll back, by every way of running them."""
     rng = random.Random(page_size)
@@ -112,44 +112,15 @@ def test_graphs_in_sixteen_bits_equal_eager():
         torch.testing.assert_close(replayed, eager, rtol=0, atol=2e-2 * float(eager.abs().max()))
 
 
-Load = Callable[..., LoadedModels]
-
-
-@pytest.fixture(scope="module")
-def load(gpus, tmp_path_factory) -> Load:
-    """The pair on some devices under some settings, loaded once."""
-    directories = make_pair(tmp_path_factory.mktemp("models"))
-    kept: dict[str, LoadedModels] = {}
-
-    def load(devices: str, report: Callable[[str], None] | None = None, **engine: str):
-        """`devices`: one for both models, or one for each, with a space between."""
-        key = repr((devices, engine))
-        if report or key not in kept:
-            config = {
-                "served_model_name": "tiny",
-                "models": [
-                    {"name": f"m{k}", "path": str(path), "device": device, "dtype": "float32"}
-                    for k, (path, device) in enumerate(
-                        zip(directories, (devices.split() * 2)[:2], strict=True)
-                    )
-                ],
-                "combination": {"method": "contrastive"},
-                "engine": {"kv_memory": "64MiB", "max_length": 128, "max_sequences": 4, **engine},
-            }
-            kept[key] = load_models(parse_config(config), report)
-        return kept[key]
-
-    return load
-
-
 def texts(loaded, strategy, temperature):
     engine = Engine(
         loaded.runners,
         loaded.tokenizer.backend_tokenizer,
         loaded.eos_token_ids,
-        EngineLimits(max_sequences=4, max_step_tokens=64),
+        EngineLimits(max_sequences=MAX_SEQUENCES, max_step_tokens=64),
     )
     decoding = make_decoding(strategy, Combination.contrastive(2, 0.1), 4)
+    prompts = [[5, 9, 31], [7] * 40, [100], list(range(60, 80))] * 2
     sequences = [
         Sequence.start(
             str(i),
@@ -157,7 +128,7 @@ def texts(loaded, strategy, temperature):
             SamplingParams(max_tokens=NUM_TOKENS, temperature=temperature, seed=i, ignore_eos=True),
             decoding,
         )
-        for i, prompt in enumerate([[5, 9, 31], [7] * 40, [100], list(range(60, 80))])
+        for i, prompt in enumerate(prompts[:MAX_SEQUENCES])
     ]
     deltas = run(engine, sequences)
     return [generated(deltas[sequence.id]) for sequence in sequences]
@@ -177,28 +148,24 @@ CASES = [
 def test_texts_are_those_of_the_cpu(load, strategy, temperature, engine):
     """Greedy, and sampled with the same seeds, whatever runs the models."""
     expected = texts(load("cpu"), strategy, temperature)
-    assert texts(load("cuda", **engine), strategy, temperature) == expected
-
-
-@pytest.mark.skipif(IS_REAL and torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("strategy", ["standard", "cos"])
-def test_each_model_may_have_a_gpu_of_its_own(load, strategy):
-    expected = texts(load("cpu"), strategy, 1.0)
-    assert texts(load("cuda:0 cuda:1", attention="portable"), strategy, 1.0) == expected
+    assert (
+        texts(load("cuda", max_sequences=MAX_SEQUENCES, **engine), strategy, temperature)
+        == expected
+    )
 
 
 def test_graphs_are_what_a_gpu_gets(load):
-    loaded = load("cuda")
+    loaded = load("cuda", max_sequences=MAX_SEQUENCES)
     assert all(isinstance(runner, GraphRunner) for runner in loaded.runners)
     assert all(runner.num_graphs > 0 for runner in loaded.runners)
-    portable = load("cuda", attention="portable")
+    portable = load("cuda", max_sequences=MAX_SEQUENCES, attention="portable")
     assert not any(isinstance(runner, GraphRunner) for runner in portable.runners)
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_only_reading_tokens_waits(load):
     """What a step enqueues between a forward and its tokens, torch's own check of waiting on."""
-    (runner, _) = load("cuda").runners
+    (runner, _) = load("cuda", max_sequences=MAX_SEQUENCES).runners
     scores = ScoreStore(8, 6, VOCAB_SIZE, [runner.dtype], [runner.device])
     sequences = [
         Sequence.start(
@@ -226,7 +193,7 @@ def test_only_reading_tokens_waits(load):
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_cycle_waits_once(load):
     """Steps that leave their tokens unread do not, by torch's own check of waiting."""
-    loaded = load("cuda")
+    loaded = load("cuda", max_sequences=MAX_SEQUENCES)
     tokenizer = loaded.tokenizer.backend_tokenizer
     engine = Engine(loaded.runners, tokenizer, frozenset(), EngineLimits(max_sequences=8))
     decoding = make_decoding("cos", Combination.contrastive(2, 0.1), (4, 0), verification="token")
@@ -253,7 +220,7 @@ def test_a_cycle_waits_once(load):
 def test_compiled_layers_write_the_same(load):
     expected = texts(load("cpu"), "cos", 1.0)
     lines: list[str] = []
-    loaded = load("cuda", lines.append, compile="layers")
+    loaded = load("cuda", max_sequences=MAX_SEQUENCES, report=lines.append, compile="layers")
     assert sum("compiled its layers" in line for line in lines) == 2
     assert all(runner.num_graphs > 0 for runner in loaded.runners)
     assert texts(loaded, "cos", 1.0) == expected

@@ -1,20 +1,18 @@
 """Requests of every kind write what they write on the CPU, each model on a GPU of its own."""
 
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from server.config import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, LookupParams, SamplingParams
 from server.core.sequence import Sequence
 from server.engine.engine import Engine, EngineLimits
-from server.runner.loader import LoadedModels, load_models
-from tests.support.engines import make_decoding, run
-from tests.support.tiny_models import make_pair
+from server.runner.loader import LoadedModels
+from tests.support.engines import generated, make_decoding, run
 
 pytestmark = [
     pytest.mark.gpu,
@@ -42,27 +40,7 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 )
 
 
-@pytest.fixture(scope="module")
-def loaded(gpus: object, tmp_path_factory: pytest.TempPathFactory) -> dict[str, LoadedModels]:
-    """The same pair on the CPU and on two GPUs."""
-    paths = make_pair(tmp_path_factory.mktemp("models"))
-    return {
-        where: load(paths, devices)
-        for where, devices in (("cpu", ("cpu", "cpu")), ("gpus", ("cuda:0", "cuda:1")))
-    }
-
-
-def load(paths: tuple[Path, ...], devices: tuple[str, ...]) -> LoadedModels:
-    models = [
-        {"name": f"m{k}", "path": str(path), "device": device, "dtype": "float32"}
-        for k, (path, device) in enumerate(zip(paths, devices, strict=True))
-    ]
-    engine = {"kv_memory": "64MiB", "max_length": 128, "attention": "portable"}
-    config = {"served_model_name": "tiny", "models": models, "engine": engine}
-    return load_models(parse_config({**config, "combination": {"method": "contrastive"}}), None)
-
-
-def texts(loaded: LoadedModels, decoding: DecodingParams) -> list[tuple[list[int], Any]]:
+def texts(loaded: LoadedModels, decoding: DecodingParams) -> list[tuple[tuple[int, ...], Any]]:
     """Tokens and how the text ends."""
     engine = Engine(
         loaded.runners,
@@ -81,14 +59,11 @@ def texts(loaded: LoadedModels, decoding: DecodingParams) -> list[tuple[list[int
         for i, asked in enumerate(REQUESTS)
     ]
     deltas = run(engine, sequences, engine.scheduler.check_integrity)
-    return [
-        ([t for delta in deltas[s.id] for t in delta.token_ids], deltas[s.id][-1].finish_reason)
-        for s in sequences
-    ]
+    return [(generated(deltas[s.id]), deltas[s.id][-1].finish_reason) for s in sequences]
 
 
 @pytest.mark.parametrize("name", DECODINGS)
-def test_texts_are_those_of_the_cpu(loaded: dict[str, LoadedModels], name: str) -> None:
-    made = texts(loaded["gpus"], DECODINGS[name])
-    assert made == texts(loaded["cpu"], DECODINGS[name])
+def test_texts_are_those_of_the_cpu(load: Callable[..., LoadedModels], name: str) -> None:
+    made = texts(load("cuda:0", "cuda:1", attention="portable"), DECODINGS[name])
+    assert made == texts(load("cpu", attention="portable"), DECODINGS[name])
     assert {end for _, end in made} <= {"length", "stop"}
