@@ -248,6 +248,12 @@ class EngineConfig(Section):
         "together with what became of them: auto does where all models are on GPUs. Texts keep "
         "their law, and greedy and seeded ones every token.",
     )
+    half_batches: Literal["auto", "off", "on"] = Field(
+        "auto",
+        description="Where models are on several GPUs, let one score for half of the sequences "
+        "while another drafts for the rest: auto does where the measured seconds promise that it "
+        "pays. Texts keep their law, and greedy and seeded ones every token.",
+    )
     compile: Literal["off", "layers"] = Field(
         "off",
         description="layers: let torch.compile join the small operations of Llama-shaped models' "
@@ -255,7 +261,9 @@ class EngineConfig(Section):
         "a GPU, if anywhere; 16-bit weights on a CPU are not compiled.",
     )
 
-    @field_validator("cpu_kernels", "cuda_graphs", "compile", "run_ahead", mode="before")
+    @field_validator(
+        "cpu_kernels", "cuda_graphs", "compile", "run_ahead", "half_batches", mode="before"
+    )
     @classmethod
     def _off_is_a_word(cls, value: object) -> object:
         """YAML reads a bare `off` as false, and `on` as true."""

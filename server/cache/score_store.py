@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from server.cache.devices import score_devices
 from server.cache.on_device import tensor_on
 
 
@@ -34,8 +35,9 @@ class ScoreStore:
         wide_capacity: int = 0,
         state_sizes: Sequence[int] = (),
     ) -> None:
-        """One tensor [num_rows, vocab_size] per model, in its dtype, on its device.
+        """One tensor [num_rows, vocab_size] per model, in its dtype.
 
+        Models are on `devices`, and their states; where their scores are kept `score_devices` says.
         num_rows is num_slots * capacity + wide_capacity; a wide ring that would be no wider than
         the others is left out. `state_sizes` [num_models] is the width of a state; 0: the model
         never defers.
@@ -51,11 +53,13 @@ class ScoreStore:
         # torch.zeros would only promise memory.
         self._rows = [
             torch.empty(num_rows, vocab_size, dtype=dtype, device=device).zero_()
-            for dtype, device in zip(dtypes, devices, strict=True)
+            for dtype, device in zip(dtypes, score_devices(devices), strict=True)
         ]
         self._states = [
-            torch.empty(num_rows, size, dtype=rows.dtype, device=rows.device).zero_()
-            for rows, size in zip(self._rows, state_sizes or [0] * len(dtypes), strict=True)
+            torch.empty(num_rows, size, dtype=dtype, device=device).zero_()
+            for size, dtype, device in zip(
+                state_sizes or [0] * len(dtypes), dtypes, devices, strict=True
+            )
         ]
         self._deferred: list[set[int]] = [set() for _ in self._rows]
         self._free = list(range(num_slots - 1, -1, -1))
@@ -98,7 +102,8 @@ class ScoreStore:
     def write(self, model: int, rows: Sequence[int], logits: Tensor) -> None:
         """Store logits [len(rows), vocab_size] at `rows` (see `index`)."""
         store = self._rows[model]
-        store.index_copy_(0, tensor_on(store.device, rows), logits.to(store.dtype))
+        logits = logits.to(device=store.device, dtype=store.dtype)
+        store.index_copy_(0, tensor_on(store.device, rows), logits)
         self._deferred[model].difference_update(rows)
 
     def write_states(self, model: int, rows: Sequence[int], states: Tensor) -> None:

@@ -66,7 +66,9 @@ class StepStats:
         combine_seconds: of the advance without the forward: warping, combining, verifying, drawing,
             proposing, log-probabilities of prompts.
         step_seconds: the whole step, both included; the rest is planning and text, which take no
-            time where the device is still busy with what was enqueued before.
+            time where the device is still busy with what was enqueued before. Where steps overlap,
+            its share of what they took together, which may be less than its forward.
+        overlaps: steps over other sequences ran meanwhile.
         num_proposed: tokens the model proposed (one a sequence).
         num_bonus: those of them that follow a verification of other models' proposals.
         num_looked_up: tokens that prompt lookup proposed.
@@ -97,6 +99,7 @@ class StepStats:
     forward_seconds: float = 0.0
     combine_seconds: float = 0.0
     step_seconds: float = 0.0
+    overlaps: bool = False
     num_proposed: int = 0
     num_bonus: int = 0
     num_looked_up: int = 0

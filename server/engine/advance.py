@@ -10,6 +10,9 @@ Where it *runs ahead*, a proposed token stays on the device, unread, until it is
 and the forward that scores the draft are enqueued without waiting for anything, and the ids come
 to the host together with what became of them.
 
+An advance is launched and landed: the forward is enqueued, then what it decides. Between the two
+others may be, over other sequences; where models are on several GPUs these work meanwhile.
+
 Prefill, drafting, scoring, bonus tokens, catching up after a rejection and recomputation after a
 preemption are all this. A *bonus* is the token a model proposes right after it has verified or
 scored proposals of others.
@@ -22,7 +25,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
@@ -42,7 +45,9 @@ from server.decoding.warp import Place, depends_on_tokens
 from server.engine.decider import Decider, Way, find_kernels
 from server.engine.distributions import Distributions, grouped
 from server.engine.faults import free_cached_memory, is_out_of_memory
+from server.engine.guesser import Guesser
 from server.engine.laps import Laps, Timer
+from server.engine.logprobs import Logprobs
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
 from server.runner.attention_choice import CpuKernels
@@ -55,12 +60,9 @@ Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens 
 
 MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
 
-# Where no costs are known, what is looked up must have been right this often of late.
-_MIN_LOOKUP_RATE = 0.5
 # Tokens that are drawn, for each that is probed; and steps from one to the next, at least.
 _PROBE_PERIOD = 32
 _PROBE_STEPS = 8
-_PROMPT_ROWS = 32  # prompt positions whose log-probabilities are computed at once
 
 
 @dataclass(slots=True)
@@ -94,6 +96,27 @@ class Outcome:
         return "invalid_scores" if sequence in self.failed else self.broken.get(sequence)
 
 
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """An advance that is launched and not landed.
+
+    Attributes:
+        plan: that is run.
+        outcome: so far.
+        deciding: its sequences whose tokens it decides.
+        num_verified: tokens of each of them that were verified before.
+        drafting: those that drafted from the shortlist before.
+        sent: scores that cross from one device to another, see `Scores.receive`.
+    """
+
+    plan: StepPlan
+    outcome: Outcome
+    deciding: Row[Sequence]
+    num_verified: dict[Sequence, int]
+    drafting: frozenset[Sequence]
+    sent: torch.cuda.Event | None
+
+
 class Advancer:
     """The tensors and the code of `advance`; sequences hold none of either."""
 
@@ -117,37 +140,52 @@ class Advancer:
         )
         kernels = find_kernels(runners, self._scores, strategies, eos_token_ids, cpu_kernels)
         self._decider = Decider(self._distributions, kernels)
+        self._logprobs = Logprobs(self._distributions)
+        self._guesser = Guesser(strategies)
         self._num_draws = self._num_probes = 0  # draws since the last probe
-        self._drafting: frozenset[Sequence] = frozenset()  # from the shortlist, before this step
+        self._drafting: frozenset[Sequence] = frozenset()  # of the flight that is landed
         self._device = self._scores.device
+        # Models that are elsewhere than where tokens are decided; or all but one.
+        self.apart = frozenset(
+            model for model, runner in enumerate(runners) if runner.device != self._device
+        ) or frozenset(range(1, len(runners)))
         self.timer = Timer(self._device, [runner.device for runner in runners], clock)
         # Ids of unread tokens, in the rows of their scores.
         self._drafted = torch.zeros(scores.num_rows, dtype=torch.int64, device=self._device)
 
     @torch.inference_mode()
-    def advance(self, plan: StepPlan) -> Outcome:
-        """Run the plan; mutates its sequences and nothing else but scores and KV.
+    def launch(self, plan: StepPlan) -> Flight:
+        """Enqueue the plan's forward; mutates `num_seen` of its model, scores and KV.
 
-        Where the forward itself fails, nothing but `num_seen` of the plan's model has changed.
+        Where the forward fails, nothing but `num_seen` has changed.
         """
         laps = self.timer.begin()
         outcome = Outcome(StepStats(plan.model, num_sequences=len(plan.sequences)), laps)
         # Recomputation restores a state; it must not decide anything anew.
         deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
-        self._scores.head_seconds = 0.0
-        self._drafting = frozenset(
+        drafting = frozenset(
             sequence for sequence in plan.sequences if self._drafts_short(sequence, plan.model)
         )
-        self._feed(plan, outcome)
+        sent = self._feed(plan, outcome)
+        return Flight(plan, outcome, deciding, before, drafting, sent)
+
+    @torch.inference_mode()
+    def land(self, flight: Flight) -> Outcome:
+        """Decide what the forward decides; mutates the plan's sequences and nothing else."""
+        plan, outcome = flight.plan, flight.outcome
+        self.timer.join(plan.model, outcome.laps)
+        self._scores.receive(plan.model, flight.sent)
+        self._scores.head_seconds = 0.0
+        self._drafting = flight.drafting
         self._score_prompts(plan.sequences, outcome)
-        self._decide(plan.model, plan.sequences, deciding, outcome)
-        for sequence, start in before.items():
+        self._decide(plan.model, plan.sequences, flight.deciding, outcome)
+        for sequence, start in flight.num_verified.items():
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
-        self._report(before, outcome)
-        laps.head_seconds = self._scores.head_seconds
-        self.timer.mark_decided(laps)
+        self._report(flight.num_verified, outcome)
+        outcome.laps.head_seconds = self._scores.head_seconds
+        self.timer.mark_decided(outcome.laps)
         return outcome
 
     def _decide(
@@ -176,10 +214,11 @@ class Advancer:
         first = (s for s in deciding if s.coin_base is not None or not self._may_draw(s))
         self._settle(first, outcome)
         self._draw(sequences, outcome)
-        self._look_up(sequences, outcome)
+        looking = [sequence for sequence in sequences if sequence not in outcome.failed]
+        self._guesser.look_up(looking, outcome.stats)
         self._propose(model, deciding, verified, outcome)
 
-    def _feed(self, plan: StepPlan, outcome: Outcome) -> None:
+    def _feed(self, plan: StepPlan, outcome: Outcome) -> torch.cuda.Event | None:
         """One packed forward; scores of undecided positions go to the store."""
         stats = outcome.stats
         spans: list[Span] = []
@@ -206,10 +245,11 @@ class Advancer:
         stats.num_past = sum(span.num_past for span in decoding.values())
         stats.num_attended = num_attended([*decoding.values()], runner.page_size, runner.gathers)
         self.timer.start_forward(plan.model, outcome.laps)
-        self._scores.forward(plan.model, batch, places, defer)
+        sent = self._scores.forward(plan.model, batch, places, defer)
         self.timer.stop_forward(plan.model, outcome.laps)
         for sequence in decoding:
             sequence.stats.forwards[plan.model] += 1
+        return sent
 
     def _drafted_for(self, plan: StepPlan, spans: Iterable[Span]) -> Tensor | None:
         """Ids of unread tokens on the model's device, if any are to be fed."""
@@ -218,8 +258,9 @@ class Advancer:
         if not any(is_unread(token_id) for span in spans for token_id in span.token_ids):
             return None
         device = self._runners[plan.model].device
-        # A CPU would read the copy before it is there.
-        return self._drafted.to(device, non_blocking=device.type == "cuda")
+        with self._scores.crossing(plan.model):
+            # A CPU would read the copy before it is there.
+            return self._drafted.to(device, non_blocking=device.type == "cuda")
 
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
@@ -229,35 +270,17 @@ class Advancer:
 
     def _score_prompt(self, sequence: Sequence, outcome: Outcome) -> None:
         """Log-probabilities of the prompt's tokens that every scorer has now scored."""
-        first = sequence.num_scored
-        seen = min(sequence.num_seen[k] for k in sequence.decoding.combination.scorers)
-        end = min(seen + 1, sequence.num_prompt)
-        entries: list[TokenLogprob] = []
-        for start in range(first, end, _PROMPT_ROWS):
-            positions = range(start, min(end, start + _PROMPT_ROWS))
-            entries += self._prompt_logprobs(sequence, positions)
+        entries = self._logprobs.of_prompt(sequence)
         outcome.has_read |= bool(entries)
         if any(math.isnan(entry.logprob) for entry in entries):
             outcome.failed.add(sequence)
             return
         outcome.prompt_logprobs[sequence] = entries
-        sequence.num_scored = max(first, end)
+        sequence.num_scored += len(entries)
         sequence.open_window(self._store.num_positions(sequence.prompt_slot))
         if not sequence.scores_prompt:
             self._store.give_back_prompt_slot(sequence.prompt_slot)
             sequence.prompt_slot = -1
-
-    def _prompt_logprobs(self, sequence: Sequence, positions: range) -> list[TokenLogprob]:
-        num_top = sequence.params.prompt_logprobs
-        assert num_top is not None
-        places = [(sequence, position) for position in positions]
-        combination = sequence.decoding.combination
-        logprobs = self._distributions.prompt_logprobs(places, combination)
-        tokens = sequence.token_ids[positions.start : positions.stop]
-        entries = _token_logprobs(logprobs, tokens, num_top)
-        chosen = tensor_on(logprobs.device, [entry.logprob for entry in entries])
-        ranks: list[int] = (logprobs > chosen[:, None]).sum(-1).tolist()
-        return [replace(entry, rank=rank + 1) for entry, rank in zip(entries, ranks, strict=True)]
 
     def _verify(self, sequences: Iterable[Sequence], outcome: Outcome) -> set[Sequence]:
         """Decide pending tokens; returns the sequences that had any to decide."""
@@ -398,27 +421,6 @@ class Advancer:
         for model in sequence.decoding.combination.scorers:
             chooser.add(sequence, model, self._distributions.overlap(model, place))
 
-    def _look_up(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
-        """Propose what has followed before, once for each number of verified tokens."""
-        stats = outcome.stats
-        for sequence in sequences:
-            lookup = sequence.lookup
-            if lookup is None or sequence in outcome.failed or not _may_look_up(sequence):
-                continue
-            found = lookup.guess(sequence.token_ids)[: sequence.limit - len(sequence)]
-            count = self._lookup_length(sequence, lookup.rate, len(found))
-            proposed = _allowed(sequence, found[:count])
-            if proposed:
-                sequence.look_up(proposed)
-                stats.num_looked_up += len(proposed)
-            stats.lookups.append("proposed" if proposed else "withheld" if found else "missed")
-
-    def _lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
-        chooser = self._strategies.chooser
-        if num_found and chooser is not None and sequence.decoding.is_auto:
-            return chooser.lookup_length(sequence, rate, num_found)
-        return num_found if rate >= _MIN_LOOKUP_RATE else 0
-
     def _propose(
         self, model: int, sequences: Iterable[Sequence], verified: set[Sequence], outcome: Outcome
     ) -> None:
@@ -501,15 +503,8 @@ class Advancer:
             num_top = sequence.params.logprobs
             if num_top is not None and sequence not in outcome.failed:
                 with _guarding(sequence, outcome):
-                    entries = self._logprobs(sequence, before[sequence], count, num_top)
+                    entries = self._logprobs.of_text(sequence, before[sequence], count, num_top)
                     outcome.logprobs[sequence] = entries
-
-    def _logprobs(
-        self, sequence: Sequence, start: int, count: int, num_top: int
-    ) -> list[TokenLogprob]:
-        places = [(sequence, position) for position in range(start, start + count)]
-        logprobs = self._distributions.target_logprobs(places)
-        return _token_logprobs(logprobs, sequence.token_ids[start : start + count], num_top)
 
 
 @contextmanager
@@ -526,35 +521,6 @@ def _pairs(numbers: list[int]) -> list[list[int]]:
     return [numbers[i : i + 2] for i in range(0, len(numbers), 2)]
 
 
-def _may_look_up(sequence: Sequence) -> bool:
-    """Tokens were verified since it was last asked, and none is pending."""
-    return (
-        sequence.schedule.lookup is not None
-        and sequence.num_pending == 0
-        and sequence.num_generated > 0
-        and not sequence.is_resuming
-        and not sequence.is_full
-        and sequence.lookup is not None
-        and sequence.lookup.is_due(len(sequence))
-    )
-
-
-def _allowed(sequence: Sequence, token_ids: list[int]) -> list[int]:
-    """Those at the front that the sequence's grammar allows, if it has one.
-
-    No other may be pending, for the grammar goes on from what is.
-    """
-    matcher = sequence.matcher
-    if matcher is None:
-        return token_ids
-    generated = sequence.token_ids[sequence.num_prompt :]
-    for count, token_id in enumerate(token_ids):
-        mask = matcher.mask([*generated, *token_ids[:count]])
-        if not mask[token_id // 8] >> token_id % 8 & 1:
-            return token_ids[:count]
-    return token_ids
-
-
 def _places(windows: list[Window]) -> list[Place]:
     return [(s, s.num_verified + offset) for s, count in windows for offset in range(count)]
 
@@ -562,17 +528,3 @@ def _places(windows: list[Window]) -> list[Place]:
 def _num_prefill(sequence: Sequence, model: int, start: int, end: int) -> int:
     """How many of the tokens [start, end) are prompt or recomputation, not decoding."""
     return max(0, min(end, max(sequence.num_prompt, sequence.resume_at[model])) - start)
-
-
-def _token_logprobs(logprobs: Tensor, token_ids: list[int], num_top: int) -> list[TokenLogprob]:
-    tokens = tensor_on(logprobs.device, token_ids)[:, None]
-    chosen: list[float] = logprobs.gather(1, tokens)[:, 0].tolist()
-    values, ids = logprobs.topk(num_top, dim=-1)
-    tops = [
-        tuple(zip(row_ids, row_values, strict=True))
-        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
-    ]
-    return [
-        TokenLogprob(token_id, logprob, top)
-        for token_id, logprob, top in zip(token_ids, chosen, tops, strict=True)
-    ]

@@ -46,6 +46,7 @@ def calibrate(engine: Engine, combination: Combination) -> CostTable | None:
     """
     started = engine.clock()
     on_step, engine.on_step = engine.on_step, None
+    half_batches, engine.half_batches = engine.half_batches, False
     points: dict[int, _Point] = {}
     try:
         for batch in _batches(engine):
@@ -61,6 +62,7 @@ def calibrate(engine: Engine, combination: Combination) -> CostTable | None:
                 break
     finally:
         engine.on_step = on_step
+        engine.half_batches = half_batches
     if not points:
         logger.warning("standard decoding could not be timed; no speedup will be estimated")
         return None

@@ -24,22 +24,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence as Row
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Literal
 
 from server.core.combination import Combination
 from server.core.lookup import LOOKUP
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.decoding.profile import Chain, Profile, Shape
 from server.decoding.strategies import Strategies
+from server.engine.acceptance import Acceptance
+from server.engine.choices import make_choices
 from server.engine.cost_table import CostTable
+from server.engine.half_batches import HalfBatches
 from server.engine.lookup_costs import LookupCosts
+from server.engine.predictor import Predictor, bound, differ
 from server.engine.reality import Reality
 
-_LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # proposal lengths of the first model that are tried
-_BONUS_LENGTHS = (1, 2, 4)  # and of the others
 _PERIOD = 16  # steps between choices
 _BATCH_PERIOD = 4  # steps after which another batch is looked at
 _MOST_GROUPS = 4  # that choose between two steps: with dozens the rest wait for the next choice
@@ -63,47 +64,9 @@ _TRIED = 0.045
 _HOPE = 1.0  # deviations that a forward may be faster than timed, but not than one of one token
 _TRIAL_STEPS = 48  # that a trial may last; what reads prompts all the time cannot be timed
 _NO_TRIAL_SECONDS = 120.0  # of decoding, after one that could not
-_BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
-_MAX_KEPT = 4096  # profiles, and everything else that clients' own combinations add to
-_PRIOR_ACCEPTANCE = 0.6
-_PRIOR_WEIGHT = 4.0  # proposals that the first guess counts for
-_SEQUENCE_WEIGHT = 24.0  # proposals that its class counts for against a sequence's own
-_MEMORY = 400.0  # proposals after which a class has forgotten 63 % of what came before
 _UNTESTED = 120.0  # seconds of decoding after which 63 % of what nothing tests is forgotten
-_MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
 
 Kind = Literal["greedy", "seeded", "free"]
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
-class Acceptance:
-    """How often each model's proposals are accepted by one target; old ones are forgotten."""
-
-    def __init__(self, num_models: int) -> None:
-        self._accepted = [0.0] * num_models
-        self._verified = [0.0] * num_models
-
-    def add(self, model: int, accepted: float, verified: float = 1.0) -> None:
-        kept = math.exp(-verified / _MEMORY)
-        self._accepted[model] = self._accepted[model] * kept + accepted
-        self._verified[model] = self._verified[model] * kept + verified
-
-    def forget(self, model: int, share: float) -> None:
-        """Weigh what was seen of a model so far by 1 - share."""
-        self._accepted[model] *= 1 - share
-        self._verified[model] *= 1 - share
-
-    def rate(self, model: int) -> float:
-        return (self._accepted[model] + _PRIOR_WEIGHT * _PRIOR_ACCEPTANCE) / (
-            self._verified[model] + _PRIOR_WEIGHT
-        )
-
-    def rate_of(self, sequence: Sequence, model: int) -> float:
-        """Of one sequence, drawn towards that of all while it is young."""
-        verified = sequence.stats.verified[model]
-        weight = _SEQUENCE_WEIGHT
-        return (sequence.stats.accepted[model] + weight * self.rate(model)) / (verified + weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,22 +149,33 @@ class _Interval:
 class Controller:
     """Chooses for sequences whose decoding is `auto` in strategy or gamma; on the engine thread."""
 
-    def __init__(self, costs: CostTable, strategies: Strategies, max_gamma: int) -> None:
+    def __init__(
+        self,
+        costs: CostTable,
+        strategies: Strategies,
+        max_gamma: int,
+        places: Row[int] = (),
+        half_batches: bool | None = False,
+    ) -> None:
+        """One that knows nothing but `costs`; `places` and `half_batches` as in HalfBatches."""
         self._costs = costs
-        self._strategies = strategies
+        self._predictor = Predictor(costs, strategies)
+        self._half_batches = HalfBatches(self._predictor, places, half_batches)
         self._max_gamma = max_gamma
         self._groups: dict[tuple[DecodingParams, Kind], _Group] = {}
         # The same by the identity of parameters, which are kept with it: hashing them takes longer.
         self._groups_by_id: dict[tuple[int, Kind], tuple[DecodingParams, _Group]] = {}
         self._acceptance: dict[tuple[Combination, Kind], Acceptance] = {}
-        self._chains: dict[DecodingParams, Chain] = {}
-        self._profiles: dict[tuple[Chain, tuple[int, ...]], Profile] = {}
         self._reality = Reality()
         self._interval = _Interval()
         self._num_followed = 0  # steps since all took up the choice
         self._batch = 1
         self._seconds = 0.0
-        self._known: dict[tuple[Shape, float], float] = {}  # seconds of steps, as of the last one
+
+    @property
+    def halves(self) -> bool:
+        """One half of the sequences is to go on beside the other."""
+        return self._half_batches.is_on
 
     def choose(self, sequence: Sequence) -> DecodingParams:
         """How `sequence`, none of whose tokens is pending, is decoded from here on."""
@@ -220,14 +194,17 @@ class Controller:
         return 0 if costs is None else costs.best_length(rate, num_found)
 
     def observe(
-        self, stats: StepStats, running: Iterable[Sequence], batch: int, is_last: bool = True
+        self, stats: StepStats, running: Row[Sequence], batch: int, is_last: bool = True
     ) -> None:
         """Learn from one step, `batch` sequences decoding; choose anew from time to time.
 
         `is_last`: sequences are as the step left them; else later steps, of which it is told next,
         have changed them since. Intervals do not end between such steps.
         """
-        self._known.clear()
+        self._predictor.forget_seconds()
+        num_decoding = batch
+        if self.halves:
+            batch = -(-batch // 2)  # each half is decoded as if there were no other
         interval = self._interval
         interval.num_steps += 1
         # Proposed, or decided, which for the last ones of an interval is left to the next.
@@ -257,9 +234,8 @@ class Controller:
                 group.num_steps += interval.num_steps
                 group.seconds += self._seconds - interval.begun_at
             self._batch = max(1, batch)
-            longest_first = sorted(groups, key=lambda key: -groups[key].num_steps)
-            for key in longest_first[:_MOST_GROUPS]:
-                self._decide(groups[key], members[key])
+            self._decide_all(groups, members)
+            self._look_at_halves(running, num_decoding)
             if before != [group.chosen for group in groups.values()]:
                 self._num_followed = 0
             elif is_left:
@@ -269,20 +245,6 @@ class Controller:
         is_alone &= all(_follow(group, members[key]) for key, group in groups.items())
         self._num_followed = self._num_followed + 1 if is_alone else 0
         self._interval.is_pure = self._num_followed > _MIXING_STEPS
-
-    def token_seconds(
-        self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
-    ) -> float:
-        """Predicted seconds of a verified token of one sequence, `batch` of them decoding."""
-        if decoding.strategy == "mixture":
-            seconds = self._mixture_seconds(decoding, batch)
-        else:
-            profile = self._profile(decoding, acceptance)
-            seconds = 0.0
-            for shape, rate in profile.rates.items():
-                together = profile.num_together(shape.model, batch)
-                seconds += rate * self._step_seconds(shape, together) * batch / together
-        return seconds / batch
 
     def _grouped(
         self, running: Iterable[Sequence]
@@ -324,7 +286,7 @@ class Controller:
         self._reality.forget(interval.seconds)
         rates = self._rates(group, members)
         predicted = sum(
-            count * self.token_seconds(chosen, rates, max(1, batch))
+            count * self._predictor.token_seconds(chosen, rates, max(1, batch))
             for batch, count in interval.num_tokens.items()
         )
         batch = max(interval.num_tokens, key=lambda size: interval.num_tokens[size])
@@ -367,6 +329,22 @@ class Controller:
             group.lookup = LookupCosts.at(
                 self._costs, scorers, self._batch, lookup.max_tokens, without
             )
+
+    def _decide_all(self, groups: dict[int, _Group], members: dict[int, list[Sequence]]) -> None:
+        """Choose for those that did so longest ago."""
+        longest_first = sorted(groups, key=lambda key: -groups[key].num_steps)
+        for key in longest_first[:_MOST_GROUPS]:
+            self._decide(groups[key], members[key])
+
+    def _look_at_halves(self, running: Row[Sequence], batch: int) -> None:
+        """Do half-batches pay for how most of the sequences are decoded?"""
+        if not self._half_batches.is_open or not running:
+            return
+        by_schedule: dict[DecodingParams, list[Sequence]] = {}
+        for sequence in running:
+            by_schedule.setdefault(sequence.schedule, []).append(sequence)
+        schedule, members = max(by_schedule.items(), key=lambda item: len(item[1]))
+        self._half_batches.look(schedule, self._mean_rates(members), batch)
 
     def _seconds_of(self, group: _Group, rates: tuple[float, ...]) -> dict[DecodingParams, float]:
         """Of a verified token, by choice: of all, or of those that were best lately."""
@@ -428,7 +406,7 @@ class Controller:
             return _Uncertainty()
         costs, batch = self._costs, self._batch
         total = doubtful = least = 0.0
-        profile = self._profile(choice, rates)
+        profile = self._predictor.profile(choice, rates)
         for shape, rate in profile.rates.items():
             together = profile.num_together(shape.model, batch)
             rate *= batch / together
@@ -441,70 +419,24 @@ class Controller:
         return _Uncertainty(doubtful / total, total / least)
 
     def _expected(self, choice: DecodingParams, rates: tuple[float, ...]) -> float:
-        seconds = self.token_seconds(choice, rates, self._batch)
+        seconds = self._predictor.token_seconds(choice, rates, self._batch)
         return seconds * self._reality.value(choice, self._batch)
 
     def _rates(self, group: _Group, members: Row[Sequence]) -> tuple[float, ...]:
         """[num_models] mean acceptance over the sequences at hand."""
-        num_models = len(group.chosen.combination.weights)
-        acceptance = self._of(members[0].decoding.combination, members[0])
-        rates = tuple(
-            sum(acceptance.rate_of(sequence, model) for sequence in members) / len(members)
-            for model in range(num_models)
-        )
+        rates = self._mean_rates(members)
         # What moves by less than a bucket's width would only go to and fro between profiles.
-        if group.rates is None or _differ(rates, group.rates):
+        if group.rates is None or differ(rates, group.rates):
             group.rates = rates
         return group.rates
 
-    def _step_seconds(self, shape: Shape, batch: float) -> float:
-        key = (shape, batch)
-        if key not in self._known:
-            rest = self._costs.rest_seconds(
-                batch,
-                num_drawn=shape.num_drawn * batch,
-                num_verified=shape.num_verified * batch,
-                num_proposed=shape.num_proposed * batch,
-            )
-            forward = self._costs.forward_seconds(shape.model, batch, shape.num_tokens)
-            self._known[key] = forward + rest
-        return self._known[key]
-
-    def _mixture_seconds(self, decoding: DecodingParams, batch: int) -> float:
-        """With shared coins and no drafts: the coin's model catches up, and draws for all."""
-        total = self._costs.rest_seconds(batch, num_drawn=batch)
-        for model in decoding.combination.scorers:
-            weight = decoding.combination.weights[model]
-            left = 1.0  # probability that its last coin is longer ago
-            for gap in range(1, _MAX_GAP + 1):
-                chance = left if gap == _MAX_GAP else left * weight
-                total += weight * chance * self._costs.forward_seconds(model, batch, gap)
-                left -= chance
-        return total
-
-    def _profile(self, decoding: DecodingParams, acceptance: tuple[float, ...]) -> Profile:
-        chain = self._chain(decoding)
-        buckets = tuple(
-            round(rate * _BUCKETS) if model in chain.proposers else 0
-            for model, rate in enumerate(acceptance)
+    def _mean_rates(self, members: Row[Sequence]) -> tuple[float, ...]:
+        """Members ask for the same combination."""
+        acceptance = self._of(members[0].decoding.combination, members[0])
+        return tuple(
+            sum(acceptance.rate_of(sequence, model) for sequence in members) / len(members)
+            for model in range(members[0].num_models)
         )
-        key = (chain, buckets)
-        if key not in self._profiles:
-            _bound(self._profiles)
-            rates = tuple(bucket / _BUCKETS for bucket in buckets)
-            self._profiles[key] = chain.profile(rates)
-        return self._profiles[key]
-
-    def _chain(self, decoding: DecodingParams) -> Chain:
-        chain = self._chains.get(decoding)
-        if chain is None:
-            # Weights do not matter for who runs when, but for being zero.
-            weights = tuple(float(weight != 0) for weight in decoding.combination.weights)
-            alike = replace(decoding, combination=Combination("linear", weights))
-            chain = self._chains.get(alike) or Chain(alike, self._strategies.make(alike))
-            _bound(self._chains)
-            self._chains[alike] = self._chains[decoding] = chain
-        return chain
 
     def _group(self, sequence: Sequence) -> _Group:
         decoding, kind = sequence.decoding, _kind(sequence)
@@ -512,66 +444,25 @@ class Controller:
         if known is not None:
             return known[1]
         if (decoding, kind) not in self._groups:
-            _bound(self._groups)
+            bound(self._groups)
             choices = make_choices(decoding, self._max_gamma)
             self._groups[decoding, kind] = _Group(choices, choices[0])
         group = self._groups[decoding, kind]
-        _bound(self._groups_by_id)
+        bound(self._groups_by_id)
         self._groups_by_id[id(decoding), kind] = decoding, group
         return group
 
     def _of(self, combination: Combination, sequence: Sequence) -> Acceptance:
         key = (combination, _kind(sequence))
         if key not in self._acceptance:
-            _bound(self._acceptance)
+            bound(self._acceptance)
             self._acceptance[key] = Acceptance(sequence.num_models)
         return self._acceptance[key]
-
-
-def make_choices(decoding: DecodingParams, max_gamma: int) -> tuple[DecodingParams, ...]:
-    """What `decoding` leaves open, spelt out; standard first where it is among them."""
-    num_models = len(decoding.combination.weights)
-    plain = replace(decoding, strategy="standard", is_gamma_auto=False, shared_coins=False)
-    firsts = [length for length in _LENGTHS if length <= max_gamma]
-    others = [length for length in _BONUS_LENGTHS if length <= max_gamma]
-    if not decoding.is_gamma_auto:
-        lengths = [decoding.gamma]
-    else:
-        lengths = [(first, *[other] * (num_models - 1)) for first in firsts for other in others]
-    choices: list[DecodingParams] = []
-    if decoding.strategy == "auto":
-        choices.append(plain)
-        if decoding.shared_coins:
-            choices.append(
-                replace(plain, strategy="mixture", kappa=0, shared_coins=True, lookup=None)
-            )
-    if num_models > 1 and decoding.strategy in ("auto", "cos"):
-        choices += [replace(plain, strategy="cos", gamma=gamma) for gamma in lengths]
-        if decoding.is_gamma_auto:
-            # The first model never proposes: it scores what the others do, many tokens at once.
-            silent = [(0, *[length] * (num_models - 1)) for length in firsts if length > 1]
-            choices += [replace(plain, strategy="cos", gamma=gamma) for gamma in silent]
-    if num_models > 1 and decoding.strategy in ("auto", "speculative"):
-        unique = dict.fromkeys((gamma[0], *[1] * (num_models - 1)) for gamma in lengths)
-        choices += [replace(plain, strategy="speculative", gamma=gamma) for gamma in unique]
-    return tuple(choices) or (plain,)
-
-
-def _differ(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """By a bucket's width, anywhere."""
-    pairs = zip(rates, others, strict=True)
-    return any(abs(rate - other) >= 1 / _BUCKETS for rate, other in pairs)
 
 
 def _follow(group: _Group, members: Row[Sequence]) -> bool:
     """All have taken up what was chosen."""
     return all(sequence.schedule == group.chosen for sequence in members)
-
-
-def _bound(kept: dict[Key, Value]) -> None:
-    """Make room for one more: clients may ask for any number of combinations."""
-    if len(kept) >= _MAX_KEPT:
-        kept.clear()
 
 
 def _kind(sequence: Sequence) -> Kind:

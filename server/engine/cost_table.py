@@ -253,7 +253,7 @@ class CostTable:
         tokens = (stats.num_tokens - stats.num_prefill_tokens) / batch
         alone = self.forward_seconds(stats.model, batch, tokens, _Context.of(stats))
         rest = (stats.step_seconds - stats.forward_seconds) * (1 - batch / stats.num_sequences)
-        return max(0.0, stats.forward_seconds - alone) + rest
+        return min(stats.step_seconds, max(0.0, stats.forward_seconds - alone) + max(0.0, rest))
 
     def price(self, stats: StepStats) -> float:
         """Expected seconds of a step, without its prompts."""
@@ -276,7 +276,8 @@ class CostTable:
             self._context = _Context.of(stats) if is_whole else self._context.alike(stats)
         if stats.num_prefill_tokens or not stats.num_sequences:
             return
-        self._charge.add(stats.step_seconds, self.price(stats))
+        if not stats.overlaps:  # standard decoding is charged for steps one after the other
+            self._charge.add(stats.step_seconds, self.price(stats))
         model, batch = stats.model, stats.num_sequences
         tokens = stats.num_tokens / batch
         context = _Context.of(stats) if stats.num_decoding else self._context
@@ -284,7 +285,8 @@ class CostTable:
         if timed > 0 and stats.forward_seconds > 0:
             names = self._known_names(model, batch, tokens)
             self._factors.observe(names, stats.forward_seconds / timed)
-        self._observe_rest(stats)
+        if not stats.overlaps:
+            self._observe_rest(stats)
 
     def _observe_rest(self, stats: StepStats) -> None:
         parts = {

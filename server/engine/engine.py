@@ -1,4 +1,9 @@
-"""The synchronous engine: plan -> advance -> finish -> deliver. It knows no threads and no HTTP."""
+"""The synchronous engine: plan -> advance -> finish -> deliver. It knows no threads and no HTTP.
+
+Where models are on several devices it may decode in half-batches: an advance of a model that is
+elsewhere than where tokens are decided stays in flight while the other half of the sequences goes
+on, until that half has one of its own to launch.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +12,20 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence as Row
 from dataclasses import dataclass
 
+from server.cache.devices import places
 from server.cache.page_pool import PagePool
 from server.cache.score_store import ScoreStore
 from server.config import ServerConfig
-from server.core.output import FinishReason, TokenDelta, TokenLogprob
+from server.core.output import TokenDelta, TokenLogprob
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
-from server.engine.advance import Advancer, Outcome
+from server.engine.advance import Advancer, Flight, Outcome
 from server.engine.controller import Controller
 from server.engine.cost_table import CostTable
 from server.engine.detokenizer import Decoder, TextStream
+from server.engine.endings import End, find_end, grammar_error
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.shadow import Shadow
@@ -32,8 +39,8 @@ logger = logging.getLogger(__name__)
 class EngineLimits:
     """Sizes of an engine; see `EngineConfig` and `DecodingConfig` for their meaning.
 
-    `runs_ahead`: None for wherever all models work beside the host, on GPUs. `cpu_kernels`: see
-    `engine.row_kernels`.
+    `runs_ahead`: None for wherever all models work beside the host, on GPUs. `half_batches`: None
+    for wherever they pay. `cpu_kernels`: see `engine.row_kernels`.
     """
 
     max_sequences: int = 64
@@ -43,6 +50,7 @@ class EngineLimits:
     max_prefill_tokens: int = 512
     prefix_cache: bool = True
     runs_ahead: bool | None = None
+    half_batches: bool | None = None
     cpu_kernels: CpuKernels = "auto"
 
     @staticmethod
@@ -59,24 +67,17 @@ class EngineLimits:
             max_waiting=engine.max_waiting,
             max_prefill_tokens=prefill,
             prefix_cache=engine.prefix_cache,
-            runs_ahead={"auto": None, "on": True, "off": False}[engine.run_ahead],
+            runs_ahead=_SWITCH[engine.run_ahead],
+            half_batches=_SWITCH[engine.half_batches],
             cpu_kernels=engine.cpu_kernels,
         )
 
 
+_SWITCH = {"auto": None, "on": True, "off": False}
+
 # Positions of one prompt that all its scorers score before its log-probabilities are reported.
 _PROMPT_WINDOW = 128
 _LONGEST_RUN = 32  # steps that are enqueued before the host waits, though it needs nothing of them
-
-
-@dataclass(frozen=True, slots=True)
-class _End:
-    """Where and why a text ends: after `num_tokens` of the newly verified tokens."""
-
-    num_tokens: int
-    finish_reason: FinishReason
-    stop_reason: str | int | None = None
-    by_token: bool = False  # the last one says so and is no part of the text
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +92,27 @@ class _Step:
     outcome: Outcome
     decoding: Row[Sequence]
     batch: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """An advance on its way, and how its sequences were before.
+
+    Attributes:
+        started: reading of the engine's clock.
+        schedules: how they are decoded in it; it may end a way of decoding where another was
+            chosen, and its tokens still are of it.
+        num_forwards: [len(plan.sequences)] of its model so far.
+    """
+
+    flight: Flight
+    started: float
+    schedules: Mapping[Sequence, DecodingParams]
+    num_forwards: Row[int]
+
+    @property
+    def plan(self) -> StepPlan:
+        return self.flight.plan
 
 
 _REASONS: dict[Fault, str] = {
@@ -172,6 +194,9 @@ class Engine:
             prefix_cache=limits.prefix_cache,
             before_preemption=self._advancer.read_tail,
         )
+        self.half_batches = limits.half_batches
+        self._in_flight: _Run | None = None
+        self._landed: list[TokenDelta] = []  # by others than the steps that return them
         self._unobserved: list[_Step] = []  # steps that the host has not waited for
         self._texts: dict[Sequence, TextStream] = {}
         self._sequences: dict[str, Sequence] = {}
@@ -180,7 +205,13 @@ class Engine:
     def control(self, costs: CostTable) -> None:
         """Estimate by these costs, and choose by them what requests leave open."""
         self.costs = costs
-        self.controller = Controller(costs, self._strategies, self.limits.max_gamma)
+        self.controller = Controller(
+            costs,
+            self._strategies,
+            self.limits.max_gamma,
+            places([runner.device for runner in self.runners]),
+            self.half_batches,
+        )
         self._strategies.chooser = self.controller
 
     def measure_standard(self, every_seconds: float, rounds: int) -> None:
@@ -189,7 +220,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._landed)
 
     @property
     def is_ahead(self) -> bool:
@@ -211,52 +242,89 @@ class Engine:
     def abort(self, sequence_id: str) -> None:
         """Drop a sequence wherever it is; unknown and finished ones are ignored."""
         sequence = self._sequences.get(sequence_id)
-        if sequence is not None:
+        if sequence is None:
+            return
+        if self._in_flight is not None and sequence in self._in_flight.plan.sequences:
+            self._landed += self._land_flight()
+        if not sequence.is_finished:
             self._release(sequence, sequence.num_verified)
-            if not self.has_work:
-                self._observe_all()
+        if not self.has_work:
+            self._observe_all()
 
     def step(self) -> list[TokenDelta]:
-        """One advance of one model; returns what it added to whom."""
+        """One advance of one model; returns what it and others added to whom."""
         started = self.clock()
-        plan = self.scheduler.plan()
-        broken = self._fail_broken()
-        if plan is None:
-            self._observe_all()
-            return broken
-        return broken + self._run(plan, started)
+        deltas, self._landed = self._landed, []
+        divided = self._divided()
+        if not divided:
+            deltas += self._land_flight()
+        in_flight = () if self._in_flight is None else self._in_flight.plan.sequences
+        plan = self.scheduler.plan(frozenset(in_flight), divided)
+        deltas += self._fail_broken()
+        if plan is not None:
+            return deltas + self._run(plan, started, divided)
+        if in_flight:
+            return deltas + self._land_flight()
+        self._observe_all()
+        return deltas
 
-    def _run(self, plan: StepPlan, started: float) -> list[TokenDelta]:
+    def _divided(self) -> frozenset[int]:
+        """Models of whose steps others may run meanwhile, over half of the sequences."""
+        is_wanted = self.half_batches if self.controller is None else self.controller.halves
+        # A measurement of standard decoding is of steps one after the other.
+        if not is_wanted or self._strategies.is_shadowing or self.scheduler.num_decoding < 2:
+            return frozenset()
+        return self._advancer.apart
+
+    def _run(self, plan: StepPlan, started: float, divided: frozenset[int]) -> list[TokenDelta]:
         for sequence in plan.sequences:
             if sequence.stats.first_run is None:
                 sequence.stats.first_run = started
         num_forwards = [sequence.stats.forwards[plan.model] for sequence in plan.sequences]
-        # The step ends a way of decoding where another was chosen, and its tokens still are of it.
         schedules = {sequence: sequence.schedule for sequence in plan.sequences}
         seen = [sequence.num_seen[plan.model] for sequence in plan.sequences]
         try:
-            outcome = self._advancer.advance(plan)
+            flight = self._advancer.launch(plan)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             return self._give_way(plan, seen)
+        run = _Run(flight, started, schedules, num_forwards)
+        is_prompt = flight.outcome.stats.num_prefill_tokens > 0
+        if plan.model not in divided and not is_prompt:
+            return self._land(run)
+        # Only now: its device has something to do while the host waits for what was before.
+        before, self._in_flight = self._in_flight, run
+        run.flight.outcome.stats.overlaps = not is_prompt
+        deltas = [] if before is None else self._land(before)
+        # Prompts are long; who decodes does not wait until they are read.
+        return deltas + self._land_flight() if is_prompt else deltas
+
+    def _land_flight(self) -> list[TokenDelta]:
+        """So that nothing is in flight."""
+        run, self._in_flight = self._in_flight, None
+        return [] if run is None else self._land(run)
+
+    def _land(self, run: _Run) -> list[TokenDelta]:
+        plan, outcome = run.plan, self._advancer.land(run.flight)
         self.scheduler.publish(s for s in plan.sequences if s not in outcome.failed)
         if outcome.ran_out:
+            self._landed += self._land_flight()  # what is in flight may not be preempted
             self._count("memory_pressure")
             self.scheduler.shrink(plan)
         else:
             self.scheduler.relax()
         batch = self.scheduler.num_decoding
-        deltas = self._finish(schedules, outcome, batch)
+        deltas = self._finish(run.schedules, outcome, batch)
         decoding = [
             sequence
-            for sequence, before in zip(plan.sequences, num_forwards, strict=True)
+            for sequence, before in zip(plan.sequences, run.num_forwards, strict=True)
             if sequence.stats.forwards[plan.model] > before
         ]
         outcome.stats.num_preempted = plan.num_preempted
         outcome.stats.num_cached = plan.num_cached
         ends = any(delta.finish_reason is not None for delta in deltas)
-        self._count_step(_Step(outcome, decoding, batch), started, ends)
+        self._count_step(_Step(outcome, decoding, batch), run.started, ends)
         return deltas
 
     def _fail_broken(self) -> list[TokenDelta]:
@@ -269,6 +337,7 @@ class Engine:
     def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
         """A forward did not fit into memory: undo the step, and make the next ones smaller."""
         logger.warning("a forward over %d tokens ran out of memory", sum(plan.num_tokens))
+        self._landed += self._land_flight()
         self._observe_all()
         free_cached_memory()
         self._count("memory_pressure")
@@ -282,7 +351,6 @@ class Engine:
     def _finish(
         self, schedules: Mapping[Sequence, DecodingParams], outcome: Outcome, batch: int
     ) -> list[TokenDelta]:
-        """`schedules` are how sequences were decoded in the step."""
         deltas = []
         token_seconds: dict[tuple[int, ...], float] = {}
         for sequence, schedule in schedules.items():
@@ -314,19 +382,19 @@ class Engine:
         """Detokenise the last `count` verified tokens and end the text where it ends."""
         start = sequence.num_verified - count
         new = sequence.token_ids[start : start + count]
-        end = self._find_end(sequence, new)
+        end = find_end(sequence, new, self.eos_token_ids)
         shown = new[: end.num_tokens] if end is not None else new
         if end is not None and end.by_token and not sequence.params.include_stop:
             shown = shown[:-1]
         stream = self._texts[sequence]
         text, match = stream.push(shown)
         if match is not None:
-            end = _End(match.num_tokens, "stop", match.stop)
+            end = End(match.num_tokens, "stop", match.stop)
         elif end is not None:
             rest, match = stream.flush()
             text += rest
             if match is not None:
-                end = _End(end.num_tokens, "stop", match.stop)
+                end = End(end.num_tokens, "stop", match.stop)
         kept = end.num_tokens if end is not None else count
         used = schedule.strategy
         sequence.stats.strategies[used] = sequence.stats.strategies.get(used, 0) + kept
@@ -359,28 +427,11 @@ class Engine:
             stats=sequence.stats,
         )
 
-    def _find_end(self, sequence: Sequence, new: list[int]) -> _End | None:
-        """The first stop token, what completes the grammar, or the last that max_tokens allows."""
-        params = sequence.params
-        generated = sequence.num_generated - len(new)
-        complete = _complete(sequence)
-        for count, token_id in enumerate(new, start=1):
-            if generated + count > params.min_tokens:
-                if token_id in params.stop_token_ids:
-                    return _End(count, "stop", token_id, by_token=True)
-                if token_id in self.eos_token_ids and not params.ignore_eos:
-                    return _End(count, "stop", by_token=True)
-            if generated + count == complete:
-                return _End(count, "stop", by_token=token_id in self.eos_token_ids)
-            if generated + count == params.max_tokens:
-                return _End(count, "length")
-        return None
-
     def _fail(self, sequence: Sequence, fault: Fault) -> TokenDelta:
         """End one sequence that cannot go on."""
         self._count(fault)
         position = sequence.num_verified - sequence.num_prompt
-        reason = _grammar_error(sequence) or _REASONS[fault]
+        reason = grammar_error(sequence) or _REASONS[fault]
         if sequence.id in self._sequences:
             if fault == "invalid_scores":
                 self.scheduler.withdraw(sequence)
@@ -473,14 +524,3 @@ def _num_cached(sequence: Sequence) -> int:
         if seen > 0
     ]
     return min(min(found, default=0), sequence.num_prompt)
-
-
-def _complete(sequence: Sequence) -> int | None:
-    """Generated tokens that complete the sequence's grammar, if it has one and they do."""
-    if sequence.matcher is None:
-        return None
-    return sequence.matcher.end(sequence.token_ids[sequence.num_prompt : sequence.num_verified])
-
-
-def _grammar_error(sequence: Sequence) -> str | None:
-    return None if sequence.matcher is None else sequence.matcher.error

@@ -6,6 +6,7 @@ marks between what the devices were asked share that time out among the steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence as Row
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -47,6 +48,7 @@ class Timer:
         self._models = [make_timeline(device, clock) for device in devices]
         self._is_elsewhere = [device != meeting for device in devices]
         self._clock = clock
+        self._closed = -math.inf  # when the last run was
 
     def begin(self) -> Laps:
         """Before a step's tensors are made; `started` is for who has planned it to set."""
@@ -54,17 +56,19 @@ class Timer:
         return Laps(started=now, fed=now, begun=self._meeting.mark())
 
     def start_forward(self, model: int, laps: Laps) -> None:
-        """Before the forward of `model`. Models on several devices take turns, or steps overlap."""
+        """Before the forward of `model`, which comes after what was decided so far."""
         if self._is_elsewhere[model]:
             self._models[model].follow(laps.begun)
         laps.forward.append(self._models[model].mark())
 
     def stop_forward(self, model: int, laps: Laps) -> None:
         """After it."""
-        mark = self._models[model].mark()
-        laps.forward.append(mark)
+        laps.forward.append(self._models[model].mark())
+
+    def join(self, model: int, laps: Laps) -> None:
+        """Let what is decided from now on come after the forward of `model`."""
         if self._is_elsewhere[model]:
-            self._meeting.follow(mark)
+            self._meeting.follow(laps.forward[1])
 
     def mark_decided(self, laps: Laps) -> None:
         """All of the step is decided or enqueued."""
@@ -77,6 +81,24 @@ class Timer:
             start, stop = laps.forward
             forward = self._models[stats.model].seconds(start, stop)
             stats.forward_seconds = forward + laps.head_seconds
+        if any(stats.overlaps for _, stats in run):
+            self._share(run)
+        else:
+            self._split(run, asked)
+        self._closed = self._clock()
+
+    def _share(self, run: Row[tuple[Laps, StepStats]]) -> None:
+        """Steps that overlap, with each other or with those of the run before, by forwards."""
+        began = max(self._closed, min(laps.started for laps, _ in run))
+        seconds = self._clock() - began
+        total = sum(stats.forward_seconds for _, stats in run)
+        for _, stats in run:
+            share = stats.forward_seconds / total if total > 0 else 1 / len(run)
+            stats.step_seconds = seconds * share
+            stats.combine_seconds = max(0.0, stats.step_seconds - stats.forward_seconds)
+
+    def _split(self, run: Row[tuple[Laps, StepStats]], asked: float) -> None:
+        """Steps one after the other; the host `asked` for the seconds of forwards then."""
         for (laps, stats), (following, _) in pairwise(run):
             seconds = self._meeting.seconds(laps.begun, following.begun)
             stats.step_seconds = max(seconds, stats.forward_seconds)

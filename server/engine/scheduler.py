@@ -3,13 +3,15 @@
 There is no prefill phase and no decoding phase: a sequence wants a model to consume what it has
 not seen, few tokens or many. The waiting come in by priority, then first come, first served; the
 youngest is preempted first, whatever its priority.
+
+A plan may be made while others are in flight: their sequences are left as they are.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence as Row
+from collections.abc import Callable, Collection, Iterable, Sequence as Row
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 
@@ -63,6 +65,7 @@ class _Step:
         model: that advances.
         budget: tokens that may still be fed.
         reading: of those, what feeds longer than a decoding sequence's may take.
+        room: decoding sequences that may still be taken.
         num_tokens: what each sequence feeds.
         being_read: keys of the pages that this step fills.
     """
@@ -70,6 +73,7 @@ class _Step:
     model: int
     budget: int
     reading: int
+    room: int
     num_tokens: dict[Sequence, int] = field(default_factory=dict)
     being_read: set[bytes] = field(default_factory=set)
 
@@ -80,6 +84,10 @@ class _Step:
         keys = table.keys_between(sequence.token_ids, start, sequence.first_open - 1)
         num_shared = sum(1 for _ in takewhile(self.being_read.__contains__, keys))
         return 2 * num_shared * table.page_size >= want.num_tokens
+
+
+class _MustLand(Exception):
+    """The youngest sequence is to be preempted, and is in flight."""
 
 
 class Scheduler:
@@ -129,6 +137,7 @@ class Scheduler:
         self._left_out: dict[Sequence, None] = {}
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
         self._waited: dict[Sequence, int] = {}  # steps since each one's last
+        self._in_flight: Collection[Sequence] = ()  # while a plan is made
 
     @property
     def has_work(self) -> bool:
@@ -183,14 +192,24 @@ class Scheduler:
             except Exception as error:
                 self._break(sequence, error)
 
-    def plan(self) -> StepPlan | None:
-        """The next advance, over one sequence at least; None when nothing runs."""
+    def plan(
+        self, in_flight: Collection[Sequence] = (), divided: Collection[int] = ()
+    ) -> StepPlan | None:
+        """The next advance, over one sequence at least; None when nothing runs.
+
+        None too where nothing can be planned before those `in_flight` have landed. Of `divided`
+        models a step takes half of the decoding sequences at most.
+        """
+        self._in_flight = in_flight
         while True:
             self._admit()
             wants = self._wants()
             if not wants:
                 return None
-            plan = self._fill(self._choose_model(wants), wants)
+            try:
+                plan = self._fill(self._choose_model(wants), wants, divided)
+            except _MustLand:
+                return None
             # Empty where the only one that wanted the model was the youngest, and preempted itself.
             if plan.sequences:
                 num_cached, self._num_cached = tuple(self._num_cached), [0] * len(self._pools)
@@ -315,7 +334,7 @@ class Scheduler:
 
     def _wants(self) -> list[_Want]:
         wants = []
-        waiting = self._strategies.shared_coins.ahead(self.running)
+        waiting = self._strategies.shared_coins.ahead(self.running).union(self._in_flight)
         for sequence in [each for each in self.running if each not in waiting]:
             try:
                 wants.append(self._want(sequence))
@@ -368,13 +387,16 @@ class Scheduler:
             self._passed_over[k] = self._passed_over[k] + 1 if k in wanted and k != model else 0
         return model
 
-    def _fill(self, model: int, wants: list[_Want]) -> StepPlan:
+    def _fill(self, model: int, wants: list[_Want], divided: Collection[int]) -> StepPlan:
         """Decoding sequences first, then prompts with what the token budgets leave."""
-        step = _Step(model, self._token_limit, self._reading(model, wants))
+        room = max(1, -(-self.num_decoding // 2)) if model in divided else len(wants)
+        step = _Step(model, self._token_limit, self._reading(model, wants), room)
         for want in self._candidates(model, wants):
             if want.sequence.status is Status.RUNNING:
                 try:
                     self._take(want, step)
+                except _MustLand:
+                    raise
                 except Exception as error:
                     step.num_tokens.pop(want.sequence, None)
                     self._break(want.sequence, error)
@@ -429,9 +451,10 @@ class Scheduler:
         is_long = want.num_tokens > self._short
         start = sequence.num_seen[step.model]
         count = _chunk(want, min(step.budget, step.reading) if is_long else step.budget)
-        if count <= 0 or (is_long and step.is_read(table, want)):
-            if not is_long:
-                self._left_out.setdefault(sequence)
+        if not is_long and (count <= 0 or not step.room):
+            self._left_out.setdefault(sequence)
+            return
+        if is_long and (count <= 0 or step.is_read(table, want)):
             return
         self._left_out.pop(sequence, None)
         self._make_room(sequence, step.model, start + count, step.num_tokens)
@@ -440,7 +463,9 @@ class Scheduler:
         table.grow(start + count)
         step.num_tokens[sequence] = count
         step.budget -= count
-        if is_long:
+        if not is_long:
+            step.room -= 1
+        else:
             step.reading -= count
             end = min(start + count, sequence.num_verified)
             step.being_read.update(table.keys_between(sequence.token_ids, start, end))
@@ -452,6 +477,8 @@ class Scheduler:
         table = self._tables[sequence.id][model]
         while table.num_missing(num_tokens) > self._pools[model].num_free:
             victim = self.running[-1]
+            if victim in self._in_flight:
+                raise _MustLand
             planned.pop(victim, None)
             self._preempt(victim)
             if victim is sequence:

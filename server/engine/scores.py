@@ -7,22 +7,28 @@ The head of a small model costs more than its layers. A model with a shortlist m
 scores: the forward leaves the states under the head, a proposal needs the shortlist's rows of the
 head only, and the full scores of all positions that are verified together are computed in one
 product, once.
+
+Scores of a model on another GPU cross over as soon as there are any, in a stream beside the one
+that decides: it goes on until it is told to `receive` them.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence as Row
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from server.cache.devices import meeting_device
 from server.cache.on_device import tensor_on
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence
 from server.decoding.warp import Place
 from server.runner.base import Batch, ModelRunner
+from server.runner.crossing import Crossing
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +70,34 @@ class Scores:
         store: ScoreStore,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        # Scores meet on the last model's device: it is the largest, and scores the most.
-        self.device: torch.device = runners[-1].device
+        self.device = meeting_device([runner.device for runner in runners])
         self.head_seconds = 0.0
         self._runners = runners
         self._store = store
         self._clock = clock
         self._latest: list[_Latest | None] = [None] * len(runners)
+        self._crossings = [
+            Crossing(self.device)
+            if runner.device.type == "cuda" and runner.device != self.device
+            else None
+            for runner in runners
+        ]
 
     def has_shortlist(self, model: int) -> bool:
         return self._runners[model].deferred is not None
 
-    def forward(self, model: int, batch: Batch, kept: Row[Place], defer: bool) -> None:
-        """Run `model`; `kept` are the places that its kept rows score, `defer` as in the module."""
+    def crossing(self, model: int) -> AbstractContextManager[None]:
+        """In here what the deciding device is asked for `model` keeps no other waiting."""
+        crossing = self._crossings[model]
+        return nullcontext() if crossing is None else crossing.begun()
+
+    def forward(
+        self, model: int, batch: Batch, kept: Row[Place], defer: bool
+    ) -> torch.cuda.Event | None:
+        """Run `model`; `kept` are the places that its kept rows score, `defer` as in the module.
+
+        Returns what is to be received before any of these places is read.
+        """
         self._settle(model, _is_open)
         rows = self.rows(kept)
         head = self._runners[model].deferred
@@ -87,7 +108,23 @@ class Scores:
         else:
             logits = self._runners[model].forward(batch)
             if rows:
-                self._latest[model] = _Latest(kept, rows, logits)
+                return self._keep(model, _Latest(kept, rows, logits))
+        return None
+
+    def _keep(self, model: int, latest: _Latest) -> torch.cuda.Event | None:
+        crossing = self._crossings[model]
+        if crossing is None:
+            self._latest[model] = latest
+            return None
+        with crossing.begun():
+            self._store.write(model, latest.rows, latest.logits)
+        return crossing.mark()
+
+    def receive(self, model: int, sent: torch.cuda.Event | None) -> None:
+        """Let what is decided from now on come after what `forward` has returned."""
+        crossing = self._crossings[model]
+        if crossing is not None and sent is not None:
+            crossing.join(sent)
 
     def read(self, model: int, places: Row[Place]) -> Tensor:
         """Raw scores, float32 [len(places), V]; not to be written to."""

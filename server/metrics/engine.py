@@ -86,6 +86,11 @@ class EngineMetrics:
             "Time of engine steps between a forward and the decisions it allows: warping, "
             "combining, verifying, drawing, proposing.",
         )
+        self.overlapping_steps = counter(
+            "cos_overlapping_steps",
+            "Engine steps beside which others ran on another device, over the other half of the "
+            "sequences.",
+        )
         self.cached_tokens = counter(
             "cos_prefix_cache_hit_tokens",
             "Tokens whose keys and values were found in the prefix cache instead of computed.",
@@ -138,6 +143,7 @@ class EngineMetrics:
         self.forward_tokens.labels(name, "decode").inc(num_decode_tokens)
         self.step_seconds.observe(stats.step_seconds)
         self.combine_seconds.inc(stats.combine_seconds)
+        self.overlapping_steps.inc(stats.overlaps)
         self.batch_size.observe(stats.num_sequences)
         for (method, strategy), count in _num_generated(stats).items():
             self.generated.labels(method, strategy).inc(count)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
+from server.cache.devices import score_devices
 from server.config import ServerConfig
 from server.core.sampling_params import proposal_lengths
 from server.errors import ConfigError
@@ -139,8 +140,10 @@ def _allocate(
     """Exchange the self-check's little stores for the real ones."""
     needs = [KvNeed(runner.device, runner.store.bytes_per_token) for runner in runners]
     free = {need.device: free_bytes(need.device) for need in needs}
+    kept = score_devices([runner.device for runner in runners])
     scores = [
-        ScoreNeed(runner.device, runner.vocab_size * runner.dtype.itemsize) for runner in runners
+        ScoreNeed(device, runner.vocab_size * runner.dtype.itemsize)
+        for device, runner in zip(kept, runners, strict=True)
     ]
     num_rows = config.engine.max_sequences * (config.decoding.max_gamma + len(runners))
     left = left_by_scores(scores, num_rows, free)

@@ -69,8 +69,11 @@ def make_engine(
     return engine, steps
 
 
-def test_a_table_of_forwards() -> None:
+@pytest.mark.parametrize("half_batches", [None, True])
+def test_a_table_of_forwards(half_batches: bool | None) -> None:
+    """Of all sequences together, whatever is wanted later."""
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
+    engine.half_batches = half_batches
     costs = calibrate(engine, BOTH)
     assert costs is not None
     assert costs.timings.batches == (1, 2, 4, 8)
@@ -80,6 +83,7 @@ def test_a_table_of_forwards() -> None:
     for batch, tokens in ((1, 1), (1, 2), (3, 1), (4, 5), (2, 3), (8, 9), (16, 4)):
         assert costs.forward_seconds(1, batch, tokens) == pytest.approx(0.1 + 0.01 * batch * tokens)
     assert not steps, "calibration is no traffic"
+    assert engine.half_batches is half_batches
     assert engine.scheduler.pages_used() == (0, 0)
     engine.scheduler.check_integrity()
 

@@ -16,7 +16,8 @@ from server.core.stats import Delivery, StepStats
 from server.decoding.profile import Chain
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine import distributions
-from server.engine.controller import Controller, make_choices
+from server.engine.choices import make_choices
+from server.engine.controller import Controller
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
 from tests.support.engines import decode, generated, make_decoding, make_engine, run

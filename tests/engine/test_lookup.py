@@ -19,7 +19,7 @@ from server.core.sampling_params import DecodingParams, LookupParams, SamplingPa
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine import advance
-from server.engine.controller import make_choices
+from server.engine.choices import make_choices
 from server.engine.distributions import Distributions
 from server.engine.engine import Engine
 from server.engine.lookup_costs import LookupCosts

@@ -93,7 +93,10 @@ def test_no_step_takes_less_than_its_forward(gpu: Device) -> None:
     assert [stats.combine_seconds for _, stats in run] == [0.5, 0.0]
 
 
-def test_models_on_several_devices_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_elsewhere_waits_for_decisions_and_they_for_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not before they are asked for: other steps may be decided meanwhile."""
     devices = [torch.device("cuda", 0), torch.device("cuda", 1)]
     streams = {device: Device() for device in devices}
     followed: list[tuple[Device, object]] = []
@@ -107,9 +110,33 @@ def test_models_on_several_devices_take_turns(monkeypatch: pytest.MonkeyPatch) -
         laps = timer.begin()
         timer.start_forward(model, laps)
         timer.stop_forward(model, laps)
-        expected: list[tuple[Device, object]] = []
-        if model == 0:
-            expected.append((streams[devices[0]], laps.begun))
-            expected.append((streams[devices[1]], laps.forward[1]))
-        assert followed == expected
+        is_elsewhere = model == 0
+        assert followed == [(streams[devices[0]], laps.begun)] * is_elsewhere
         followed.clear()
+        timer.join(model, laps)
+        assert followed == [(streams[devices[1]], laps.forward[1])] * is_elsewhere
+        followed.clear()
+
+
+def test_steps_that_overlap_share_the_time_since_the_last_ones_by_their_forwards(
+    gpu: Device,
+) -> None:
+    host = Host(gpu)
+    first = host.enqueue(3.0, 0.0)
+    host.now = first[0].decided = 4.0
+    host.timer.close([first])
+    earlier, later = host.enqueue(2.0, 0.0), host.enqueue(6.0, 0.0)
+    earlier[0].started = 1.0  # it was enqueued before the first was known to be done
+    later[1].overlaps = True
+    host.now = 10.0
+    host.timer.close([later, earlier])
+    assert [stats.step_seconds for _, stats in (earlier, later)] == [1.5, 4.5]
+    assert [stats.forward_seconds for _, stats in (earlier, later)] == [2.0, 6.0]
+    assert [stats.combine_seconds for _, stats in (earlier, later)] == [0.0, 0.0]
+    # Nobody is charged for what was idle before the first of them.
+    after, beside = host.enqueue(1.0, 0.0), host.enqueue(1.0, 0.0)
+    after[0].started, beside[0].started = 20.0, 21.0
+    after[1].overlaps = beside[1].overlaps = True
+    host.now = 24.0
+    host.timer.close([after, beside])
+    assert [stats.step_seconds for _, stats in (after, beside)] == [2.0, 2.0]

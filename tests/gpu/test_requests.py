@@ -10,6 +10,7 @@ import torch
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, LookupParams, SamplingParams
 from server.core.sequence import Sequence
+from server.core.stats import StepStats
 from server.engine.engine import Engine, EngineLimits
 from server.runner.loader import LoadedModels
 from tests.support.engines import generated, make_decoding, run
@@ -40,13 +41,16 @@ REQUESTS: tuple[dict[str, Any], ...] = (
 )
 
 
-def texts(loaded: LoadedModels, decoding: DecodingParams) -> list[tuple[tuple[int, ...], Any]]:
+def texts(
+    loaded: LoadedModels, decoding: DecodingParams, steps: list[StepStats], **limits: Any
+) -> list[tuple[tuple[int, ...], Any]]:
     """Tokens and how the text ends."""
     engine = Engine(
         loaded.runners,
         loaded.tokenizer.backend_tokenizer,
         loaded.eos_token_ids,
-        EngineLimits(max_sequences=8, max_step_tokens=24),
+        EngineLimits(max_sequences=8, max_step_tokens=24, **limits),
+        on_step=steps.append,
         coin_seed=4,
     )
     sequences = [
@@ -62,8 +66,19 @@ def texts(loaded: LoadedModels, decoding: DecodingParams) -> list[tuple[tuple[in
     return [(generated(deltas[s.id]), deltas[s.id][-1].finish_reason) for s in sequences]
 
 
-@pytest.mark.parametrize("name", DECODINGS)
-def test_texts_are_those_of_the_cpu(load: Callable[..., LoadedModels], name: str) -> None:
-    made = texts(load("cuda:0", "cuda:1", attention="portable"), DECODINGS[name])
-    assert made == texts(load("cpu", attention="portable"), DECODINGS[name])
+HALVED = ("by block", "lookup", "mixture")
+
+
+@pytest.mark.parametrize(
+    ("name", "half_batches"),
+    [*((name, False) for name in DECODINGS), *((name, True) for name in HALVED)],
+)
+def test_texts_are_those_of_the_cpu(
+    load: Callable[..., LoadedModels], name: str, half_batches: bool
+) -> None:
+    decoding, steps = DECODINGS[name], list[StepStats]()
+    gpus = load("cuda:0", "cuda:1", attention="portable")
+    made = texts(gpus, decoding, steps, half_batches=half_batches)
+    assert made == texts(load("cpu", attention="portable"), decoding, [])
     assert {end for _, end in made} <= {"length", "stop"}
+    assert any(step.overlaps for step in steps) == half_batches

@@ -21,11 +21,10 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine.advance import Outcome
+from server.engine.advance import Flight, Outcome
 from server.engine.calibration import calibrate
 from server.engine.cost_table import CostTable
 from server.engine.engine import Engine, EngineLimits
-from server.engine.scheduler import StepPlan
 from server.runner.base import Batch
 from tests.support.table_lm import DigitDecoder
 
@@ -264,16 +263,16 @@ class Laboratory:
         self.engine.add(Sequence.start(f"text-{number}", prompt, params, decoding))
 
     def _charge_decisions(self, rest: float) -> None:
-        advance = self.engine._advancer.advance
+        land = self.engine._advancer.land
 
-        def charged(plan: StepPlan) -> Outcome:
-            outcome = advance(plan)
+        def charged(flight: Flight) -> Outcome:
+            outcome = land(flight)
             stats = outcome.stats
             decided = stats.num_drawn + sum(stats.tails) + stats.num_proposed
             self.clock.spend(rest * (1 + decided / 2))
             return outcome
 
-        self.engine._advancer.advance = charged  # type: ignore[method-assign]
+        self.engine._advancer.land = charged  # type: ignore[method-assign]
 
 
 def _with_dearer_spans(table: CostTable, dearer: float) -> CostTable:

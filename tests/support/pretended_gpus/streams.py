@@ -1,4 +1,8 @@
-"""Streams, events and graphs: what is enqueued, and when it is done."""
+"""Streams, events and graphs: what is enqueued, and when it is done.
+
+When it would be done, too: had a GPU as much to do for each operation, and a host nothing but to
+wait.
+"""
 
 from __future__ import annotations
 
@@ -27,28 +31,51 @@ def spoil(memory: Tensor) -> None:
 
 
 @dataclass(eq=False)
+class Host:
+    """What enqueues and waits; `seconds` at which it last had to."""
+
+    seconds: float = 0.0
+
+
+@dataclass(eq=False)
 class Stream:
-    """In order, and not before somebody waits."""
+    """In order, and not before somebody waits.
+
+    Attributes:
+        index: of its device.
+        host: that asks it.
+        capturing: the graph that takes what it is asked.
+        seconds: at which what it has done was done.
+        busy: when it had something to do, as (from, to).
+    """
 
     index: int
+    host: Host
     capturing: Graph | None = None
     seconds: float = 0.0
-    _works: deque[Work] = field(default_factory=deque)
+    busy: list[tuple[float, float]] = field(default_factory=list)
+    _works: deque[tuple[Work, float, float]] = field(default_factory=deque)
 
     @property
     def device(self) -> torch.device:
         return torch.device("cuda", self.index)
 
-    def enqueue(self, work: Work) -> None:
+    def enqueue(self, work: Work, seconds: float = _SECONDS) -> None:
         """Or let the graph that is being captured do it whenever it is replayed."""
-        works = self._works if self.capturing is None else self.capturing.works
-        works.append(work)
+        if self.capturing is None:
+            self._works.append((work, seconds, self.host.seconds))
+        else:
+            self.capturing.works.append((work, seconds))
 
     def wait_event(self, event: Event) -> None:
         """What is enqueued from now on comes after `event`."""
         mark = event.mark
         assert mark is not None, "an event is waited for that was never recorded"
-        self.enqueue(mark.reach)
+        self.enqueue(partial(self._follow, mark), 0.0)
+
+    def _follow(self, mark: Mark) -> None:
+        mark.reach()
+        self.seconds = max(self.seconds, mark.seconds)
 
     def wait_stream(self, other: Stream) -> None:
         """What is enqueued from now on comes after what `other` was given."""
@@ -57,15 +84,26 @@ class Stream:
         self.wait_event(event)
 
     def synchronize(self) -> None:
-        """Do everything."""
+        """Do everything, and let the host wait for it."""
         self.run()
+        self.host.seconds = max(self.host.seconds, self.seconds)
 
     def run(self, until: Mark | None = None) -> None:
         """Do what was enqueued before `until`, or everything."""
         with _disable_current_modes(), torch.inference_mode():
             while self._works and not (until and until.is_reached):
-                self._works.popleft()()
-                self.seconds += _SECONDS
+                work, seconds, asked = self._works.popleft()
+                self.seconds = max(self.seconds, asked)
+                work()
+                if seconds:
+                    self._pass(seconds)
+
+    def _pass(self, seconds: float) -> None:
+        begun = self.seconds
+        self.seconds += seconds
+        if self.busy and self.busy[-1][1] == begun:
+            begun, _ = self.busy.pop()
+        self.busy.append((begun, self.seconds))
 
 
 @dataclass(eq=False)
@@ -95,7 +133,7 @@ class Event:
     def record(self, stream: Stream) -> None:
         """After all that `stream` was given so far."""
         self.mark = Mark(stream)
-        stream.enqueue(self.mark.pass_by)
+        stream.enqueue(self.mark.pass_by, 0.0)
 
     def query(self) -> bool:
         """Has it come to pass?"""
@@ -105,6 +143,8 @@ class Event:
         """Let the host wait for it."""
         if self.mark is not None:
             self.mark.reach()
+            host = self.mark.stream.host
+            host.seconds = max(host.seconds, self.mark.seconds)
 
     def elapsed_time(self, end: Event) -> float:
         """Milliseconds."""
@@ -121,7 +161,7 @@ class Event:
 class Graph:
     """Work to be repeated on the same memory; graphs of one pool share theirs."""
 
-    works: list[Work] = field(default_factory=list)
+    works: list[tuple[Work, float]] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
     pool: list[Graph] = field(default_factory=list)
 
@@ -129,9 +169,9 @@ class Graph:
         """Enqueue it; what graphs of its pool have left behind is lost."""
         assert self.works, "a graph is replayed that nothing was captured for"
         for memory in [memory for graph in self.pool for memory in graph.results]:
-            stream.enqueue(partial(spoil, memory))
-        for work in self.works:
-            stream.enqueue(work)
+            stream.enqueue(partial(spoil, memory), 0.0)
+        for work, seconds in self.works:
+            stream.enqueue(work, seconds)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from tests.support.pretended_gpus.streams import Stream, spoil
+from tests.support.pretended_gpus.streams import Host, Stream, spoil
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -106,6 +106,8 @@ class Gpus(TorchDispatchMode):
         index: of the current one.
         num_waits: of the host.
         on_wait: torch.cuda.set_sync_debug_mode, "default", "warn" or "error".
+        host: that asks them.
+        streams: of all of them, at first the one of each.
     """
 
     def __init__(self, count: int) -> None:
@@ -114,7 +116,8 @@ class Gpus(TorchDispatchMode):
         self.index = 0
         self.num_waits = 0
         self.on_wait = "default"
-        self.streams = [Stream(index) for index in range(count)]
+        self.host = Host()
+        self.streams = [Stream(index, self.host) for index in range(count)]
         self._current = list(self.streams)
         self._pinned: dict[int, object] = {}  # storages by address, which is not given again
         self._taken_apart: list[torch.device] = []
@@ -132,7 +135,7 @@ class Gpus(TorchDispatchMode):
 
     def new_stream(self, device: Any = None) -> Stream:
         """Another one."""
-        self.streams.append(Stream(self.device_of(device).index))
+        self.streams.append(Stream(self.device_of(device).index, self.host))
         return self.streams[-1]
 
     @contextmanager

@@ -1,0 +1,29 @@
+"""Where scores are kept, and where those of all models meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def meeting_device(devices: Sequence[torch.device]) -> torch.device:
+    """Where scores of models on these `devices` [num_models] meet, and tokens are decided.
+
+    The first GPU: the first model proposes most, and what it proposes is drawn where it runs.
+    """
+    return next((device for device in devices if device.type == "cuda"), devices[0])
+
+
+def score_devices(devices: Sequence[torch.device]) -> list[torch.device]:
+    """[num_models] where the scores of each are kept: where they meet, or with a model on a CPU."""
+    meeting = meeting_device(devices)
+    return [meeting if device.type == "cuda" else device for device in devices]
+
+
+def places(devices: Sequence[torch.device]) -> tuple[int, ...]:
+    """[num_models] `devices` as numbers, 0 for the one where scores meet."""
+    numbers = {meeting_device(devices): 0}
+    for device in devices:
+        numbers.setdefault(device, len(numbers))
+    return tuple(numbers[device] for device in devices)

@@ -1,0 +1,39 @@
+"""Whether half-batches pay: one half of the sequences on one device, the other on another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Row
+
+from server.core.sampling_params import DecodingParams
+from server.engine.predictor import Predictor
+
+# They must promise so much more than one batch, and as long as they are on, so much.
+# A forward over half as many sequences takes more than half as long, and what is said of it at
+# sizes that were not timed is a guess.
+_MARGIN = 1.1
+_KEPT = 1.03
+
+
+class HalfBatches:
+    """On where they pay, or as was asked for.
+
+    Attributes:
+        is_open: whether they pay is for `look` to say.
+        is_on: they do, as far as is known.
+    """
+
+    def __init__(self, predictor: Predictor, places: Row[int], wanted: bool | None) -> None:
+        """`places` [num_models] as in `Predictor`; `wanted`: None for wherever they pay."""
+        self.is_on = bool(wanted)
+        self._predictor = predictor
+        self._places = places
+        self.is_open = wanted is None and len(set(places)) > 1
+
+    def look(self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int) -> None:
+        """Choose anew; `batch` sequences are decoded so."""
+        if batch < 2:
+            self.is_on = False
+            return
+        whole = self._predictor.token_seconds(decoding, acceptance, batch)
+        halved = self._predictor.halved_seconds(decoding, acceptance, batch, self._places)
+        self.is_on = whole >= halved * (_KEPT if self.is_on else _MARGIN)

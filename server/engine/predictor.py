@@ -1,0 +1,143 @@
+"""What a way of decoding takes: how often each model runs in it, times what that takes now."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence as Row
+from dataclasses import replace
+from typing import TypeVar
+
+from server.core.combination import Combination
+from server.core.sampling_params import DecodingParams
+from server.decoding.profile import Chain, Profile, Shape
+from server.decoding.strategies import Strategies
+from server.engine.cost_table import CostTable
+
+_BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
+_MAX_KEPT = 4096  # profiles, and everything else that clients' own combinations add to
+_MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+class Predictor:
+    """Seconds of verified tokens by the profiles of strategies and the cost table.
+
+    `acceptance` [num_models] is how often what each model proposes is accepted.
+    """
+
+    def __init__(self, costs: CostTable, strategies: Strategies) -> None:
+        self._costs = costs
+        self._strategies = strategies
+        self._chains: dict[DecodingParams, Chain] = {}
+        self._profiles: dict[tuple[Chain, tuple[int, ...]], Profile] = {}
+        self._known: dict[tuple[Shape, float], tuple[float, float]] = {}
+
+    def forget_seconds(self) -> None:
+        """The cost table has changed."""
+        self._known.clear()
+
+    def token_seconds(
+        self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
+    ) -> float:
+        """Predicted seconds of a verified token of one sequence, `batch` of them decoding."""
+        if decoding.strategy == "mixture":
+            return self._mixture_seconds(decoding, batch) / batch
+        profile = self.profile(decoding, acceptance)
+        seconds = 0.0
+        for shape, rate in profile.rates.items():
+            together = profile.num_together(shape.model, batch)
+            seconds += rate * sum(self._step_seconds(shape, together)) * batch / together
+        return seconds / batch
+
+    def halved_seconds(
+        self,
+        decoding: DecodingParams,
+        acceptance: tuple[float, ...],
+        batch: int,
+        places: Row[int],
+    ) -> float:
+        """`token_seconds` where one half of the sequences goes on beside the other.
+
+        Each device does for both halves what its models do; and no half is done before all has been
+        done for it, one thing after the other. Infinite for a mixture: with shared coins one half
+        waits for the other, and with its own every step calls all models.
+
+        `places` [num_models] number the devices of models, 0 where tokens are decided.
+        """
+        if decoding.strategy == "mixture":
+            return math.inf
+        half = batch / 2
+        profile = self.profile(decoding, acceptance)
+        loads: defaultdict[int, float] = defaultdict(float)
+        for shape, rate in profile.rates.items():
+            together = profile.num_together(shape.model, half)
+            forward, rest = self._step_seconds(shape, together)
+            loads[places[shape.model]] += rate * forward * half / together
+            loads[0] += rate * rest * half / together
+        return max(2 * max(loads.values()), sum(loads.values())) / batch
+
+    def profile(self, decoding: DecodingParams, acceptance: tuple[float, ...]) -> Profile:
+        """Of any strategy but a mixture."""
+        chain = self._chain(decoding)
+        buckets = tuple(
+            round(rate * _BUCKETS) if model in chain.proposers else 0
+            for model, rate in enumerate(acceptance)
+        )
+        key = (chain, buckets)
+        if key not in self._profiles:
+            bound(self._profiles)
+            rates = tuple(bucket / _BUCKETS for bucket in buckets)
+            self._profiles[key] = chain.profile(rates)
+        return self._profiles[key]
+
+    def _step_seconds(self, shape: Shape, batch: float) -> tuple[float, float]:
+        """Of the forward, and of the rest."""
+        key = (shape, batch)
+        if key not in self._known:
+            rest = self._costs.rest_seconds(
+                batch,
+                num_drawn=shape.num_drawn * batch,
+                num_verified=shape.num_verified * batch,
+                num_proposed=shape.num_proposed * batch,
+            )
+            forward = self._costs.forward_seconds(shape.model, batch, shape.num_tokens)
+            self._known[key] = forward, rest
+        return self._known[key]
+
+    def _mixture_seconds(self, decoding: DecodingParams, batch: int) -> float:
+        """With shared coins and no drafts: the coin's model catches up, and draws for all."""
+        total = self._costs.rest_seconds(batch, num_drawn=batch)
+        for model in decoding.combination.scorers:
+            weight = decoding.combination.weights[model]
+            left = 1.0  # probability that its last coin is longer ago
+            for gap in range(1, _MAX_GAP + 1):
+                chance = left if gap == _MAX_GAP else left * weight
+                total += weight * chance * self._costs.forward_seconds(model, batch, gap)
+                left -= chance
+        return total
+
+    def _chain(self, decoding: DecodingParams) -> Chain:
+        chain = self._chains.get(decoding)
+        if chain is None:
+            # Weights do not matter for who runs when, but for being zero.
+            weights = tuple(float(weight != 0) for weight in decoding.combination.weights)
+            alike = replace(decoding, combination=Combination("linear", weights))
+            chain = self._chains.get(alike) or Chain(alike, self._strategies.make(alike))
+            bound(self._chains)
+            self._chains[alike] = self._chains[decoding] = chain
+        return chain
+
+
+def differ(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
+    """By as much as makes another profile, anywhere."""
+    pairs = zip(rates, others, strict=True)
+    return any(abs(rate - other) >= 1 / _BUCKETS for rate, other in pairs)
+
+
+def bound(kept: dict[Key, Value]) -> None:
+    """Make room for one more: clients may ask for any number of combinations."""
+    if len(kept) >= _MAX_KEPT:
+        kept.clear()
