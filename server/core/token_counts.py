@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.int64]
 
-_FIRST_ROOM = 64  # tokens
+_FIRST_ROOM = 64  # for so many tokens that the prompt has not
 
 
 class TokenCounts:
@@ -21,8 +21,8 @@ class TokenCounts:
     def __init__(self) -> None:
         self._length = 0  # tokens that are counted
         self._places: dict[int, int] = {}  # of tokens, in the two below
-        self._tokens: Ids = np.zeros(_FIRST_ROOM, np.int64)
-        self._counts: Ids = np.zeros(_FIRST_ROOM, np.int64)
+        self._tokens: Ids = np.zeros(0, np.int64)
+        self._counts: Ids = np.zeros(0, np.int64)
 
     def before(
         self, token_ids: Row[int], num_prompt: int, num_verified: int, position: int
@@ -35,21 +35,33 @@ class TokenCounts:
         """
         if position < self._length:  # it was decided some time ago
             return TokenCounts().before(token_ids, num_prompt, position, position)
+        if not self._length:
+            self._begin(token_ids[: min(num_prompt, position)])
         for place in range(self._length, min(num_verified, position)):
-            self._add(token_ids[place], int(place >= num_prompt))
+            self._add(token_ids[place])
         size = len(self._places)
         tokens, counts = self._tokens[:size], self._counts[:size]
         pending = token_ids[self._length : position]
         return self._with(pending, tokens, counts) if pending else (tokens, counts)
 
-    def _add(self, token_id: int, times: int) -> None:
+    def _begin(self, prompt: Row[int]) -> None:
+        """Tokens of it occur, and were never generated."""
+        self._length = len(prompt)
+        found = dict.fromkeys(prompt)
+        self._places = dict(zip(found, range(len(found)), strict=True))
+        unused = np.zeros(_FIRST_ROOM, np.int64)
+        self._tokens = np.concatenate([np.array([*found], np.int64), unused])
+        self._counts = np.zeros_like(self._tokens)
+
+    def _add(self, token_id: int) -> None:
+        """One that was generated."""
         self._length += 1
         place = self._places.setdefault(token_id, len(self._places))
         if place == len(self._tokens):
             self._tokens = np.concatenate([self._tokens, np.zeros_like(self._tokens)])
             self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
         self._tokens[place] = token_id
-        self._counts[place] += times
+        self._counts[place] += 1
 
     def _with(self, pending: Row[int], tokens: Ids, counts: Ids) -> tuple[Ids, Ids]:
         """As if these had been generated, too."""
