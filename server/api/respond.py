@@ -119,11 +119,13 @@ async def _whole(deltas: DeltaStream, reply: Reply, writer: Writer) -> Response:
 def _encoded(pieces: list[list[Piece]], reply: Reply, writer: Writer) -> str:
     """The body of `pieces` of each choice."""
     num_choices = writer.generation.num_choices
-    choices = [merge(each) for each in pieces]
-    for choice in choices:
-        # The first choice of each prompt has the scores of all (`generation`).
-        scored = choices[choice.index - choice.index % num_choices].prompt_logprobs
-        choices[choice.index] = replace(choice, prompt_logprobs=scored)
+    merged = [merge(each) for each in pieces]
+    # The first choice of each prompt has the scores of all (`generation`).
+    scored = [merged[index - index % num_choices].prompt_logprobs for index in range(len(merged))]
+    choices = [
+        replace(choice, prompt_logprobs=entries)
+        for choice, entries in zip(merged, scored, strict=True)
+    ]
     body = writer.whole(choices)
     body.usage, body.cos = reply.usage(), reply.report()
     # Fields that were not asked for stay out.
