@@ -60,6 +60,7 @@ def test_a_step(metrics: Metrics) -> None:
             forward_seconds=0.2,
             combine_seconds=0.125,
             step_seconds=0.5,
+            overlaps=True,
             num_proposed=2,
             num_bonus=1,
             verified_by_offset=[(0, 0, True), (0, 1, True), (0, 0, False), (1, 2, True)],
@@ -101,6 +102,7 @@ def test_a_step(metrics: Metrics) -> None:
     assert value(metrics, tokens, model="m1", phase="decode") == 6
     assert value(metrics, "cos_decode_seconds_total") == pytest.approx(0.3)
     assert value(metrics, "cos_combine_seconds_total") == 0.125
+    assert value(metrics, "cos_overlapping_steps_total") == 1
     assert value(metrics, "cos_batch_size_sum") == 3
 
 

@@ -21,9 +21,13 @@ def score_devices(devices: Sequence[torch.device]) -> list[torch.device]:
     return [meeting if device.type == "cuda" else device for device in devices]
 
 
-def places(devices: Sequence[torch.device]) -> tuple[int, ...]:
-    """[num_models] `devices` as numbers, 0 for the one where scores meet."""
+def device_places(devices: Sequence[torch.device]) -> tuple[int, ...]:
+    """[num_models] `devices` as numbers, 0 for the one where scores meet.
+
+    And for CPUs: the host works on nothing else meanwhile.
+    """
     numbers = {meeting_device(devices): 0}
     for device in devices:
-        numbers.setdefault(device, len(numbers))
-    return tuple(numbers[device] for device in devices)
+        if device.type == "cuda":
+            numbers.setdefault(device, len(numbers))
+    return tuple(numbers.get(device, 0) for device in devices)

@@ -31,6 +31,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from server.cache.devices import device_places
 from server.cache.drafted import known_ids, stored_ids
 from server.cache.on_device import tensor_on
 from server.cache.score_store import ScoreStore
@@ -145,10 +146,10 @@ class Advancer:
         self._num_draws = self._num_probes = 0  # draws since the last probe
         self._drafting: frozenset[Sequence] = frozenset()  # of the flight that is landed
         self._device = self._scores.device
+        self.places = device_places([runner.device for runner in runners])
         # Models that are elsewhere than where tokens are decided; or all but one.
-        self.apart = frozenset(
-            model for model, runner in enumerate(runners) if runner.device != self._device
-        ) or frozenset(range(1, len(runners)))
+        elsewhere = frozenset(model for model, place in enumerate(self.places) if place)
+        self.apart = elsewhere or frozenset(range(1, len(runners)))
         self.timer = Timer(self._device, [runner.device for runner in runners], clock)
         # Ids of unread tokens, in the rows of their scores.
         self._drafted = torch.zeros(scores.num_rows, dtype=torch.int64, device=self._device)

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence as Row
 from dataclasses import dataclass
 
-from server.cache.devices import places
 from server.cache.page_pool import PagePool
 from server.cache.score_store import ScoreStore
 from server.config import ServerConfig
@@ -209,7 +208,7 @@ class Engine:
             costs,
             self._strategies,
             self.limits.max_gamma,
-            places([runner.device for runner in self.runners]),
+            self._advancer.places,
             self.half_batches,
         )
         self._strategies.chooser = self.controller

@@ -104,10 +104,12 @@ class Timer:
             stats.step_seconds = max(seconds, stats.forward_seconds)
             stats.combine_seconds = stats.step_seconds - stats.forward_seconds
         (first, _), (last, stats) = run[0], run[-1]
-        left = self._clock() - first.started - sum(stats.step_seconds for _, stats in run[:-1])
+        # It may have been planned before the last run was closed, beside one that overlaps.
+        started = max(self._closed, first.started)
+        left = self._clock() - started - sum(stats.step_seconds for _, stats in run[:-1])
         stats.step_seconds = max(left, stats.forward_seconds)
         # What the host plans beside a device that is busy with earlier steps takes no time; what it
         # planned before the first of them is in the time that is left.
-        outside = first.fed - first.started + asked - last.decided
+        outside = max(0.0, first.fed - started) + asked - last.decided
         rest = stats.step_seconds - stats.forward_seconds - outside
         stats.combine_seconds = max(0.0, rest)

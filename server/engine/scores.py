@@ -77,7 +77,7 @@ class Scores:
         self._clock = clock
         self._latest: list[_Latest | None] = [None] * len(runners)
         self._crossings = [
-            Crossing(self.device)
+            Crossing(self.device, runner.device)
             if runner.device.type == "cuda" and runner.device != self.device
             else None
             for runner in runners
@@ -89,7 +89,7 @@ class Scores:
     def crossing(self, model: int) -> AbstractContextManager[None]:
         """In here what the deciding device is asked for `model` keeps no other waiting."""
         crossing = self._crossings[model]
-        return nullcontext() if crossing is None else crossing.begun()
+        return nullcontext() if crossing is None else crossing.going()
 
     def forward(
         self, model: int, batch: Batch, kept: Row[Place], defer: bool
@@ -116,7 +116,7 @@ class Scores:
         if crossing is None:
             self._latest[model] = latest
             return None
-        with crossing.begun():
+        with crossing.coming(latest.logits):
             self._store.write(model, latest.rows, latest.logits)
         return crossing.mark()
 

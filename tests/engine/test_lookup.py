@@ -18,7 +18,7 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, LookupParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine import advance
+from server.engine import guesser
 from server.engine.choices import make_choices
 from server.engine.distributions import Distributions
 from server.engine.engine import Engine
@@ -50,7 +50,7 @@ WEIGHTED, CONTRASTIVE = COMBINATIONS["weighted-2"], COMBINATIONS["contrastive-2"
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is found is proposed, however often that was wrong."""
-    monkeypatch.setattr(advance, "_MIN_LOOKUP_RATE", 0.0)
+    monkeypatch.setattr(guesser, "_MIN_RATE", 0.0)
 
 
 def with_lookup(decoding: DecodingParams, lookup: LookupParams = LOOKUP) -> DecodingParams:

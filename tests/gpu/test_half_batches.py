@@ -65,7 +65,7 @@ def run_engine(
     sequences = [Sequence.start(str(i), [5 + i, 9], p, decoding) for i, p in enumerate(params)]
     for sequence in sequences:
         engine.add(sequence)
-    while not all(sequence.num_generated for sequence in sequences):
+    while engine.has_work and not all(sequence.num_generated for sequence in sequences):
         engine.step()
     gpus.synchronize()
     since = gpus.host.seconds

@@ -147,3 +147,49 @@ def test_kernels_run_where_their_tensors_are():
         attend()
     with torch.cuda.device(there):
         assert attend().tolist() == numbers.tolist()
+
+
+@pytest.mark.parametrize("is_recorded", [True, False])
+def test_memory_is_used_anew_once_nobody_keeps_it(is_recorded):
+    """By the stream it was made in, which knows of others only what it is told."""
+    stream = torch.cuda.Stream()
+    made = torch.ones(2, device="cuda") * 3
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        doubled = made * 2
+    if is_recorded:
+        made.record_stream(stream)
+    del made
+    torch.cuda.current_stream().synchronize()
+    stream.synchronize()
+    assert (doubled.tolist() == [6.0, 6.0]) is is_recorded
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_copies_from_the_first_stream_of_a_gpu_keep_all_streams_of_both(gpus, is_first):
+    other, beside = gpus.new_stream("cuda:0"), gpus.new_stream("cuda:1")
+    made = torch.ones(2, device="cuda:0")
+    other.wait_stream(torch.cuda.current_stream("cuda:0"))
+    with torch.cuda.stream(torch.cuda.current_stream("cuda:0") if is_first else other):
+        for _ in range(9):
+            made = made * 2
+        made.to("cuda:1")
+    with torch.cuda.stream(beside):
+        torch.ones(2, device="cuda:1")
+    gpus.synchronize()
+    copies = gpus.streams[0] if is_first else other
+    assert (beside.busy[0][0] >= copies.busy[-1][1]) is is_first
+
+
+def test_graphs_are_replayed_on_their_own_gpu(gpus):
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.Stream("cuda:1")
+    given = torch.zeros(2, device="cuda:1")
+    with torch.cuda.graph(
+        graph, pool=torch.cuda.graph_pool_handle(), stream=stream, capture_error_mode="relaxed"
+    ):
+        taken = given + 1
+    given.fill_(6)
+    with torch.cuda.device("cuda:0"):
+        graph.replay()
+    assert taken.tolist() == [7.0, 7.0]

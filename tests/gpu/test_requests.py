@@ -12,6 +12,7 @@ from server.core.sampling_params import DecodingParams, LookupParams, SamplingPa
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.engine import Engine, EngineLimits
+from server.runner.graph_runner import GraphRunner
 from server.runner.loader import LoadedModels
 from tests.support.engines import generated, make_decoding, run
 
@@ -66,19 +67,26 @@ def texts(
     return [(generated(deltas[s.id]), deltas[s.id][-1].finish_reason) for s in sequences]
 
 
-HALVED = ("by block", "lookup", "mixture")
-
-
-@pytest.mark.parametrize(
-    ("name", "half_batches"),
-    [*((name, False) for name in DECODINGS), *((name, True) for name in HALVED)],
-)
-def test_texts_are_those_of_the_cpu(
-    load: Callable[..., LoadedModels], name: str, half_batches: bool
-) -> None:
-    decoding, steps = DECODINGS[name], list[StepStats]()
-    gpus = load("cuda:0", "cuda:1", attention="portable")
-    made = texts(gpus, decoding, steps, half_batches=half_batches)
-    assert made == texts(load("cpu", attention="portable"), decoding, [])
+def check(load: Callable[..., LoadedModels], gpus: LoadedModels, name: str, **limits: Any) -> bool:
+    """Texts on `gpus` are those of the CPU; returns whether steps overlapped."""
+    steps: list[StepStats] = []
+    made = texts(gpus, DECODINGS[name], steps, **limits)
+    assert made == texts(load("cpu", attention="portable"), DECODINGS[name], [])
     assert {end for _, end in made} <= {"length", "stop"}
-    assert any(step.overlaps for step in steps) == half_batches
+    return any(step.overlaps for step in steps)
+
+
+@pytest.mark.parametrize("name", DECODINGS)
+def test_texts_are_those_of_the_cpu(load: Callable[..., LoadedModels], name: str) -> None:
+    assert not check(load, load("cuda:0", "cuda:1", attention="portable"), name)
+
+
+@pytest.mark.parametrize("name", ["by token", "lookup", "mixture"])
+def test_texts_of_half_batches_too(load: Callable[..., LoadedModels], name: str) -> None:
+    assert check(load, load("cuda:0", "cuda:1", attention="portable"), name, half_batches=True)
+
+
+def test_texts_by_kernels_and_graphs_too(load: Callable[..., LoadedModels]) -> None:
+    gpus = load("cuda:0", "cuda:1", max_sequences=8)
+    assert all(isinstance(runner, GraphRunner) and runner.num_graphs for runner in gpus.runners)
+    assert check(load, gpus, "by block", half_batches=True)

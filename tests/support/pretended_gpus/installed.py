@@ -86,7 +86,7 @@ def _graphs(gpus: Gpus) -> dict[str, object]:
 
     class CUDAGraph(Graph):
         def replay(self) -> None:
-            self.replay_in(gpus.stream_of())
+            self.replay_in(gpus.stream_of(self.device))
 
     @contextmanager
     def graph(
@@ -95,6 +95,7 @@ def _graphs(gpus: Gpus) -> dict[str, object]:
         gpus.synchronize()
         captured.pool = pools[pool[0]]
         captured.pool.append(captured)
+        captured.device = stream.device
         with gpus.using(stream), captured_in(captured, stream):
             yield
 

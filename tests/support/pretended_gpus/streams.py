@@ -157,13 +157,44 @@ class Event:
         return self.mark.seconds
 
 
+class Allocation:
+    """Memory that the stream it was made in uses anew once no tensor lies there any more.
+
+    After what other streams did with it, where these are recorded; else beside that.
+    """
+
+    def __init__(self, memory: Tensor, stream: Stream) -> None:
+        self._memory = memory
+        self._stream = stream
+        self._is_captured = stream.capturing is not None  # and is kept for replays
+        self._used_in: set[Stream] = set()
+
+    def record(self, stream: Stream) -> None:
+        """Tensor.record_stream."""
+        self._used_in.add(stream)
+
+    def __del__(self) -> None:
+        if self._is_captured or self._stream.capturing is not None:
+            return
+        for stream in self._used_in:
+            self._stream.wait_stream(stream)
+        self._stream.enqueue(partial(spoil, self._memory), 0.0)
+
+
 @dataclass(eq=False)
 class Graph:
-    """Work to be repeated on the same memory; graphs of one pool share theirs."""
+    """Work to be repeated on the same memory; graphs of one pool share theirs.
+
+    Attributes:
+        works, results: what is done, and where its results lie.
+        pool: all of its pool.
+        device: on which it was captured, and is replayed.
+    """
 
     works: list[tuple[Work, float]] = field(default_factory=list)
     results: list[Tensor] = field(default_factory=list)
     pool: list[Graph] = field(default_factory=list)
+    device: torch.device | None = None
 
     def replay_in(self, stream: Stream) -> None:
         """Enqueue it; what graphs of its pool have left behind is lost."""

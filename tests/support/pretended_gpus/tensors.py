@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 
-from tests.support.pretended_gpus.streams import Host, Stream, spoil
+from tests.support.pretended_gpus.streams import Allocation, Host, Stream, spoil
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -48,6 +48,7 @@ class DeviceTensor(torch.Tensor):
     """
 
     memory: Tensor
+    allocation: Allocation
     _gpus: Gpus
     _device: torch.device
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
@@ -85,6 +86,10 @@ class DeviceTensor(torch.Tensor):
     @property
     def is_meta(self) -> bool:  # type: ignore[override]
         return False
+
+    def record_stream(self, stream: Any) -> None:
+        """See Tensor.record_stream."""
+        self.allocation.record(stream)
 
     def tolist(self) -> Any:
         """See Tensor.tolist."""
@@ -240,11 +245,21 @@ class Gpus(TorchDispatchMode):
         is_inference = args[0].is_inference() if args else torch.is_inference_mode_enabled()
         bare_args, bare_kwargs = bare((args, kwargs))
         results = func(*bare_args, **bare_kwargs)
+        flat, _ = tree_flatten((args, kwargs))
+        base = next((x for x in flat if isinstance(x, DeviceTensor)), None)
         with torch.inference_mode(is_inference):  # views are what their base is
-            return self._wrap(results, device)
+            return self._wrap(results, device, base)
 
-    def _wrap(self, results: Any, device: torch.device) -> Any:
-        return tree_map_only(Tensor, lambda memory: DeviceTensor(memory, self, device), results)
+    def _wrap(self, results: Any, device: torch.device, base: DeviceTensor | None = None) -> Any:
+        """`base`: what they are views of, if of anything."""
+
+        def wrap(memory: Tensor) -> DeviceTensor:
+            tensor = DeviceTensor(memory, self, device)
+            stream = self.stream_of(device)
+            tensor.allocation = Allocation(memory, stream) if base is None else base.allocation
+            return tensor
+
+        return tree_map_only(Tensor, wrap, results)
 
     def _compute(self, func: Any, arguments: Any, stream: Stream) -> Any:
         """New memory at once, and what is to be in it later."""
@@ -301,14 +316,21 @@ class Gpus(TorchDispatchMode):
         return target
 
     def _copy_between(self, target: DeviceTensor, source: DeviceTensor) -> None:
-        """The source's stream copies, once the target's has come here, and that goes on then."""
+        """The source's stream copies, once the target's has come here, and that goes on then.
+
+        Where it is the first one of its device, which CUDA calls NULL, all streams of both do so.
+        """
         to, what = target.memory, source.memory
         first, second = self.stream_of(source.device), self.stream_of(target.device)
-        if first is not second:
-            first.wait_stream(second)
+        others = [second] if first is not second else []
+        if source.device != target.device and first is self.streams[source.device.index or 0]:
+            devices = (source.device, target.device)
+            others = [s for s in self.streams if s.device in devices and s is not first]
+        for stream in others:
+            first.wait_stream(stream)
         first.enqueue(lambda: to.copy_(what))
-        if first is not second:
-            second.wait_stream(first)
+        for stream in others:
+            stream.wait_stream(first)
 
 
 def bare(arguments: Any) -> Any:
