@@ -76,6 +76,7 @@ _SWITCH = {"auto": None, "on": True, "off": False}
 
 # Positions of one prompt that all its scorers score before its log-probabilities are reported.
 _PROMPT_WINDOW = 128
+_UNDIVIDED_STEPS = 64  # after a forward did not fit into memory beside one in flight
 _LONGEST_RUN = 32  # steps that are enqueued before the host waits, though it needs nothing of them
 
 
@@ -195,6 +196,10 @@ class Engine:
         )
         self.half_batches = limits.half_batches
         self._in_flight: _Run | None = None
+        self._num_undivided = 0  # steps until batches may be divided again
+        self._num_beside = 0  # steps that have landed since it was launched
+        # A draft, and what may stand between it and its scoring: no half waits for more.
+        self._longest_flight = limits.max_gamma + len(runners)
         self._landed: list[TokenDelta] = []  # by others than the steps that return them
         self._unobserved: list[_Step] = []  # steps that the host has not waited for
         self._texts: dict[Sequence, TextStream] = {}
@@ -244,7 +249,8 @@ class Engine:
         if sequence is None:
             return
         if self._in_flight is not None and sequence in self._in_flight.plan.sequences:
-            self._landed += self._land_flight()
+            landed = self._land_flight()
+            self._landed += [delta for delta in landed if delta.sequence_id != sequence_id]
         if not sequence.is_finished:
             self._release(sequence, sequence.num_verified)
         if not self.has_work:
@@ -255,6 +261,7 @@ class Engine:
         started = self.clock()
         deltas, self._landed = self._landed, []
         divided = self._divided()
+        self._num_undivided = max(0, self._num_undivided - 1)
         if not divided:
             deltas += self._land_flight()
         in_flight = () if self._in_flight is None else self._in_flight.plan.sequences
@@ -271,7 +278,8 @@ class Engine:
         """Models of whose steps others may run meanwhile, over half of the sequences."""
         is_wanted = self.half_batches if self.controller is None else self.controller.halves
         # A measurement of standard decoding is of steps one after the other.
-        if not is_wanted or self._strategies.is_shadowing or self.scheduler.num_decoding < 2:
+        is_whole = self._strategies.is_shadowing or self._num_undivided > 0
+        if not is_wanted or is_whole or self.scheduler.num_decoding < 2:
             return frozenset()
         return self._advancer.apart
 
@@ -289,12 +297,16 @@ class Engine:
                 raise
             return self._give_way(plan, seen)
         run = _Run(flight, started, schedules, num_forwards)
+        before = self._in_flight
+        if before is not None:
+            before.flight.outcome.stats.overlaps = flight.outcome.stats.overlaps = True
         is_prompt = flight.outcome.stats.num_prefill_tokens > 0
         if plan.model not in divided and not is_prompt:
-            return self._land(run)
+            self._num_beside += 1
+            is_late = self._num_beside > self._longest_flight
+            return self._land(run) + (self._land_flight() if is_late else [])
         # Only now: its device has something to do while the host waits for what was before.
-        before, self._in_flight = self._in_flight, run
-        run.flight.outcome.stats.overlaps = not is_prompt
+        self._in_flight, self._num_beside = run, 0
         deltas = [] if before is None else self._land(before)
         # Prompts are long; who decodes does not wait until they are read.
         return deltas + self._land_flight() if is_prompt else deltas
@@ -336,14 +348,19 @@ class Engine:
     def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
         """A forward did not fit into memory: undo the step, and make the next ones smaller."""
         logger.warning("a forward over %d tokens ran out of memory", sum(plan.num_tokens))
+        # Before anything lands: where that runs out too, some of these may be preempted.
+        for sequence, before in zip(plan.sequences, seen, strict=True):
+            sequence.num_seen[plan.model] = before
+        self.scheduler.undo(plan)
+        was_beside = self._in_flight is not None
+        if was_beside:
+            self._num_undivided = _UNDIVIDED_STEPS
         self._landed += self._land_flight()
         self._observe_all()
         free_cached_memory()
         self._count("memory_pressure")
-        for sequence, before in zip(plan.sequences, seen, strict=True):
-            sequence.num_seen[plan.model] = before
-        self.scheduler.undo(plan)
-        if self.scheduler.shrink(plan):
+        # Alone it may fit.
+        if self.scheduler.shrink(plan) or was_beside:
             return []
         return [self._fail(sequence, "out_of_memory") for sequence in plan.sequences]
 

@@ -95,6 +95,7 @@ class Timer:
         for _, stats in run:
             share = stats.forward_seconds / total if total > 0 else 1 / len(run)
             stats.step_seconds = seconds * share
+            stats.overlaps = True
             stats.combine_seconds = max(0.0, stats.step_seconds - stats.forward_seconds)
 
     def _split(self, run: Row[tuple[Laps, StepStats]], asked: float) -> None:

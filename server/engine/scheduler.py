@@ -451,21 +451,21 @@ class Scheduler:
         is_long = want.num_tokens > self._short
         start = sequence.num_seen[step.model]
         count = _chunk(want, min(step.budget, step.reading) if is_long else step.budget)
-        if not is_long and (count <= 0 or not step.room):
+        has_room = step.room > 0 or sequence.is_resuming
+        if not is_long and (count <= 0 or not has_room):
             self._left_out.setdefault(sequence)
             return
         if is_long and (count <= 0 or step.is_read(table, want)):
             return
-        self._left_out.pop(sequence, None)
         self._make_room(sequence, step.model, start + count, step.num_tokens)
+        self._left_out.pop(sequence, None)
         if sequence.status is not Status.RUNNING:
             return
         table.grow(start + count)
         step.num_tokens[sequence] = count
         step.budget -= count
-        if not is_long:
-            step.room -= 1
-        else:
+        step.room -= not sequence.is_resuming
+        if is_long:
             step.reading -= count
             end = min(start + count, sequence.num_verified)
             step.being_read.update(table.keys_between(sequence.token_ids, start, end))

@@ -149,13 +149,15 @@ class Scores:
 
     def _settle(self, model: int, is_wanted: Callable[[Sequence, int], bool]) -> None:
         """Give the store what the last forward of `model` has said of wanted places."""
-        latest, self._latest[model] = self._latest[model], None
+        latest = self._latest[model]
         if latest is None:
             return
         numbers = [i for i, place in enumerate(latest.places) if is_wanted(*place)]
         if numbers:
             rows = [latest.rows[number] for number in numbers]
             self._store.write(model, rows, latest.pick(numbers))
+        # Only now: where there was no memory for that, they are wanted yet.
+        self._latest[model] = None
 
     def read_shortlist(self, model: int, places: Row[Place]) -> Tensor:
         """Raw scores of the shortlist of `model`, -inf elsewhere, float32 [len(places), V]."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from server.core.sampling_params import LookupParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
-from server.engine.advance import Flight, Outcome
+from server.engine.advance import Advancer, Flight, Outcome
 from server.engine.cost_table import CostTable
 from server.engine.engine import Engine, EngineLimits
 from server.engine.half_batches import HalfBatches
@@ -132,6 +133,7 @@ def test_aborting_what_is_in_flight_costs_nobody_else_anything() -> None:
                 engine.abort(name)
                 aborted.add(name)
             engine.scheduler.check_integrity()
+            assert all(delta.sequence_id not in aborted for delta in engine._landed)
         assert engine.scheduler.pages_used() == (0, 0)
         assert not engine.is_ahead
         for name, deltas in made.items():
@@ -195,6 +197,92 @@ def test_a_forward_that_does_not_fit_leaves_what_is_in_flight_alone(scarce: int,
     assert set(faults) == {"memory_pressure"}
 
 
+@pytest.mark.parametrize("num_sequences", [2, 3])
+def test_a_forward_that_fits_only_with_nothing_in_flight_is_done_then(num_sequences: int) -> None:
+    class Beside(TableRunner):
+        engine: Engine | None = None
+
+        def forward(self, batch: Any) -> Any:
+            if self.engine is not None and self.engine._in_flight is not None:
+                raise MemoryError
+            return super().forward(batch)
+
+    lms = [TableLM(70 + k, vocab_size=20) for k in range(2)]
+    runners = [Beside(lm) for lm in lms]
+    engine = Engine(runners, DigitDecoder(), frozenset(), EngineLimits(half_batches=True))
+    for runner in runners:
+        runner.engine = engine
+    made = run(engine, start(num_sequences, 24), engine.scheduler.check_integrity)
+    assert {deltas[-1].finish_reason for deltas in made.values()} == {"length"}
+
+
+class Once(TableRunner):
+    """One forward over several sequences runs out of memory; which one is said by the test."""
+
+    is_due = has_failed = False
+
+    def forward(self, batch: Any) -> Any:
+        if Once.is_due and len(batch.spans) > 1:
+            Once.is_due, Once.has_failed = False, True
+            raise MemoryError
+        return super().forward(batch)
+
+
+@pytest.mark.parametrize("name", ["cos", "standard"])
+def test_running_out_twice_leaves_nothing_half_undone(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A forward, and then what is in flight, when it is decided while that is undone."""
+    lms = [TableLM(70 + k, vocab_size=20) for k in range(2)]
+    expected = run(make_engine(lms), start(8, 24, is_seeded=True))
+    decide = Advancer._decide_together
+
+    def failing(advancer: Advancer, model: int, sequences: Any, *rest: Any) -> None:
+        if Once.has_failed and len(sequences) > 1:
+            Once.has_failed = False
+            raise MemoryError
+        decide(advancer, model, sequences, *rest)
+
+    monkeypatch.setattr(Advancer, "_decide_together", failing)
+    for when in range(6, 40):
+        limits = EngineLimits(half_batches=True)
+        engine = Engine([Once(lm) for lm in lms], DigitDecoder(), frozenset(), limits)
+        steps = iter(range(1000))
+
+        def due_then(
+            when: int = when, steps: Iterator[int] = steps, engine: Engine = engine
+        ) -> None:
+            engine.scheduler.check_integrity()
+            Once.is_due |= next(steps) == when
+
+        sequences = [
+            replace(s, decoding=DECODINGS[name], schedule=DECODINGS[name])
+            for s in start(8, 24, is_seeded=True)
+        ]
+        made = run(engine, sequences, due_then)
+        assert not Once.is_due
+        assert not Once.has_failed
+        assert {key: generated(deltas) for key, deltas in made.items()} == {
+            key: generated(deltas) for key, deltas in expected.items()
+        }
+
+
+def test_who_calls_no_other_model_keeps_nobody_in_flight() -> None:
+    """Beside one that writes a long text by the first model alone."""
+    lms = [TableLM(70 + k, vocab_size=20) for k in range(2)]
+    alone = make_decoding("single", Combination.only(2, 0))
+    for half_batches in (False, True):
+        runners = [TableRunner(lm, max_length=512) for lm in lms]
+        limits = EngineLimits(half_batches=half_batches)
+        engine = Engine(runners, DigitDecoder(), frozenset(), limits)
+        long = Sequence.start("long", [1], SamplingParams(max_tokens=400, seed=9), alone)
+        for sequence in (*start(4, 10), long):
+            engine.add(sequence)
+        while len(engine.scheduler.running) + len(engine.scheduler.waiting) > 1:
+            engine.step()
+        assert long.num_generated < 100
+
+
 def test_running_out_while_deciding_preempts_nobody_in_flight(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -239,6 +327,23 @@ def test_texts_that_arrive_are_read_while_others_are_in_flight() -> None:
     assert {name: generated(deltas) for name, deltas in made.items()} == {
         name: generated(deltas) for name, deltas in expected.items()
     }
+
+
+def test_short_prompts_do_not_wait_for_halves() -> None:
+    """Steps that read them land at once."""
+    lms = [TableLM(70 + k, vocab_size=20) for k in range(2)]
+    engine = make_engine(lms, half_batches=True)
+    for sequence in start(2):
+        engine.add(sequence)
+    while engine.scheduler.num_decoding < 2:
+        engine.step()
+    params = SamplingParams(max_tokens=20, prefix_cache=False)
+    prompts = [Sequence.start(f"p{i}", [3] * 8, params, COS) for i in range(30)]
+    for sequence in prompts:
+        engine.add(sequence)
+    for _ in range(6):
+        engine.step()
+    assert all(sequence.num_generated for sequence in prompts)
 
 
 def test_alone_nothing_is_divided() -> None:

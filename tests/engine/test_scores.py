@@ -85,6 +85,27 @@ def test_what_is_decided_before_the_next_forward_is_never_stored(desk: Desk) -> 
     assert desk.num_written == 0
 
 
+def test_open_places_outlive_memory_that_runs_out(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the store is given them: the step is undone, and they are wanted yet."""
+    waits, goes_on = start(desk), start(desk)
+    desk.forward([(waits, 3), (goes_on, 3)])
+    goes_on.draw(2)
+
+    def full(*args: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as context:
+        context.setattr(desk.store, "write", full)
+        with pytest.raises(MemoryError):
+            desk.forward([(goes_on, 4)])
+    desk.check([(waits, 3)])
+    desk.forward([(goes_on, 4)])
+    desk.check([(waits, 3)])
+    desk.check([(goes_on, 4)])
+
+
 def test_open_places_outlive_the_next_forward(desk: Desk) -> None:
     waits, goes_on = start(desk), start(desk)
     desk.forward([(waits, 3), (goes_on, 3)])

@@ -133,6 +133,7 @@ def test_steps_that_overlap_share_the_time_since_the_last_ones_by_their_forwards
     assert [stats.step_seconds for _, stats in (earlier, later)] == [1.5, 4.5]
     assert [stats.forward_seconds for _, stats in (earlier, later)] == [2.0, 6.0]
     assert [stats.combine_seconds for _, stats in (earlier, later)] == [0.0, 0.0]
+    assert earlier[1].overlaps, "of its seconds nothing is to be learnt"
     # Nobody is charged for what was idle before the first of them.
     after, beside = host.enqueue(1.0, 0.0), host.enqueue(1.0, 0.0)
     after[0].started, beside[0].started = 20.0, 21.0
