@@ -2,7 +2,7 @@
 
 Where models are on several devices it may decode in half-batches: an advance of a model that is
 elsewhere than where tokens are decided stays in flight while the other half of the sequences goes
-on, until that half has one of its own to launch.
+on, until that half has one of its own to launch, or has gone on for long.
 """
 
 from __future__ import annotations

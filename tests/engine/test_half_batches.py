@@ -244,7 +244,7 @@ def test_running_out_twice_leaves_nothing_half_undone(
         decide(advancer, model, sequences, *rest)
 
     monkeypatch.setattr(Advancer, "_decide_together", failing)
-    for when in range(6, 40):
+    for when in range(6, 40, 3):
         limits = EngineLimits(half_batches=True)
         engine = Engine([Once(lm) for lm in lms], DigitDecoder(), frozenset(), limits)
         steps = iter(range(1000))
