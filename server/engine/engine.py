@@ -302,9 +302,10 @@ class Engine:
             before.flight.outcome.stats.overlaps = flight.outcome.stats.overlaps = True
         is_prompt = flight.outcome.stats.num_prefill_tokens > 0
         if plan.model not in divided and not is_prompt:
+            deltas = self._land(run)
             self._num_beside += 1
             is_late = self._num_beside > self._longest_flight
-            return self._land(run) + (self._land_flight() if is_late else [])
+            return deltas + self._land_flight() if is_late else deltas
         # Only now: its device has something to do while the host waits for what was before.
         self._in_flight, self._num_beside = run, 0
         deltas = [] if before is None else self._land(before)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.cache.devices import meeting_device
+from server.cache.devices import device_places, meeting_device
 from server.cache.on_device import tensor_on
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence
@@ -70,17 +70,16 @@ class Scores:
         store: ScoreStore,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.device = meeting_device([runner.device for runner in runners])
+        devices = [runner.device for runner in runners]
+        self.device = meeting_device(devices)
         self.head_seconds = 0.0
         self._runners = runners
         self._store = store
         self._clock = clock
         self._latest: list[_Latest | None] = [None] * len(runners)
         self._crossings = [
-            Crossing(self.device, runner.device)
-            if runner.device.type == "cuda" and runner.device != self.device
-            else None
-            for runner in runners
+            Crossing(self.device, device) if place else None
+            for device, place in zip(devices, device_places(devices), strict=True)
         ]
 
     def has_shortlist(self, model: int) -> bool:

@@ -141,3 +141,17 @@ def test_steps_that_overlap_share_the_time_since_the_last_ones_by_their_forwards
     host.now = 24.0
     host.timer.close([after, beside])
     assert [stats.step_seconds for _, stats in (after, beside)] == [2.0, 2.0]
+
+
+def test_what_was_charged_before_is_not_charged_again(gpu: Device) -> None:
+    """A step may be planned before the one in flight beside it has landed."""
+    host = Host(gpu)
+    first = host.enqueue(3.0, 0.0)
+    host.now = first[0].decided = 4.0
+    host.timer.close([first])
+    beside = host.enqueue(1.0, 0.0)
+    beside[0].started, beside[0].fed = 1.0, 1.125
+    host.now = beside[0].decided = 6.0
+    host.timer.close([beside])
+    assert [stats.step_seconds for _, stats in (first, beside)] == [4.0, 2.0]
+    assert beside[1].combine_seconds == 1.0
