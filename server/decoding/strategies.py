@@ -251,6 +251,16 @@ def may_shadow(decoding: DecodingParams) -> bool:
     return decoding.strategy != "mixture"
 
 
+def used_models(decoding: DecodingParams) -> frozenset[int]:
+    """Models that score its positions or propose; of a mixture, those that coins may name."""
+    proposers: Iterable[int] = ()
+    if decoding.strategy == "cos":
+        proposers = (model for model, length in enumerate(decoding.gamma) if length)
+    elif decoding.strategy == "speculative":
+        proposers = (0,)
+    return frozenset(decoding.combination.scorers).union(proposers)
+
+
 class Strategies:
     """The strategy of each sequence; equal decoding parameters share one object.
 

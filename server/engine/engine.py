@@ -321,7 +321,6 @@ class Engine:
         plan, outcome = run.plan, self._advancer.land(run.flight)
         self.scheduler.publish(s for s in plan.sequences if s not in outcome.failed)
         if outcome.ran_out:
-            self._landed += self._land_flight()  # what is in flight may not be preempted
             self._count("memory_pressure")
             self.scheduler.shrink(plan)
         else:
@@ -349,7 +348,7 @@ class Engine:
     def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
         """A forward did not fit into memory: undo the step, and make the next ones smaller."""
         logger.warning("a forward over %d tokens ran out of memory", sum(plan.num_tokens))
-        # Before anything lands: where that runs out too, some of these may be preempted.
+        # Before anything lands: these are as they were, whatever comes of that.
         for sequence, before in zip(plan.sequences, seen, strict=True):
             sequence.num_seen[plan.model] = before
         self.scheduler.undo(plan)

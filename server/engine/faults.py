@@ -10,7 +10,13 @@ from __future__ import annotations
 import torch
 
 # Where PyTorch has no class of its own for it.
-_ALLOCATION_FAILED = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
+_ALLOCATION_FAILED = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",  # the driver's own, of CUDA and of Triton
+    "bad_alloc",
+    "_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

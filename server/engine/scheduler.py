@@ -20,7 +20,7 @@ from server.cache.page_table import PageTable
 from server.cache.prefix_keys import PrefixKeys
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence, Status
-from server.decoding.strategies import Strategies
+from server.decoding.strategies import Strategies, used_models
 from server.decoding.turns import next_model
 
 logger = logging.getLogger(__name__)
@@ -123,8 +123,8 @@ class Scheduler:
         # A decoding sequence has no more unseen tokens than this; a prompt or recomputation may.
         assert max_step_tokens >= max_gamma + len(pools)
         self._short = max_gamma + len(pools)
-        # Lower than the two above for a while after a step that did not fit into memory.
-        self._running_limit = max_sequences
+        # What one step may take: less for a while after one that did not fit into memory.
+        self._sequence_limit = max_sequences
         self._token_limit = max_step_tokens
         self._num_smooth = 0  # steps since then
         self._prefix_cache = prefix_cache
@@ -138,6 +138,8 @@ class Scheduler:
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
         self._waited: dict[Sequence, int] = {}  # steps since each one's last
         self._in_flight: Collection[Sequence] = ()  # while a plan is made
+        # Who could not be admitted, and how many pages of each model were free then.
+        self._shortage: tuple[Sequence, tuple[int, ...]] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -226,17 +228,14 @@ class Scheduler:
     def shrink(self, plan: StepPlan) -> bool:
         """Make the next steps smaller than `plan`, which ran out of memory.
 
-        Preempts the youngest; False where `plan` was as small as can be. Its sequences must be as
-        they were before it.
+        Nobody is preempted: pages and scores are allocated once, and what runs out is what a
+        forward needs besides. False where `plan` was as small as can be.
         """
         self._num_smooth = 0
-        num_tokens = sum(plan.num_tokens)
-        if len(plan.sequences) > 1:
-            self._running_limit = len(plan.sequences) // 2
-            while len(self.running) > self._running_limit:
-                self._preempt(self.running[-1])
-        elif num_tokens > self._short:
-            self._token_limit = max(self._short, num_tokens // 2)
+        if max(plan.num_tokens) > self._short:
+            self._token_limit = max(self._short, sum(plan.num_tokens) // 2)
+        elif len(plan.sequences) > 1:
+            self._sequence_limit = len(plan.sequences) // 2
         else:
             return False
         return True
@@ -244,14 +243,14 @@ class Scheduler:
     def relax(self) -> None:
         """A step went well: after some of them, allow larger ones again."""
         if (
-            self._running_limit == self._max_sequences
+            self._sequence_limit == self._max_sequences
             and self._token_limit == self._max_step_tokens
         ):
             return
         self._num_smooth += 1
         if self._num_smooth >= _SMOOTH_STEPS:
             self._num_smooth = 0
-            self._running_limit = min(self._max_sequences, 2 * self._running_limit)
+            self._sequence_limit = min(self._max_sequences, 2 * self._sequence_limit)
             self._token_limit = min(self._max_step_tokens, 2 * self._token_limit)
 
     def check_integrity(self) -> None:
@@ -271,10 +270,10 @@ class Scheduler:
             sequence.check()
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self._running_limit:
+        while self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
             try:
-                if not self._reserve(sequence):
+                if self._is_still_short(sequence) or not self._reserve(sequence):
                     return
                 self._start(sequence)
             except Exception as error:
@@ -308,6 +307,13 @@ class Scheduler:
             sequence.prompt_slot = self._scores.take_prompt_slot(sequence.slot)
             sequence.open_window(self._scores.num_positions(sequence.prompt_slot))
 
+    def _is_still_short(self, sequence: Sequence) -> bool:
+        """It did not fit, and no model has more pages free than then."""
+        if self._shortage is None or self._shortage[0] is not sequence:
+            return False
+        before = self._shortage[1]
+        return all(pool.num_free <= n for pool, n in zip(self._pools, before, strict=True))
+
     def _reserve(self, sequence: Sequence) -> bool:
         """Give it pages of every model, or none at all."""
         if not any(sequence.resume_at):
@@ -324,9 +330,11 @@ class Scheduler:
         ):
             for table in tables:
                 table.grow(num_tokens)
+            self._shortage = None
             return True
         for table in tables:
             table.release()
+        self._shortage = sequence, tuple(pool.num_free for pool in self._pools)
         for model, num_seen in enumerate(before):
             self._count_cached(sequence, model, num_seen - sequence.num_seen[model])
         sequence.num_seen = before
@@ -381,18 +389,32 @@ class Scheduler:
                 short[want.model] += weight
         model = next_model(short or wanted)
         overdue = max(wanted, key=lambda k: self._passed_over[k])
-        if self._passed_over[overdue] > self._short:
+        if self._passed_over[overdue] >= self._patience(overdue, wants):
             model = overdue
         for k in range(len(self._pools)):
             self._passed_over[k] = self._passed_over[k] + 1 if k in wanted and k != model else 0
         return model
+
+    def _patience(self, model: int, wants: list[_Want]) -> int:
+        """Steps for which those who want `model` are passed over.
+
+        A draft of those who decode, where they come to want it as well: prompts are read with
+        their scoring. Else one of each other model: who decodes then reads no more of prompts for
+        each token than beside texts that all models score.
+        """
+        is_used = any(
+            model in used_models(want.sequence.schedule)
+            for want in wants
+            if want.num_tokens <= self._short
+        )
+        return self._short + 1 if is_used else max(1, len(self._pools) - 1)
 
     def _fill(self, model: int, wants: list[_Want], divided: Collection[int]) -> StepPlan:
         """Decoding sequences first, then prompts with what the token budgets leave."""
         room = max(1, -(-self.num_decoding // 2)) if model in divided else len(wants)
         step = _Step(model, self._token_limit, self._reading(model, wants), room)
         for want in self._candidates(model, wants):
-            if want.sequence.status is Status.RUNNING:
+            if self._is_running(want.sequence):
                 try:
                     self._take(want, step)
                 except _MustLand:
@@ -452,14 +474,15 @@ class Scheduler:
         start = sequence.num_seen[step.model]
         count = _chunk(want, min(step.budget, step.reading) if is_long else step.budget)
         has_room = step.room > 0 or sequence.is_resuming
-        if not is_long and (count <= 0 or not has_room):
+        is_full = count <= 0 or len(step.num_tokens) >= self._sequence_limit
+        if not is_long and (is_full or not has_room):
             self._left_out.setdefault(sequence)
             return
-        if is_long and (count <= 0 or step.is_read(table, want)):
+        if is_long and (is_full or step.is_read(table, want)):
             return
         self._make_room(sequence, step.model, start + count, step.num_tokens)
         self._left_out.pop(sequence, None)
-        if sequence.status is not Status.RUNNING:
+        if not self._is_running(sequence):
             return
         table.grow(start + count)
         step.num_tokens[sequence] = count
@@ -484,8 +507,16 @@ class Scheduler:
             if victim is sequence:
                 break
 
+    def _is_running(self, sequence: Sequence) -> bool:
+        return sequence.status is Status.RUNNING and sequence not in self.broken
+
     def _preempt(self, sequence: Sequence) -> None:
-        self._before_preemption(sequence)
+        """Take its pages, and let it wait; where that raises an error, it is broken."""
+        try:
+            self._before_preemption(sequence)
+        except Exception as error:
+            self._break(sequence, error)
+            return
         self._take_out(sequence)
         sequence.forget()
         self._num_preempted += 1

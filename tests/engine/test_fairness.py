@@ -126,3 +126,27 @@ def test_pieces_smaller_than_a_page_still_end() -> None:
     while not late.is_finished:
         engine.step()
     assert not busy.is_finished
+
+
+def test_a_prompt_does_not_wait_for_a_model_that_only_it_needs() -> None:
+    """Beside texts that another model writes alone, as beside texts that need both."""
+    num_steps = []
+    for busy in (
+        make_decoding("standard", WEIGHTED),
+        make_decoding("single", Combination.only(2, 0)),
+    ):
+        steps: list[StepStats] = []
+        engine = make_engine(steps)
+        for i in range(NUM_SHORT):
+            params = SamplingParams(max_tokens=400, seed=i)
+            engine.add(Sequence.start(f"busy-{i}", [i], params, busy))
+        for _ in range(20):
+            engine.step()
+        decoding = make_decoding("standard", WEIGHTED)
+        late = Sequence.start("late", [1, 2] * 48, SamplingParams(max_tokens=1), decoding)
+        engine.add(late)
+        steps.clear()
+        while not late.is_finished:
+            engine.step()
+        num_steps.append(len(steps))
+    assert num_steps[1] <= 2 * num_steps[0]

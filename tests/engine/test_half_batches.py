@@ -283,7 +283,7 @@ def test_who_calls_no_other_model_keeps_nobody_in_flight() -> None:
         assert long.num_generated < 100
 
 
-def test_running_out_while_deciding_preempts_nobody_in_flight(
+def test_running_out_while_deciding_preempts_nobody(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     lms = [TableLM(70 + k, vocab_size=20) for k in range(2)]
@@ -305,7 +305,7 @@ def test_running_out_while_deciding_preempts_nobody_in_flight(
         name: generated(deltas) for name, deltas in expected.items()
     }
     assert set(faults) == {"memory_pressure"}
-    assert sum(step.num_preempted for step in steps) > 0
+    assert not any(step.num_preempted for step in steps)
 
 
 def test_texts_that_arrive_are_read_while_others_are_in_flight() -> None:

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
+from server.cache.page_table import PageTable
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
-from server.core.sequence import Sequence
+from server.core.sequence import Sequence, Status
 from server.core.stats import StepStats
 from server.engine.engine import Engine
 from tests.support.engines import generated, make_decoding, make_engine, run
@@ -183,3 +184,34 @@ def test_random_arrivals_aborts_and_preemptions(name: str) -> None:
             params = sequence.params
             alone = Sequence.start("s", prompts[sequence.id], params, sequence.decoding)
             assert tuple(made[sequence.id]) == text(new_engine(name, prefix_cache=False), alone)
+
+
+def test_who_waits_for_pages_looks_for_its_prefix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until more pages are free: a long prefix takes long to find."""
+    looks: list[int] = []
+    adopt = PageTable.adopt
+
+    def counted(self: PageTable, token_ids: list[int], num_seen: int, limit: int) -> int:
+        looks.append(limit)
+        return adopt(self, token_ids, num_seen, limit)
+
+    engine = new_engine(num_pages=1 + 14)
+    first = start("first", SYSTEM, max_tokens=40)
+    engine.add(first)
+    while first.num_generated < 20:
+        engine.step()
+    monkeypatch.setattr(PageTable, "adopt", counted)
+    second = start("second", [*SYSTEM[:12], *[7] * 20])
+    engine.add(second)
+    num_steps = 0
+    while not first.is_finished:
+        assert second.status is Status.WAITING
+        engine.step()
+        num_steps += 1
+    assert num_steps > 10
+    assert len(looks) == 2  # in the pages of both models
+    while engine.has_work:
+        engine.step()
+    assert second.stats.cached == [12, 12]
+    expected = text(new_engine(prefix_cache=False), start("alone", [*SYSTEM[:12], *[7] * 20]))
+    assert tuple(second.token_ids[32:]) == expected

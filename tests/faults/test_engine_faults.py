@@ -20,6 +20,7 @@ from server.core.stats import StepStats
 from server.decoding.strategies import Strategies
 from server.decoding.warp import Place
 from server.engine import scheduler
+from server.engine.advance import Advancer
 from server.engine.decider import Decider
 from server.engine.detokenizer import TextStream
 from server.engine.engine import Engine, EngineLimits
@@ -179,6 +180,7 @@ def test_an_error_in_the_detokeniser_ends_one_sequence(monkeypatch: pytest.Monke
         MemoryError(),
         torch.OutOfMemoryError("CUDA out of memory"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_forwards_that_do_not_fit_are_made_smaller(strategy: str, error: Exception) -> None:
@@ -202,12 +204,60 @@ def test_forwards_that_do_not_fit_are_made_smaller(strategy: str, error: Excepti
     }
     check_clean(engine)
     assert set(faults) == {"memory_pressure"}
-    # Counters know of each forward once, and of whom smaller steps left no place.
+    # Counters know of each forward once.
     for model in range(len(runners)):
         forwards = sum(sequence.stats.forwards[model] for sequence in sequences)
         assert forwards == sum(step.num_decoding for step in steps if step.model == model)
-    num_preempted = sum(step.num_preempted for step in steps)
-    assert num_preempted == sum(sequence.stats.num_preemptions for sequence in sequences) > 0
+    # It would give nothing back: pages are allocated already.
+    assert not any(sequence.stats.num_preemptions for sequence in sequences)
+
+
+def test_prompts_that_do_not_fit_take_nobody_out_of_the_batch() -> None:
+    """Their tokens were too many: smaller pieces follow, and who decodes goes on."""
+    engine, runners = make_engine(max_step_tokens=128, max_prefill_tokens=64)
+    decoding = make_decoding("standard", Combination.weighted([0.5, 0.5]))
+    params = SamplingParams(max_tokens=40, seed=1)
+    for i in range(12):
+        engine.add(Sequence.start(f"s{i}", [i], params, decoding))
+    for _ in range(4):
+        engine.step()
+    failures = [MemoryError()]
+
+    def fail(batch: Batch) -> None:
+        if batch.num_tokens > 50 and failures:
+            raise failures.pop()
+
+    runners[0].fail = fail
+    widths: list[int] = []
+    engine.on_step = lambda stats: widths.append(stats.num_decoding)
+    for i in range(2):
+        engine.add(Sequence.start(f"long{i}", [i] * 24, params, decoding))
+    for _ in range(8):
+        engine.step()
+        engine.scheduler.check_integrity()
+    assert not failures
+    assert len(engine.scheduler.running) == 14
+    assert min(widths) >= 12
+
+
+def test_a_victim_that_cannot_be_preempted_is_the_one_that_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its error is not that of who needed its pages."""
+    original = Advancer.read_tail
+
+    def raising(self: Advancer, sequence: Sequence) -> None:
+        if sequence.id == f"s{BAD}":
+            raise ValueError("told to fail")
+        original(self, sequence)
+
+    monkeypatch.setattr(Advancer, "read_tail", raising)
+    engine, _ = make_engine(num_pages=1 + 2 * 4)
+    faults = record_faults(engine)
+    deltas = run(engine, make_sequences(), engine.scheduler.check_integrity)
+    check_only_the_bad_one_failed(deltas, "cos", "internal error")
+    check_clean(engine)
+    assert faults == ["internal"]
 
 
 def test_what_does_not_fit_alone_is_refused() -> None:
