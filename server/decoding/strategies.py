@@ -181,8 +181,8 @@ class Mixture:
     kappa = 0 is the mixture of Fu et al. 2026 (arXiv 2605.00419): the coin's model draws. With
     kappa > 0, model 0 drafts on through up to kappa positions whose coin names another model; that
     model verifies them when it is its turn anyway, and draws the next position with its own coin.
-    Model 0's own positions are accepted: their target is what they were drawn from, but where top-p
-    keeps more tokens than are proposed from (`decoding.warp`).
+    Model 0's own positions are accepted: their target is what they were drawn from, but where
+    truncation keeps more tokens than are proposed from (`decoding.warp`).
     """
 
     def __init__(self, decoding: DecodingParams, coins: SharedCoins) -> None:

@@ -12,20 +12,31 @@ token of the *combined* distribution (`combine.rank`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Row
+from collections.abc import Callable, Sequence as Row
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from server.cache.on_device import sent, tensor_on
-from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.core.token_mask import Bits, stacked
+from server.decoding.score_changes import (
+    NONE,
+    Changes,
+    added,
+    bad_tokens,
+    ending_tokens,
+    is_early,
+    joined,
+    penalties,
+)
 
 Place = tuple[Sequence, int]  # a sequence and a position of it
 
-_HEAD = 1024  # top-p looks at so many tokens first, and sorts the whole row only if it has to
+_HEAD = 1024  # truncation looks at so many tokens first, and sorts the whole row only if it has to
 
 
 class Warp:
@@ -38,26 +49,25 @@ class Warp:
         device: torch.device,
         proposing: bool = False,
     ):
-        """`proposing`: where top-p would keep a great many tokens, it keeps the most probable ones.
+        """`proposing`: where truncation keeps a great many tokens, it keeps the most probable ones.
 
         A model may propose from what it likes as long as verification is told, and whether a whole
         row has to be sorted is known only to who reads from the device. What is kept of a row
         never depends on the other rows.
         """
         self._sorts = not proposing
-        self._places = places
         self._eos = eos_token_ids
-        self._device = device
         params = [sequence.params for sequence, _ in places]
-        self._is_adjusted = any(p.has_penalties or p.logit_bias for p in params)
-        self._bans = any(p.bad_words or p.min_tokens for p in params)
+        self._penalised = _cells(places, penalties, device)
+        self._biased = _cells(places, lambda s, _: added(s.params.logit_bias), device)
         self._masks = _masks(places, device)
+        self._banned = _cells(places, self._bans, device)
+        self._last_ends = _cells(places, self._ends_amid_form, device)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)
         self._temperature = tensor_on(device, temperature)[:, None]
         self._min_p = _column([0.0 if p.is_greedy else p.min_p for p in params], 0.0, device)
         top_k = [0 if p.is_greedy else p.top_k for p in params]
-        self._width = max([_HEAD, *top_k])
         self._top_k = _column(top_k, 0, device)
         self._top_p = _column([1.0 if p.is_greedy else p.top_p for p in params], 1.0, device)
         truncated = [not p.is_greedy and (p.top_k > 0 or p.top_p < 1) for p in params]
@@ -65,11 +75,7 @@ class Warp:
 
     def __call__(self, logits: Tensor) -> Tensor:
         """float32 [R, V] -> warped logits [R, V]; the argument is left alone."""
-        if self._is_adjusted:
-            logits = logits.clone()
-            for row, place in enumerate(self._places):
-                _adjust(logits[row], *place)
-        logits = self.forbid(logits)
+        logits = self.forbid(self._adjust(logits))
         if self._is_tempered:
             logits = logits / self._temperature
         if self._min_p is not None:
@@ -86,30 +92,63 @@ class Warp:
             rows, packed = self._masks
             allowed = _unpack(packed, logits.shape[-1])
             logits = logits.index_copy(0, rows, logits[rows].masked_fill(~allowed, -torch.inf))
-        if self._bans:
+        if self._banned is not None or self._last_ends is not None:
             logits = logits.clone()
-            for row, place in enumerate(self._places):
-                _ban(logits[row], *place, self._eos)
+            if self._banned is not None:
+                logits[self._banned.places] = -torch.inf
+            if self._last_ends is not None:
+                _forbid_ends(logits, self._last_ends)
         return logits
+
+    def _adjust(self, logits: Tensor) -> Tensor:
+        """Penalties and biases."""
+        if self._penalised is None and self._biased is None:
+            return logits
+        logits = logits.clone()
+        if self._penalised is not None:
+            scores, divisors = logits[self._penalised.places], self._penalised.divisors
+            scores = torch.where(scores > 0, scores / divisors, scores * divisors)
+            logits[self._penalised.places] = scores + self._penalised.added
+        if self._biased is not None:
+            # A token may be named twice.
+            logits.index_put_(self._biased.places, self._biased.added, accumulate=True)
+        return logits
+
+    def _bans(self, sequence: Sequence, position: int) -> Changes:
+        """Tokens that complete a bad word, and ends that come too early."""
+        banned = bad_tokens(sequence, position)
+        if sequence.matcher is None and is_early(sequence, position):
+            banned += ending_tokens(sequence.params, self._eos)
+        return added((token_id, -np.inf) for token_id in banned)
+
+    def _ends_amid_form(self, sequence: Sequence, position: int) -> Changes:
+        """Ends that come too early, unless the grammar is complete: it then ends all the same."""
+        if sequence.matcher is None or not is_early(sequence, position):
+            return NONE
+        return added((id, -np.inf) for id in ending_tokens(sequence.params, self._eos))
 
     def _threshold(self, logits: Tensor) -> Tensor:
         """Smallest logit that top-k and top-p keep, [R, 1]; ties at it are kept.
 
         Looks at the largest logits of each row, and at whole rows only where they keep more.
         """
-        width = min(self._width, logits.shape[-1])
+        vocab_size = logits.shape[-1]
+        width = min(_HEAD, vocab_size)
+        top_k, top_p, is_truncated = self._top_k, self._top_p, self._is_truncated
+        if top_k is not None:
+            top_k = top_k.masked_fill(top_k >= vocab_size, 0)
+            is_truncated = top_k > 0 if top_p is None else (top_k > 0) | (top_p < 1)
         ordered = logits.topk(width).values
-        keep = _keep(logits, ordered, self._top_k, self._top_p)
-        if not self._sorts and self._top_k is not None:
-            # Another row's top-k may have widened the head.
-            keep &= torch.arange(width, device=keep.device) < self._top_k.clamp_min(_HEAD)
-        threshold = torch.where(self._is_truncated, _last(ordered, keep), -torch.inf)
-        if width < logits.shape[-1] and self._sorts:
-            rows = (keep[:, -1:] & self._is_truncated).flatten().nonzero().flatten()
+        keep = _keep(logits, ordered, top_k, top_p)
+        threshold = torch.where(is_truncated, _last(ordered, keep), -torch.inf)
+        if width < vocab_size and self._sorts:
+            # Beyond the head there may be more to keep, or mass that top-p counts.
+            is_wide = keep[:, -1:] if top_k is None else keep[:, -1:] | (top_k > width)
+            rows = (is_wide & is_truncated).flatten().nonzero().flatten()
             if len(rows):
                 whole = logits[rows]
                 ordered = whole.sort(descending=True).values
-                keep = _keep(whole, ordered, _pick(self._top_k, rows), _pick(self._top_p, rows))
+                keep = _keep(whole, ordered, _pick(top_k, rows), _pick(top_p, rows))
                 threshold[rows] = _last(ordered, keep)
         return threshold
 
@@ -156,26 +195,40 @@ def _column(values: Row[float], neutral: float, device: torch.device) -> Tensor 
     return tensor_on(device, values)[:, None]
 
 
-def _adjust(logits: Tensor, sequence: Sequence, position: int) -> None:
-    """Penalties and biases of one row [V], in place."""
-    params = sequence.params
-    if params.has_penalties:
-        _penalise(logits, sequence, position)
-    if params.logit_bias:
-        ids, biases = zip(*params.logit_bias, strict=True)
-        logits.index_add_(0, _ids(ids, logits), tensor_on(logits.device, biases))
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """Scores of single tokens.
+
+    Attributes:
+        places: rows and tokens, int64 [N] each.
+        divisors, added: float32 [N]; see `decoding.score_changes`.
+    """
+
+    places: tuple[Tensor, Tensor]
+    divisors: Tensor
+    added: Tensor
 
 
-def _ban(logits: Tensor, sequence: Sequence, position: int, eos: frozenset[int]) -> None:
-    """Bad words and ends that come too early, of one masked row [V], in place."""
-    if banned := bad_tokens(sequence, position):
-        logits[_ids(banned, logits)] = -torch.inf
-    if is_early(sequence, position) and (ending := ending_tokens(sequence.params, eos)):
-        ends = _ids(sorted(ending), logits)
-        kept = logits[ends]
-        logits[ends] = -torch.inf
-        if sequence.matcher is not None and logits.max() == -torch.inf:
-            logits[ends] = kept  # the grammar is complete: it ends the text all the same
+def _cells(
+    places: Row[Place], changes_of: Callable[[Sequence, int], Changes], device: torch.device
+) -> _Cells | None:
+    """Those that change; None where none does."""
+    found = [changes_of(*place) for place in places]
+    tokens, changes = joined(found)
+    if not len(tokens):
+        return None
+    rows = np.repeat(np.arange(len(found)), [len(each) for each, _ in found])
+    ids = sent(torch.from_numpy(np.stack([rows, tokens])), device)
+    numbers = sent(torch.from_numpy(np.ascontiguousarray(changes.T)), device)
+    return _Cells((ids[0], ids[1]), numbers[0], numbers[1])
+
+
+def _forbid_ends(logits: Tensor, ends: _Cells) -> None:
+    """Of rows [R, V] that leave something else; in place."""
+    kept = logits[ends.places]
+    logits[ends.places] = -torch.inf
+    is_dead = logits.amax(-1) == -torch.inf
+    logits[ends.places] = kept.masked_fill(~is_dead[ends.places[0]], -torch.inf)
 
 
 def _masks(places: Row[Place], device: torch.device) -> tuple[Tensor, Tensor] | None:
@@ -198,43 +251,3 @@ def _unpack(packed: Tensor, vocab_size: int) -> Tensor:
     bits = torch.arange(8, dtype=torch.uint8, device=packed.device)
     unpacked = ((packed[:, :, None] >> bits) & 1).bool().flatten(1)[:, :vocab_size]
     return pad(unpacked, (0, vocab_size - unpacked.shape[1]))
-
-
-def bad_tokens(sequence: Sequence, position: int) -> list[int]:
-    """Those that would complete a bad word there."""
-    return [w[-1] for w in sequence.params.bad_words if _completes(w, sequence, position)]
-
-
-def is_early(sequence: Sequence, position: int) -> bool:
-    """Must the text be longer before a token there may end it?"""
-    return position < sequence.num_prompt + sequence.params.min_tokens
-
-
-def ending_tokens(params: SamplingParams, eos_token_ids: frozenset[int]) -> frozenset[int]:
-    """Those that end a text."""
-    return params.stop_token_ids if params.ignore_eos else params.stop_token_ids | eos_token_ids
-
-
-def _completes(word: tuple[int, ...], sequence: Sequence, position: int) -> bool:
-    """Whether the generated tokens before `position` end with all of `word` but its last."""
-    start = position - len(word) + 1
-    return start >= sequence.num_prompt and sequence.token_ids[start:position] == list(word[:-1])
-
-
-def _penalise(logits: Tensor, sequence: Sequence, position: int) -> None:
-    params, device = sequence.params, logits.device
-    tokens, counts = sequence.counts_before(position)
-    if params.repetition_penalty != 1:
-        seen = sent(torch.from_numpy(tokens), device)
-        scores = logits[seen]
-        penalty = params.repetition_penalty
-        logits[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
-    if params.frequency_penalty or params.presence_penalty:
-        made = counts > 0
-        times = sent(torch.from_numpy(counts[made]), device).to(logits.dtype)
-        ids = sent(torch.from_numpy(tokens[made]), device)
-        logits[ids] -= params.frequency_penalty * times + params.presence_penalty
-
-
-def _ids(token_ids: Row[int], logits: Tensor) -> Tensor:
-    return tensor_on(logits.device, list(token_ids), torch.long)

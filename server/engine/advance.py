@@ -48,7 +48,7 @@ from server.engine.distributions import Distributions, grouped
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.guesser import Guesser
 from server.engine.laps import Laps, Timer
-from server.engine.logprobs import Logprobs
+from server.engine.logprobs import Logprobs, Span as Reported
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
 from server.runner.attention_choice import CpuKernels
@@ -500,12 +500,25 @@ class Advancer:
 
     def _report(self, before: dict[Sequence, int], outcome: Outcome) -> None:
         """Log-probabilities of newly verified tokens; their scores are still in the store."""
-        for sequence, count in outcome.num_verified.items():
-            num_top = sequence.params.logprobs
-            if num_top is not None and sequence not in outcome.failed:
-                with _guarding(sequence, outcome):
-                    entries = self._logprobs.of_text(sequence, before[sequence], count, num_top)
-                    outcome.logprobs[sequence] = entries
+        spans = [
+            (sequence, before[sequence], count)
+            for sequence, count in outcome.num_verified.items()
+            if sequence.params.logprobs is not None and sequence not in outcome.failed
+        ]
+        if not spans:
+            return
+        try:
+            self._report_together(spans, outcome)
+        except Exception as error:
+            logger.warning("log-probabilities are tried one by one: %r", error)
+            for span in spans:
+                with _guarding(span[0], outcome):
+                    self._report_together([span], outcome)
+
+    def _report_together(self, spans: Row[Reported], outcome: Outcome) -> None:
+        entries = self._logprobs.of_texts(spans)
+        for (sequence, _, _), each in zip(spans, entries, strict=True):
+            outcome.logprobs[sequence] = each
 
 
 @contextmanager

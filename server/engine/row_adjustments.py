@@ -13,16 +13,20 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import NDArray
 
-from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.core.token_mask import Bits, are_in, stacked
-from server.decoding.warp import Place, bad_tokens, ending_tokens, is_early, masks_of
-
-Ids = NDArray[np.int64]
-Reals = NDArray[np.float32]
-_Changes = tuple[Ids, Reals]  # tokens, [n], and what is changed of their scores, [n, 2]
-
-_NONE: _Changes = np.empty(0, np.int64), np.empty((0, 2), np.float32)
+from server.decoding.score_changes import (
+    Changes,
+    Ids,
+    Reals,
+    added,
+    bad_tokens,
+    ending_tokens,
+    is_early,
+    joined,
+    penalties,
+)
+from server.decoding.warp import Place, masks_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +66,12 @@ class _Lasting:
     """What one sequence asks for at each of its places.
 
     Attributes:
-        biases: of scores; None: there are none.
+        biases: of scores.
         ends: what is done to the tokens that would end the text too early.
     """
 
-    biases: _Changes | None
-    ends: _Changes
+    biases: Changes
+    ends: Changes
 
 
 class Adjuster:
@@ -92,9 +96,9 @@ class Adjuster:
         """Of places, whose scores are scaled by [R]; None where nothing is changed."""
         if not any(s.params.adjusts_scores or s.matcher is not None for s, _ in places):
             return None
-        rows = [_joined(self._changes(*place)) for place in places]
+        rows = [joined(self._changes(*place)) for place in places]
         counts = [len(tokens) for tokens, _ in rows]
-        changed, changes = _joined(rows)
+        changed, changes = joined(rows)
         changes = changes.copy()
         changes[:, 1] *= np.repeat(inverse_temperatures, counts)
         masks, bits = self._masks(places)
@@ -106,15 +110,12 @@ class Adjuster:
             bits=bits,
         )
 
-    def _changes(self, sequence: Sequence, position: int) -> Iterable[_Changes]:
+    def _changes(self, sequence: Sequence, position: int) -> Iterable[Changes]:
         """In the order in which they are made."""
-        params, lasting = sequence.params, self._of(sequence)
-        if params.has_penalties:
-            yield _penalties(params, *sequence.counts_before(position))
-        if lasting.biases is not None:
-            yield lasting.biases
-        if banned := bad_tokens(sequence, position):
-            yield _added([(token_id, -np.inf) for token_id in banned])
+        lasting = self._of(sequence)
+        yield penalties(sequence, position)
+        yield lasting.biases
+        yield added((token_id, -np.inf) for token_id in bad_tokens(sequence, position))
         if is_early(sequence, position):
             yield lasting.ends
 
@@ -133,39 +134,8 @@ class Adjuster:
         return lasting
 
     def _made(self, sequence: Sequence) -> _Lasting:
-        biases = sequence.params.logit_bias
         ends = sorted(ending_tokens(sequence.params, self._eos))
         return _Lasting(
-            biases=_added(biases) if biases else None,
-            ends=_added([(token_id, -np.inf) for token_id in ends]) if ends else _NONE,
+            biases=added(sequence.params.logit_bias),
+            ends=added((token_id, -np.inf) for token_id in ends),
         )
-
-
-def _penalties(params: SamplingParams, tokens: Ids, counts: Ids) -> _Changes:
-    """Of tokens that were seen, and generated so often."""
-    if params.repetition_penalty == 1:
-        generated = counts > 0
-        tokens, counts = tokens[generated], counts[generated]
-    changes = np.empty((len(tokens), 2), np.float32)
-    changes[:, 0] = params.repetition_penalty
-    times = counts.astype(np.float32)
-    changes[:, 1] = -(np.float32(params.frequency_penalty) * times)
-    changes[:, 1] -= np.where(counts > 0, np.float32(params.presence_penalty), 0)
-    return tokens, changes
-
-
-def _added(biases: Row[tuple[int, float]]) -> _Changes:
-    """What is added to scores of tokens, of which there are some; not to be written to."""
-    tokens, added = zip(*biases, strict=True)
-    changes = np.ones((len(tokens), 2), np.float32)
-    changes[:, 1] = added
-    return np.array(tokens, np.int64), changes
-
-
-def _joined(parts: Iterable[_Changes]) -> _Changes:
-    """One after the other."""
-    parts = list(parts)
-    if len(parts) < 2:
-        return parts[0] if parts else _NONE
-    tokens, changes = zip(*parts, strict=True)
-    return np.concatenate(tokens), np.concatenate(changes)

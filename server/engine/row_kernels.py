@@ -20,11 +20,12 @@ from server.core.combination import Combination
 from server.core.lookup import LOOKUP
 from server.core.sequence import Sequence
 from server.decoding.rng import exponentials, noise_key
+from server.decoding.score_changes import Ids, Reals
 from server.decoding.strategies import Strategies
 from server.decoding.verify import Decisions, Rule
 from server.decoding.warp import Place
 from server.engine.distributions import Origin, grouped, origin_of
-from server.engine.row_adjustments import Adjuster, Adjustments, Ids, Reals
+from server.engine.row_adjustments import Adjuster, Adjustments
 from server.engine.scores import Scores
 from server.simd.decisions import (
     BLOCKS,

@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
@@ -78,14 +79,55 @@ def test_what_is_proposed_comes_from_the_head_of_a_flat_row(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(warp, "_HEAD", 3)
-    logits = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1]]).repeat(3, 1)
+    logits = torch.tensor([[0.5, 0.4, 0.3, 0.2, 0.1]])
     places = [
         place([1], [], top_p=0.95),
         place([1], [], top_k=4),
         place([1], [], top_p=0.95, top_k=2),
+        place([1], [], top_k=5),
+        place([1], [], top_k=4, top_p=0.8),
     ]
-    assert Warp(places, EOS, CPU)(logits).isfinite().sum(-1).tolist() == [5, 4, 2]
-    for rows in ([0, 1, 2], [0], [1], [2], [2, 0]):
+    logits = logits.repeat(len(places), 1)
+    # Of the four that top-k leaves, the first three have less than 0.8 of the probability.
+    assert Warp(places, EOS, CPU)(logits).isfinite().sum(-1).tolist() == [5, 4, 2, 5, 4]
+    for rows in ([0, 1, 2, 3, 4], [0], [1], [2], [2, 0], [3], [4, 3]):
         warp_of_rows = Warp([places[row] for row in rows], EOS, CPU, proposing=True)
         kept = warp_of_rows(logits[rows]).isfinite().sum(-1).tolist()
-        assert kept == [(3, 4, 2)[row] for row in rows]
+        assert kept == [(3, 3, 2, 5, 3)[row] for row in rows]
+
+
+class _Counting(TorchDispatchMode):
+    """Counts the operations that are asked of a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_warps_of_many_rows_take_no_more_operations() -> None:
+    """On a GPU each is a launch, which takes as long for one number as for a thousand rows."""
+    counts = []
+    for num_rows in (2, 32):
+        places = [
+            place(
+                [1, 2, row % 7],
+                [3, 4],
+                repetition_penalty=1.2,
+                frequency_penalty=0.3,
+                logit_bias=((5, 1.0), (6, -1.0)),
+                bad_words=((3, 4, 9),),
+                min_tokens=9,
+                top_k=5,
+                top_p=0.9,
+            )
+            for row in range(num_rows)
+        ]
+        logits = torch.randn(num_rows, 40)
+        with _Counting() as counting:
+            Warp(places, EOS, CPU)(logits)
+        counts.append(counting.count)
+    assert counts[0] == counts[1]
