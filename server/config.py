@@ -38,7 +38,7 @@ class ModelConfig(Section):
     )
     path: str = Field(
         description="Directory, GGUF file or hub id of the weights; what begins with models/ is "
-        "no hub id.",
+        "never looked for on a hub.",
         min_length=1,
     )
     revision: str | None = Field(
@@ -46,7 +46,9 @@ class ModelConfig(Section):
         description="Of a hub id: commit, tag or branch; the default branch if null.",
         min_length=1,
     )
-    device: str = Field("auto", description="torch device, or auto: cuda if present, else cpu.")
+    device: str = Field(
+        "auto", description="One torch device, as cpu or cuda:1; auto: cuda if present, else cpu."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Weights' dtype; auto is bfloat16 on GPU and float32 on CPU, where weights are "
@@ -64,7 +66,7 @@ class ModelConfig(Section):
 class WeightedConfig(Section):
     """Probability-level ensemble: sum of weight[k] * p_k."""
 
-    method: Literal["weighted"]
+    method: Literal["weighted"] = Field(description="Names the combination.")
     weights: tuple[Finite, ...] = Field(
         fail_fast=True,
         description="One weight for each model, none negative, summing to 1.",
@@ -74,7 +76,7 @@ class WeightedConfig(Section):
 class ContrastiveConfig(Section):
     """Logit-level contrast of the last model (expert) with the first (amateur)."""
 
-    method: Literal["contrastive"]
+    method: Literal["contrastive"] = Field(description="Names the combination.")
     mu: Finite = Field(0.1, ge=0, le=10, description="Contrastive strength, paper eq. 5.")
     plausibility: Finite = Field(
         0.0,
@@ -87,7 +89,7 @@ class ContrastiveConfig(Section):
 class LinearConfig(Section):
     """Logit-level mix: softmax of the sum of weight[k] * logits_k."""
 
-    method: Literal["linear"]
+    method: Literal["linear"] = Field(description="Names the combination.")
     weights: tuple[Finite, ...] = Field(
         fail_fast=True,
         description="One weight for each model; negative ones contrast.",
@@ -132,10 +134,12 @@ class DecodingConfig(Section):
     )
     max_gamma: int = Field(8, ge=1, le=32, description="Longest proposal a request may ask for.")
     single: str | None = Field(
-        None, description="Model decoded by strategy single; the last one if not given."
+        None, description="Model decoded by strategy single; the last one if null."
     )
     kappa: int = Field(
-        0, ge=0, description="mixture: foreign-coin tokens the first model may draft through."
+        0,
+        ge=0,
+        description="mixture: tokens of others' coins that the first model may draft through.",
     )
     shared_coins: bool = Field(
         True, description="mixture: one coin for the whole batch, where a request allows it."
@@ -185,7 +189,7 @@ class ShadowConfig(Section):
 
 
 class EngineConfig(Section):
-    """Sizes of the engine."""
+    """Sizes of the engine, and what it computes with."""
 
     max_sequences: int = Field(64, ge=1, le=4096, description="Sequences decoded at once.")
     max_step_tokens: int = Field(
@@ -202,10 +206,12 @@ class EngineConfig(Section):
         "and find them when another prompt begins alike.",
     )
     max_length: int | None = Field(
-        None, ge=2, description="Context length; the models' shortest if not given."
+        None, ge=2, description="Context length; the models' shortest if null."
     )
     kv_memory: str = Field(
-        "auto", description="KV memory of all models together, as 2GiB or 512MiB, or auto."
+        "auto",
+        description="KV memory of all models together, as 2GiB or 512MiB; auto takes half of what "
+        "is left free on a CPU, 80 % on a GPU.",
     )
     page_size: int = Field(16, ge=1, le=256, description="Tokens in one page of KV memory.")
     max_waiting: int = Field(
@@ -383,10 +389,10 @@ class ServerConfig(Section):
         min_length=1, max_length=8, description="Members, cheapest first."
     )
     combination: CombinationConfig = Field(description="How the members' scores become one.")
-    decoding: DecodingConfig = Field(DecodingConfig(), description="Strategy.")
-    engine: EngineConfig = Field(EngineConfig(), description="Sizes.")
-    http: HttpConfig = Field(HttpConfig(), description="HTTP surface.")
-    tracing: TracingConfig = Field(TracingConfig(), description="Traces.")
+    decoding: DecodingConfig = Field(DecodingConfig(), description="Strategy and proposal lengths.")
+    engine: EngineConfig = Field(EngineConfig(), description="Sizes, memory and kernels.")
+    http: HttpConfig = Field(HttpConfig(), description="Address, keys and limits.")
+    tracing: TracingConfig = Field(TracingConfig(), description="Where traces go.")
 
     @model_validator(mode="after")
     def _members_agree(self) -> ServerConfig:
