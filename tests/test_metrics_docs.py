@@ -7,13 +7,17 @@ import re
 import promql_parser
 import pytest
 
-from tests.test_docker import ROOT, described_metrics, exported_metrics, queried_metrics
-
-ROWS = re.findall(
-    r"^\| `(\w+)` \|(.*?) \| (.*?) \| (.*?) \|$",
-    (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"),
-    re.MULTILINE,
+from server.metrics.requests import ENDPOINTS, FINISH_REASONS, REJECTIONS
+from tests.test_docker import (
+    ROOT,
+    RULES,
+    described_metrics,
+    exported_metrics,
+    queried_metrics,
 )
+
+SERIES, ALERTS = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8").split("\n## Alerts\n")
+ROWS = re.findall(r"^\| `(\w+)` \|(.*?) \| (.*?) \| (.*?) \|$", SERIES, re.MULTILINE)
 
 
 def test_every_metric_has_one_row() -> None:
@@ -36,3 +40,20 @@ def test_its_query_asks_for_it(name: str, query: str) -> None:
     queried = queried_metrics(query.strip("`"))
     assert any(each.startswith(name) for each in queried)
     assert queried <= exported_metrics()
+
+
+def test_reasons_are_those_of_the_code() -> None:
+    meanings = {name: set(re.findall(r"`(\w+)`", meaning)) for name, _, meaning, _ in ROWS}
+    assert meanings["cos_requests_finished_total"] == {*ENDPOINTS, *FINISH_REASONS}
+    assert meanings["cos_requests_rejected_total"] == set(REJECTIONS)
+
+
+def test_every_alert_has_one_row() -> None:
+    rules = re.findall(
+        r"alert: (\w+)\n.*?for: (\d+)m\n +labels: \{severity: (\w+)\}",
+        RULES.read_text(encoding="utf-8"),
+        re.DOTALL,
+    )
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .* for (\d+) minutes? \|$", ALERTS, re.MULTILINE)
+    assert len(rows) == len(rules) == 7
+    assert {(name, minutes, severity) for name, severity, minutes in rows} == set(rules)
