@@ -258,7 +258,8 @@ class EngineConfig(Section):
         "auto",
         description="Where models are on several GPUs, let one score for half of the sequences "
         "while another drafts for the rest: auto does where the measured seconds promise that it "
-        "pays. Texts keep their law, and greedy and seeded ones every token.",
+        "pays; on: refuse to start where they are not. Texts keep their law, and greedy and seeded "
+        "ones every token.",
     )
     compile: Literal["off", "layers"] = Field(
         "off",

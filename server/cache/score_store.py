@@ -13,6 +13,13 @@ from torch import Tensor
 from server.cache.devices import score_devices
 from server.cache.on_device import tensor_on
 
+PROMPT_WINDOW = 128  # positions of one prompt that all its scorers score before they are reported
+
+
+def num_score_rows(num_slots: int, capacity: int, wide_capacity: int) -> int:
+    """Rows of the tensor of each model; see `ScoreStore`."""
+    return num_slots * capacity + (wide_capacity if wide_capacity > capacity else 0)
+
 
 class ScoreStore:
     """One ring of `capacity` positions per (model, slot), and one wider ring.
@@ -38,8 +45,8 @@ class ScoreStore:
         """One tensor [num_rows, vocab_size] per model, in its dtype.
 
         Models are on `devices`, and their states; where their scores are kept `score_devices` says.
-        num_rows is num_slots * capacity + wide_capacity; a wide ring that would be no wider than
-        the others is left out. `state_sizes` [num_models] is the width of a state; 0: the model
+        num_rows is `num_score_rows`; a wide ring that would be no wider than the others is left
+        out. `state_sizes` [num_models] is the width of a state; 0: the model
         never defers.
 
         All of it is written once: memory that the system hands over page by page, at the first
@@ -49,7 +56,7 @@ class ScoreStore:
         self._wide_slot = num_slots
         self._wide_capacity = wide_capacity if wide_capacity > capacity else 0
         self._wide_is_free = self._wide_capacity > 0
-        num_rows = num_slots * capacity + self._wide_capacity
+        num_rows = num_score_rows(num_slots, capacity, wide_capacity)
         # torch.zeros would only promise memory.
         self._rows = [
             torch.empty(num_rows, vocab_size, dtype=dtype, device=device).zero_()

@@ -13,6 +13,7 @@ from server.core.sampling_params import LookupParams
 
 LOOKUP = -1  # stands among proposers where no model has proposed
 
+_MAX_INDEXED = 1024  # tokens in one go: choices of one long prompt all begin in the same step
 _MAX_PLACES = 32  # earlier places that are compared, the latest ones
 _MEMORY = 32.0  # guessed tokens after which 63 % of what came before is forgotten
 _PRIOR_RATE = 0.5
@@ -48,7 +49,8 @@ class PromptLookup:
     def guess(self, token_ids: list[int]) -> list[int]:
         """At most max_tokens that may follow; empty where the last ones are new.
 
-        `token_ids` are decided, and begin with those of the call before.
+        And while a long prompt is not yet indexed. `token_ids` are decided, and begin with those of
+        the call before.
         """
         self._judge(token_ids)
         self._index(token_ids)
@@ -68,7 +70,8 @@ class PromptLookup:
 
     def _index(self, token_ids: list[int]) -> None:
         size = self._params.min_ngram
-        for end in range(len(self._earlier), len(token_ids) + 1):
+        start = len(self._earlier)
+        for end in range(start, min(len(token_ids) + 1, start + _MAX_INDEXED)):
             if end < size:
                 self._earlier.append(0)
                 continue
@@ -79,7 +82,7 @@ class PromptLookup:
     def _find(self, token_ids: list[int]) -> list[int]:
         """What followed the longest match; of several, the latest."""
         longest, place = 0, 0
-        end = self._earlier[len(token_ids)]
+        end = self._earlier[-1] if len(self._earlier) > len(token_ids) else 0
         for _ in range(_MAX_PLACES):
             if not end or longest == self._params.max_ngram:
                 break

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Row
 from dataclasses import dataclass
 
 from server.cache.page_pool import PagePool
-from server.cache.score_store import ScoreStore
+from server.cache.score_store import PROMPT_WINDOW, ScoreStore
 from server.config import ServerConfig
 from server.core.output import TokenDelta, TokenLogprob
 from server.core.sampling_params import DecodingParams
@@ -74,8 +74,6 @@ class EngineLimits:
 
 _SWITCH = {"auto": None, "on": True, "off": False}
 
-# Positions of one prompt that all its scorers score before its log-probabilities are reported.
-_PROMPT_WINDOW = 128
 _UNDIVIDED_STEPS = 64  # after a forward did not fit into memory beside one in flight
 _LONGEST_RUN = 32  # steps that are enqueued before the host waits, though it needs nothing of them
 
@@ -168,7 +166,7 @@ class Engine:
             self.vocab_size,
             [runner.dtype for runner in runners],
             [runner.device for runner in runners],
-            min(_PROMPT_WINDOW, limits.max_step_tokens),
+            min(PROMPT_WINDOW, limits.max_step_tokens),
             [0 if (d := runner.deferred) is None else d.state_size for runner in runners],
         )
         runs_ahead = limits.runs_ahead

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from server.cache.devices import score_devices
+from server.cache.devices import device_places, score_devices
+from server.cache.score_store import PROMPT_WINDOW, num_score_rows
 from server.config import ServerConfig
 from server.core.sampling_params import proposal_lengths
 from server.errors import ConfigError
@@ -75,6 +76,7 @@ def load_models(
         MemberLoader(source, member, max_length, vocab_size, report, config.engine).load(fast)
         for source, member in zip(sources, config.models, strict=True)
     )
+    _check_half_batches(loaded, config)
     _allocate(loaded, config, max_length, report)
     runners = tuple(_with_graphs(runner, config, report) for runner in loaded)
     generation = sources[-1].generation_config()
@@ -140,19 +142,43 @@ def _allocate(
     """Exchange the self-check's little stores for the real ones."""
     needs = [KvNeed(runner.device, runner.store.bytes_per_token) for runner in runners]
     free = {need.device: free_bytes(need.device) for need in needs}
-    kept = score_devices([runner.device for runner in runners])
-    scores = [
-        ScoreNeed(device, runner.vocab_size * runner.dtype.itemsize)
-        for device, runner in zip(kept, runners, strict=True)
-    ]
-    num_rows = config.engine.max_sequences * (config.decoding.max_gamma + len(runners))
-    left = left_by_scores(scores, num_rows, free)
+    left = left_by_scores(_score_needs(runners), _num_score_rows(config), free)
     pages = num_pages(needs, config.engine, max_length, left)
     for runner in runners:
         runner.store = runner.store.resized(pages, config.engine.page_size)
     tokens = (pages - 1) * config.engine.page_size
     size = sum(need.bytes_per_token for need in needs) * pages * config.engine.page_size
     report(f"KV memory: {tokens} tokens a model, {size / (1 << 20):.0f} MiB in all")
+
+
+def _score_needs(runners: Sequence[TorchRunner]) -> list[ScoreNeed]:
+    """Of scores where they are kept, and of the states of models that defer them."""
+    kept = score_devices([runner.device for runner in runners])
+    needs = [
+        ScoreNeed(device, runner.vocab_size * runner.dtype.itemsize)
+        for device, runner in zip(kept, runners, strict=True)
+    ]
+    for runner in runners:
+        if runner.deferred is not None:
+            size = runner.deferred.state_size * runner.dtype.itemsize
+            needs.append(ScoreNeed(runner.device, size))
+    return needs
+
+
+def _num_score_rows(config: ServerConfig) -> int:
+    """As many as the engine's store will have."""
+    engine = config.engine
+    capacity = config.decoding.max_gamma + len(config.models)
+    window = min(PROMPT_WINDOW, engine.max_step_tokens)
+    return num_score_rows(engine.max_sequences, capacity, window)
+
+
+def _check_half_batches(runners: Sequence[TorchRunner], config: ServerConfig) -> None:
+    num_places = len(set(device_places([runner.device for runner in runners])))
+    if config.engine.half_batches == "on" and num_places == 1:
+        raise ConfigError(
+            "engine.half_batches is on, but the models are not on several GPUs; see models.N.device"
+        )
 
 
 def _with_graphs(runner: TorchRunner, config: ServerConfig, report: _Reporter) -> LoadedRunner:

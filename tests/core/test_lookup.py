@@ -91,3 +91,16 @@ def test_one_guess_for_each_number_of_tokens() -> None:
     lookup.guess([1, 2, 1])
     assert not lookup.is_due(3)
     assert lookup.is_due(4)
+
+
+def test_a_long_prompt_is_indexed_in_parts() -> None:
+    """What stands at its end is found once all of it is known, as if it had been at once."""
+    rng = random.Random(5)
+    tokens = [rng.randrange(1000) for _ in range(2500)]
+    lookup = PromptLookup(LookupParams(2, 2, 3))
+    guesses = []
+    for place in range(100, 106):  # the text copies what stands in the prompt's midst
+        tokens.append(tokens[place])
+        guesses.append(lookup.guess(tokens))
+    assert guesses[:2] == [[], []]
+    assert guesses[2:] == [tokens[place + 1 : place + 4] for place in range(102, 106)]

@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from server.config import parse_config
+from server.engine.engine import Engine, EngineLimits
 from server.errors import ConfigError
-from server.runner import cgroup, llama_body, member, self_check
+from server.runner import cgroup, llama_body, loader, member, memory, self_check
 from server.runner.base import Batch, Span
 from server.runner.loader import load_models
 from server.runner.packed_linear import multiplies_in_kernels
 from server.simd import support
 from tests.runner.test_packed_linear import needs_bfloat16
+from tests.support.table_lm import DigitDecoder
 from tests.support.tiny_gguf import write_gguf
 from tests.support.tiny_models import (
     VOCAB_SIZE,
@@ -313,6 +315,31 @@ def test_too_little_memory(llama):
     assert "engine.max_length" in message
     loaded = load_models(config_of(llama, engine={"kv_memory": "64KiB", "max_length": 128}))
     assert loaded.runners[0].num_pages * 16 * 256 <= 64 << 10
+
+
+def test_scores_are_counted_as_they_are_kept(llama, monkeypatch):
+    """What pages are left is what the engine's own store of scores leaves."""
+    counted = []
+    left_by = memory.left_by_scores
+
+    def noted(needs, num_rows, free):
+        counted.append((num_rows, [need.row_bytes for need in needs]))
+        return left_by(needs, num_rows, free)
+
+    monkeypatch.setattr(loader, "left_by_scores", noted)
+    (llama / "shortlist.json").write_text(json.dumps(list(range(8))))
+    config = config_of(llama, llama)
+    runners = load_models(config).runners
+    assert all(runner.deferred is not None for runner in runners)
+    engine = Engine(runners, DigitDecoder(), frozenset(), EngineLimits.of(config, runners))
+    store = engine._advancer._store
+    row_bytes = [rows[0].nbytes for rows in (*store._rows, *store._states)]
+    assert counted == [(store.num_rows, row_bytes)]
+
+
+def test_half_batches_want_several_gpus(llama):
+    message = refusal(config_of(llama, engine={"half_batches": "on"}))
+    assert "engine.half_batches is on" in message
 
 
 @pytest.mark.parametrize(
