@@ -201,8 +201,8 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
         )
     engine.on_fault = metrics.engine.observe_fault
     metrics.engine.watch_models(
-        engine.scheduler.pages_used,
-        engine.scheduler.pages_idle,
+        engine.scheduler.pages.num_used,
+        engine.scheduler.pages.num_idle,
         [_facts(runner) for runner in loaded.runners],
     )
     if config.engine.calibrate:

@@ -208,7 +208,7 @@ def _batches(engine: Engine) -> Iterator[int]:
     if engine.max_length < _num_context(engine) + _ROUNDS + 1:
         return
     num_tokens = _num_context(engine) + _ROUNDS + 2
-    limit = engine.scheduler.num_fitting(num_tokens)
+    limit = engine.scheduler.pages.num_fitting(num_tokens)
     batch = 1
     while batch <= min(limit, engine.limits.max_sequences):
         yield batch

@@ -448,7 +448,7 @@ class Engine:
         reason = grammar_error(sequence) or _REASONS[fault]
         if sequence.id in self._sequences:
             if fault == "invalid_scores":
-                self.scheduler.withdraw(sequence)
+                self.scheduler.pages.withdraw(sequence)
             self._release(sequence, sequence.num_verified)
         return TokenDelta(
             sequence_id=sequence.id,
@@ -496,7 +496,7 @@ class Engine:
         stats = step.outcome.stats
         stats.num_running = len(self.scheduler.running)
         stats.num_waiting = len(self.scheduler.waiting)
-        stats.pages_used = self.scheduler.pages_used()
+        stats.pages_used = self.scheduler.pages.num_used()
         step.outcome.laps.started = started
         self._unobserved.append(step)
         # A cycle reads once at least; prompts are long, and who arrives waits for what is enqueued.

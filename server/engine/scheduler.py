@@ -17,11 +17,11 @@ from itertools import takewhile
 
 from server.cache.page_pool import PagePool
 from server.cache.page_table import PageTable
-from server.cache.prefix_keys import PrefixKeys
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence, Status
 from server.decoding.strategies import Strategies, used_models
 from server.decoding.turns import next_model
+from server.engine.sequence_pages import SequencePages
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,8 @@ class Scheduler:
         self.running: list[Sequence] = []  # oldest first
         # What raised an error here, and holds nothing any more; to be released.
         self.broken: dict[Sequence, Exception] = {}
-        self._pools = pools
+        self.pages = SequencePages(pools, prefix_cache)
+        self._num_models = len(pools)
         self._scores = scores
         self._strategies = strategies
         self._max_sequences = max_sequences
@@ -127,19 +128,13 @@ class Scheduler:
         self._sequence_limit = max_sequences
         self._token_limit = max_step_tokens
         self._num_smooth = 0  # steps since then
-        self._prefix_cache = prefix_cache
         self._before_preemption = before_preemption
-        # Since the last plan.
-        self._num_cached = [0] * len(pools)
-        self._num_preempted = 0
-        self._tables: dict[str, tuple[PageTable, ...]] = {}
+        self._num_preempted = 0  # since the last plan
         # Whose few tokens full steps have left out, for longest first; they have precedence.
         self._left_out: dict[Sequence, None] = {}
         self._passed_over = [0] * len(pools)  # steps for which somebody has wanted each model
         self._waited: dict[Sequence, int] = {}  # steps since each one's last
         self._in_flight: Collection[Sequence] = ()  # while a plan is made
-        # Who could not be admitted, and how many pages of each model were free then.
-        self._shortage: tuple[Sequence, tuple[int, ...]] | None = None
 
     @property
     def has_work(self) -> bool:
@@ -153,21 +148,9 @@ class Scheduler:
             for sequence in self.running
         )
 
-    def num_fitting(self, num_tokens: int) -> int:
-        """Sequences of `num_tokens` tokens that the free pages of all models hold."""
-        return min(pool.num_free // pool.pages_for(num_tokens) for pool in self._pools)
-
     def add(self, sequence: Sequence) -> None:
         """Queue it behind all that wait with its priority or a better one; its id is its own."""
-        params = sequence.params
-        keys: dict[int, PrefixKeys] = {}
-        # What is found has no scores: a prompt whose every position is to be scored is computed.
-        if self._prefix_cache and params.prefix_cache and params.prompt_logprobs is None:
-            sizes = {pool.page_size for pool in self._pools}
-            keys = {size: PrefixKeys(size, params.cache_salt) for size in sizes}
-        self._tables[sequence.id] = tuple(
-            PageTable(pool, keys.get(pool.page_size)) for pool in self._pools
-        )
+        self.pages.add(sequence)
         place = len(self.waiting)
         while place and self.waiting[place - 1].priority > sequence.priority:
             place -= 1
@@ -177,20 +160,13 @@ class Scheduler:
         """Take a sequence out, wherever it is, with its pages and its slot."""
         self._take_out(sequence)
         self.broken.pop(sequence, None)
-        del self._tables[sequence.id]
-
-    def withdraw(self, sequence: Sequence) -> None:
-        """Take its pages out of the prefix cache: they may hold what made its scores invalid."""
-        for table in self._tables[sequence.id]:
-            table.withdraw()
+        self.pages.remove(sequence)
 
     def publish(self, sequences: Iterable[Sequence]) -> None:
         """After a step over them: let others find the full pages of what is verified."""
         for sequence in sequences:
-            tables = self._tables[sequence.id]
             try:
-                for table, num_seen in zip(tables, sequence.num_seen, strict=True):
-                    table.publish(sequence.token_ids, min(num_seen, sequence.num_verified))
+                self.pages.publish(sequence)
             except Exception as error:
                 self._break(sequence, error)
 
@@ -214,16 +190,14 @@ class Scheduler:
                 return None
             # Empty where the only one that wanted the model was the youngest, and preempted itself.
             if plan.sequences:
-                num_cached, self._num_cached = tuple(self._num_cached), [0] * len(self._pools)
                 num_preempted, self._num_preempted = self._num_preempted, 0
+                num_cached = self.pages.take_num_cached()
                 return replace(plan, num_preempted=num_preempted, num_cached=num_cached)
 
     def undo(self, plan: StepPlan) -> None:
         """It came to nothing: the next one tells what it had to tell."""
         self._num_preempted += plan.num_preempted
-        self._num_cached = [
-            sum(pair) for pair in zip(self._num_cached, plan.num_cached, strict=True)
-        ]
+        self.pages.return_num_cached(plan.num_cached)
 
     def shrink(self, plan: StepPlan) -> bool:
         """Make the next steps smaller than `plan`, which ran out of memory.
@@ -255,14 +229,8 @@ class Scheduler:
 
     def check_integrity(self) -> None:
         """Raise AssertionError unless every page and slot is held exactly once."""
-        tables = list(self._tables.values())
-        for k, pool in enumerate(self._pools):
-            pool.check_integrity(page for table in tables for page in table[k].pages)
-        assert set(self._tables) == {
-            sequence.id for sequence in [*self.running, *self.waiting, *self.broken]
-        }
-        for sequence in [*self.waiting, *self.broken]:
-            assert not any(table.pages for table in self._tables[sequence.id])
+        without = [*self.waiting, *self.broken]
+        self.pages.check_integrity((s.id for s in [*self.running, *without]), without)
         slots = [sequence.slot for sequence in self.running]
         assert len(set(slots)) == len(slots)
         assert self._scores.num_free == self._max_sequences - len(slots)
@@ -273,7 +241,7 @@ class Scheduler:
         while self.waiting and len(self.running) < self._max_sequences:
             sequence = self.waiting[0]
             try:
-                if self._is_still_short(sequence) or not self._reserve(sequence):
+                if not self._reserve(sequence):
                     return
                 self._start(sequence)
             except Exception as error:
@@ -307,38 +275,11 @@ class Scheduler:
             sequence.prompt_slot = self._scores.take_prompt_slot(sequence.slot)
             sequence.open_window(self._scores.num_positions(sequence.prompt_slot))
 
-    def _is_still_short(self, sequence: Sequence) -> bool:
-        """It did not fit, and no model has more pages free than then."""
-        if self._shortage is None or self._shortage[0] is not sequence:
-            return False
-        before = self._shortage[1]
-        return all(pool.num_free <= n for pool, n in zip(self._pools, before, strict=True))
-
     def _reserve(self, sequence: Sequence) -> bool:
         """Give it pages of every model, or none at all."""
         if not any(sequence.resume_at):
             _set_out(sequence)
-        before = list(sequence.num_seen)
-        for model in _resuming(sequence):
-            self._adopt(sequence, model)
-        # The page of the next token included: nobody is admitted only to be preempted.
-        num_tokens = min(len(sequence) + 1, sequence.limit)
-        tables = self._tables[sequence.id]
-        if all(
-            table.num_missing(num_tokens) <= pool.num_free
-            for table, pool in zip(tables, self._pools, strict=True)
-        ):
-            for table in tables:
-                table.grow(num_tokens)
-            self._shortage = None
-            return True
-        for table in tables:
-            table.release()
-        self._shortage = sequence, tuple(pool.num_free for pool in self._pools)
-        for model, num_seen in enumerate(before):
-            self._count_cached(sequence, model, num_seen - sequence.num_seen[model])
-        sequence.num_seen = before
-        return False
+        return self.pages.reserve(sequence, _resuming(sequence))
 
     def _wants(self) -> list[_Want]:
         wants = []
@@ -352,30 +293,16 @@ class Scheduler:
 
     def _want(self, sequence: Sequence) -> _Want:
         for model in _resuming(sequence):
-            self._adopt(sequence, model)
+            self.pages.adopt(sequence, model)
         if resuming := _resuming(sequence):
             model = resuming[0]
         else:
             model = self._strategies.of(sequence).next_model(sequence)
             if sequence.num_unseen(model) > self._short:
-                self._adopt(sequence, model)
+                self.pages.adopt(sequence, model)
         num_tokens = sequence.num_unseen(model)
         assert num_tokens > 0, f"{sequence.id} wants model {model}, which has seen everything"
         return _Want(sequence, model, num_tokens)
-
-    def _adopt(self, sequence: Sequence, model: int) -> None:
-        """Count as consumed what others have published."""
-        # The token before the first open position has to be fed: only then that one is scored.
-        limit = sequence.first_open - 1
-        before = sequence.num_seen[model]
-        table = self._tables[sequence.id][model]
-        sequence.num_seen[model] = table.adopt(sequence.token_ids, before, limit)
-        self._count_cached(sequence, model, sequence.num_seen[model] - before)
-
-    def _count_cached(self, sequence: Sequence, model: int, num_tokens: int) -> None:
-        self._num_cached[model] += num_tokens
-        if sequence.stats.num_preemptions == 0:
-            sequence.stats.cached[model] += num_tokens
 
     def _choose_model(self, wants: list[_Want]) -> int:
         """The one whose turn it is among decoding sequences; nobody is passed over for long."""
@@ -391,7 +318,7 @@ class Scheduler:
         overdue = max(wanted, key=lambda k: self._passed_over[k])
         if self._passed_over[overdue] >= self._patience(overdue, wants):
             model = overdue
-        for k in range(len(self._pools)):
+        for k in range(self._num_models):
             self._passed_over[k] = self._passed_over[k] + 1 if k in wanted and k != model else 0
         return model
 
@@ -407,7 +334,7 @@ class Scheduler:
             for want in wants
             if want.num_tokens <= self._short
         )
-        return self._short + 1 if is_used else max(1, len(self._pools) - 1)
+        return self._short + 1 if is_used else max(1, self._num_models - 1)
 
     def _fill(self, model: int, wants: list[_Want], divided: Collection[int]) -> StepPlan:
         """Decoding sequences first, then prompts with what the token budgets leave."""
@@ -432,7 +359,7 @@ class Scheduler:
             model=model,
             sequences=tuple(planned),
             num_tokens=tuple(step.num_tokens[sequence] for sequence in planned),
-            pages=tuple(self._tables[sequence.id][model].pages for sequence in planned),
+            pages=tuple(self.pages.table(sequence, model).pages for sequence in planned),
         )
 
     def _reading(self, model: int, wants: list[_Want]) -> int:
@@ -469,7 +396,7 @@ class Scheduler:
 
     def _take(self, want: _Want, step: _Step) -> None:
         """Add as much of a want to the step as its budgets leave."""
-        sequence, table = want.sequence, self._tables[want.sequence.id][step.model]
+        sequence, table = want.sequence, self.pages.table(want.sequence, step.model)
         is_long = want.num_tokens > self._short
         start = sequence.num_seen[step.model]
         count = _chunk(want, min(step.budget, step.reading) if is_long else step.budget)
@@ -497,8 +424,7 @@ class Scheduler:
         self, sequence: Sequence, model: int, num_tokens: int, planned: dict[Sequence, int]
     ) -> None:
         """Preempt the youngest until `sequence` fits, itself if it is the youngest."""
-        table = self._tables[sequence.id][model]
-        while table.num_missing(num_tokens) > self._pools[model].num_free:
+        while self.pages.lacks(sequence, model, num_tokens):
             victim = self.running[-1]
             if victim in self._in_flight:
                 raise _MustLand
@@ -524,20 +450,11 @@ class Scheduler:
 
     def _free(self, sequence: Sequence) -> None:
         self._left_out.pop(sequence, None)
-        for table in self._tables[sequence.id]:
-            table.release()
+        self.pages.free(sequence)
         self._scores.give_back_prompt_slot(sequence.prompt_slot)
         if sequence.slot >= 0:
             self._scores.give_back(sequence.slot)
         sequence.slot = sequence.prompt_slot = -1
-
-    def pages_idle(self) -> tuple[int, ...]:
-        """[num_models] pages that nobody holds but that keep a prefix."""
-        return tuple(pool.num_idle for pool in self._pools)
-
-    def pages_used(self) -> tuple[int, ...]:
-        """[num_models] pages that sequences hold."""
-        return tuple(pool.num_used for pool in self._pools)
 
 
 def _set_out(sequence: Sequence) -> None:

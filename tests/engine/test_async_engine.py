@@ -70,7 +70,7 @@ async def test_64_concurrent_streams_lose_and_double_nothing() -> None:
         assert "".join(d.text for d in deltas) == "".join(d.text for d in alone)
         assert [d.finish_reason for d in deltas[:-1]] == [None] * (len(deltas) - 1)
     inner.scheduler.check_integrity()
-    assert inner.scheduler.pages_used() == (0, 0)
+    assert inner.scheduler.pages.num_used() == (0, 0)
 
 
 async def test_aborting_half_frees_their_pages_and_leaves_the_rest_alone() -> None:
@@ -90,7 +90,7 @@ async def test_aborting_half_frees_their_pages_and_leaves_the_rest_alone() -> No
         results = await asyncio.gather(*(read(engine, i) for i in range(64)))
         await idle(engine, inner)
         inner.scheduler.check_integrity()
-        assert inner.scheduler.pages_used() == (0, 0)
+        assert inner.scheduler.pages.num_used() == (0, 0)
     for i in range(0, 64, 2):
         assert results[i] == generated(run(make_engine(LMS), [make_sequence(i, 40)])[f"s{i}"])
 

@@ -84,7 +84,7 @@ def test_a_table_of_forwards(half_batches: bool | None) -> None:
         assert costs.forward_seconds(1, batch, tokens) == pytest.approx(0.1 + 0.01 * batch * tokens)
     assert not steps, "calibration is no traffic"
     assert engine.half_batches is half_batches
-    assert engine.scheduler.pages_used() == (0, 0)
+    assert engine.scheduler.pages.num_used() == (0, 0)
     engine.scheduler.check_integrity()
 
 
@@ -261,7 +261,7 @@ def test_one_stall_moves_the_table_little() -> None:
 def test_nobody_finds_the_contexts_that_were_never_read() -> None:
     engine, _ = make_engine((0.01, 0.001), (0.1, 0.01))
     assert calibrate(engine, BOTH) is not None
-    assert engine.scheduler.pages_used() == engine.scheduler.pages_idle() == (0, 0)
+    assert engine.scheduler.pages.num_used() == engine.scheduler.pages.num_idle() == (0, 0)
     engine.scheduler.check_integrity()
 
 

@@ -134,7 +134,7 @@ def test_aborting_what_is_in_flight_costs_nobody_else_anything() -> None:
                 aborted.add(name)
             engine.scheduler.check_integrity()
             assert all(delta.sequence_id not in aborted for delta in engine._landed)
-        assert engine.scheduler.pages_used() == (0, 0)
+        assert engine.scheduler.pages.num_used() == (0, 0)
         assert not engine.is_ahead
         for name, deltas in made.items():
             assert generated(deltas) == generated(expected[name])[: len(generated(deltas))]

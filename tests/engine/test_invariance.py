@@ -109,7 +109,7 @@ def test_random_aborts_leave_nothing_behind(name: str) -> None:
             engine.abort(victim)
             alive.discard(victim)
             engine.scheduler.check_integrity()
-    assert engine.scheduler.pages_used() == (0,) * engine.num_models
+    assert engine.scheduler.pages.num_used() == (0,) * engine.num_models
 
 
 @pytest.mark.parametrize("combination", [WEIGHTED, Combination.contrastive(2, 0.3, 0.05)])
@@ -190,7 +190,7 @@ def test_a_broken_distribution_fails_its_own_sequence_only() -> None:
         assert deltas["bad"][-1].finish_reason == "error"
         assert "NaN" in (deltas["bad"][-1].error or "")
         assert deltas["good"][-1].finish_reason == "length"
-        assert engine.scheduler.pages_used() == (0, 0)
+        assert engine.scheduler.pages.num_used() == (0, 0)
 
 
 def test_contradicting_supports_fail_clearly() -> None:

@@ -140,7 +140,7 @@ def test_only_verified_tokens_are_published() -> None:
         seed = rng.randrange(3)
         shared = text(engine, start(f"s{number}", prompt, seed=seed))
         assert shared == text(new_engine("cos", prefix_cache=False), start("s", prompt, seed=seed))
-    assert engine.scheduler.pages_idle()[0] > 0
+    assert engine.scheduler.pages.num_idle()[0] > 0
 
 
 @pytest.mark.parametrize("name", ["cos", "three", "mixture", "plain"])
@@ -178,7 +178,7 @@ def test_random_arrivals_aborts_and_preemptions(name: str) -> None:
     assert len(finished) > 12
     assert sum(step.num_preempted for step in steps) > 0
     assert sum(num_cached(steps)) > 0
-    assert not any(engine.scheduler.pages_used())
+    assert not any(engine.scheduler.pages.num_used())
     for sequence in sequences:
         if sequence.id in finished:
             params = sequence.params

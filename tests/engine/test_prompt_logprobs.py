@@ -109,7 +109,7 @@ def test_nothing_need_be_generated(strategy: str) -> None:
             assert delta.token_ids == ()
             assert sequence.stats.proposed == [0, 0]
     engine.scheduler.check_integrity()
-    assert engine.scheduler.pages_used() == (0, 0)
+    assert engine.scheduler.pages.num_used() == (0, 0)
 
 
 def test_an_abort_gives_the_wide_ring_back() -> None:

@@ -170,7 +170,7 @@ def test_aborting_while_the_host_is_ahead_leaves_nothing_behind() -> None:
         engine.scheduler.check_integrity()
         if alive and rng.random() < 0.4:
             engine.abort(alive.pop(rng.randrange(len(alive))))
-    assert engine.scheduler.pages_used() == (0, 0)
+    assert engine.scheduler.pages.num_used() == (0, 0)
     assert len(steps) == num_steps
 
 

@@ -90,7 +90,7 @@ def check_only_the_bad_one_failed(
 def check_clean(engine: Engine) -> None:
     engine.scheduler.check_integrity()
     assert not engine.has_work
-    assert engine.scheduler.pages_used() == (0, 0)
+    assert engine.scheduler.pages.num_used() == (0, 0)
 
 
 def record_faults(engine: Engine) -> list[str]:

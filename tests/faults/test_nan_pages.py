@@ -100,7 +100,7 @@ def test_kv_that_turns_nan_costs_one_sequence_only(
         engine.add(sequence)
     while min(bad.num_seen) < len(PROMPT):
         engine.step()
-    spoil(models, [list(table.pages[:4]) for table in engine.scheduler._tables["bad"]])
+    spoil(models, [list(table.pages[:4]) for table in engine.scheduler.pages._tables["bad"]])
     found = {s.id: s.token_ids[s.num_prompt : s.num_verified] for s in (bad, *beside)}
     errors = {}
     while engine.has_work:

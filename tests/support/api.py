@@ -152,7 +152,7 @@ class TableApp:
     @property
     def is_idle(self) -> bool:
         """No sequence anywhere and every page back."""
-        return not self.engine.has_work and not any(self.engine.scheduler.pages_used())
+        return not self.engine.has_work and not any(self.engine.scheduler.pages.num_used())
 
 
 def make_engine(config: ServerConfig, metrics: Metrics) -> tuple[Engine, list[PacedRunner]]:
