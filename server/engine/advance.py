@@ -26,25 +26,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 
 import torch
-from torch import Tensor
 
 from server.cache.devices import device_places
-from server.cache.drafted import known_ids, stored_ids
-from server.cache.on_device import tensor_on
 from server.cache.score_store import ScoreStore
 from server.core.lookup import LOOKUP
 from server.core.output import TokenLogprob
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
-from server.core.unread import is_unread, unread
 from server.decoding.strategies import Strategies, is_scored, num_verifiable
 from server.decoding.verify import INVALID, Decisions, verdicts
 from server.decoding.warp import Place, depends_on_tokens
 from server.engine.decider import Decider, Way, find_kernels
 from server.engine.distributions import Distributions, grouped
+from server.engine.drafted_ids import DraftedIds
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.guesser import Guesser
 from server.engine.laps import Laps, Timer
@@ -112,7 +108,7 @@ class Flight:
 
     plan: StepPlan
     outcome: Outcome
-    deciding: Row[Sequence]
+    deciding: frozenset[Sequence]
     num_verified: dict[Sequence, int]
     drafting: frozenset[Sequence]
     sent: torch.cuda.Event | None
@@ -144,15 +140,13 @@ class Advancer:
         self._logprobs = Logprobs(self._distributions)
         self._guesser = Guesser(strategies)
         self._num_draws = self._num_probes = 0  # draws since the last probe
-        self._drafting: frozenset[Sequence] = frozenset()  # of the flight that is landed
         self._device = self._scores.device
         self.places = device_places([runner.device for runner in runners])
         # Models that are elsewhere than where tokens are decided; or all but one.
         elsewhere = frozenset(model for model, place in enumerate(self.places) if place)
         self.apart = elsewhere or frozenset(range(1, len(runners)))
         self.timer = Timer(self._device, [runner.device for runner in runners], clock)
-        # Ids of unread tokens, in the rows of their scores.
-        self._drafted = torch.zeros(scores.num_rows, dtype=torch.int64, device=self._device)
+        self.drafted = DraftedIds(self._scores, scores.num_rows, runs_ahead)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Flight:
@@ -163,7 +157,7 @@ class Advancer:
         laps = self.timer.begin()
         outcome = Outcome(StepStats(plan.model, num_sequences=len(plan.sequences)), laps)
         # Recomputation restores a state; it must not decide anything anew.
-        deciding = [sequence for sequence in plan.sequences if not sequence.is_resuming]
+        deciding = frozenset(s for s in plan.sequences if not s.is_resuming)
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
         drafting = frozenset(
             sequence for sequence in plan.sequences if self._drafts_short(sequence, plan.model)
@@ -173,14 +167,13 @@ class Advancer:
 
     @torch.inference_mode()
     def land(self, flight: Flight) -> Outcome:
-        """Decide what the forward decides; mutates the plan's sequences and nothing else."""
+        """Decide what the forward decides; mutates the sequences and what is kept of them."""
         plan, outcome = flight.plan, flight.outcome
         self.timer.join(plan.model, outcome.laps)
         self._scores.receive(plan.model, flight.sent)
         self._scores.head_seconds = 0.0
-        self._drafting = flight.drafting
         self._score_prompts(plan.sequences, outcome)
-        self._decide(plan.model, plan.sequences, flight.deciding, outcome)
+        self._decide(flight)
         for sequence, start in flight.num_verified.items():
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
@@ -189,26 +182,24 @@ class Advancer:
         self.timer.mark_decided(outcome.laps)
         return outcome
 
-    def _decide(
-        self, model: int, sequences: Row[Sequence], deciding: Row[Sequence], outcome: Outcome
-    ) -> None:
+    def _decide(self, flight: Flight) -> None:
         """Verify, draw and propose; an error in the path of one sequence breaks that one only."""
+        sequences, outcome = flight.plan.sequences, flight.outcome
         try:
-            self._decide_together(model, sequences, deciding, outcome)
+            self._decide_together(flight, sequences)
         except Exception as error:
             outcome.ran_out = is_out_of_memory(error)
             logger.warning("a step failed; its sequences are tried one by one: %r", error)
             free_cached_memory()
             for sequence in sequences:
                 # What was left undone: decisions that were made are not made again.
-                alone = [sequence] if sequence in deciding else []
                 if sequence not in outcome.failed:
                     with _guarding(sequence, outcome):
-                        self._decide_together(model, [sequence], alone, outcome)
+                        self._decide_together(flight, [sequence])
 
-    def _decide_together(
-        self, model: int, sequences: Row[Sequence], deciding: Row[Sequence], outcome: Outcome
-    ) -> None:
+    def _decide_together(self, flight: Flight, sequences: Row[Sequence]) -> None:
+        deciding = [sequence for sequence in sequences if sequence in flight.deciding]
+        outcome = flight.outcome
         verified = self._verify(deciding, outcome)
         # Others settle after they have drawn: had they joined shared coins before, they would be
         # a coin ahead of those who draw with them.
@@ -217,7 +208,7 @@ class Advancer:
         self._draw(sequences, outcome)
         looking = [sequence for sequence in sequences if sequence not in outcome.failed]
         self._guesser.look_up(looking, outcome.stats)
-        self._propose(model, deciding, verified, outcome)
+        self._propose(flight, deciding, verified)
 
     def _feed(self, plan: StepPlan, outcome: Outcome) -> torch.cuda.Event | None:
         """One packed forward; scores of undecided positions go to the store."""
@@ -238,10 +229,11 @@ class Advancer:
             stats.num_prefill_tokens += num_prefill
             if num_prefill < count:
                 decoding[sequence] = spans[-1]
-        batch = Batch(tuple(spans), self._drafted_for(plan, spans))
+        runner = self._runners[plan.model]
+        drafted = self.drafted.for_model(plan.model, runner.device, spans)
+        batch = Batch(tuple(spans), drafted)
         defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
         stats.num_tokens = batch.num_tokens
-        runner = self._runners[plan.model]
         stats.num_decoding = len(decoding)
         stats.num_past = sum(span.num_past for span in decoding.values())
         stats.num_attended = num_attended([*decoding.values()], runner.page_size, runner.gathers)
@@ -251,17 +243,6 @@ class Advancer:
         for sequence in decoding:
             sequence.stats.forwards[plan.model] += 1
         return sent
-
-    def _drafted_for(self, plan: StepPlan, spans: Iterable[Span]) -> Tensor | None:
-        """Ids of unread tokens on the model's device, if any are to be fed."""
-        if not self.runs_ahead:
-            return None
-        if not any(is_unread(token_id) for span in spans for token_id in span.token_ids):
-            return None
-        device = self._runners[plan.model].device
-        with self._scores.crossing(plan.model):
-            # A CPU would read the copy before it is there.
-            return self._drafted.to(device, non_blocking=device.type == "cuda")
 
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
@@ -296,7 +277,8 @@ class Advancer:
         groups = grouped(windows, lambda window: self._decider.way(window[0]))
         decisions = [self._decisions(group, way) for way, group in groups]
         # All groups are enqueued; here the host waits for them.
-        read = self._read_decisions([sequence for sequence, _ in windows], decisions)
+        decided_ids = torch.cat(decisions).flatten()
+        read = _pairs(self.drafted.read_with(decided_ids, [sequence for sequence, _ in windows]))
         outcome.has_read = True
         decided = [window for _, group in groups for window in group]
         # Shorter where a proposer turned out to have had nothing to propose.
@@ -308,41 +290,7 @@ class Advancer:
     def _decisions(self, windows: list[Window], way: Way) -> Decisions:
         places = _places(windows)
         lengths = [count for _, count in windows]
-        return self._decider.verify(places, self._tokens(places), lengths, way)
-
-    def _tokens(self, places: list[Place]) -> Tensor:
-        """Ids of the pending tokens at `places`, int64 on the device, unread ones included."""
-        ids = tensor_on(self._device, [s.token_ids[position] for s, position in places])
-        return known_ids(ids, self._drafted) if self.runs_ahead else ids
-
-    @torch.inference_mode()
-    def read_tail(self, sequence: Sequence) -> None:
-        """Let the host know the pending tokens of `sequence`."""
-        if sequence.has_unread:
-            sequence.read(self._stored([sequence]).tolist())
-
-    def _stored(self, sequences: Iterable[Sequence]) -> Tensor:
-        """Ids of all their pending tokens, unread ones included, int64, one after the other."""
-        tails = [s.token_ids[s.num_verified :] for s in sequences]
-        ids = [token_id for tail in tails for token_id in tail]
-        return stored_ids(tensor_on(self._device, ids), self._drafted)
-
-    def _read_decisions(
-        self, sequences: Iterable[Sequence], decisions: Row[Decisions]
-    ) -> list[list[int]]:
-        """What was decided of each window, in one copy from the device.
-
-        The same copy brings the ids of what is unread in `sequences`.
-        """
-        drafted = [s for s in sequences if s.has_unread] if self.runs_ahead else []
-        decided = torch.cat(list(decisions)).flatten()
-        if not drafted:
-            return _pairs(decided.tolist())
-        read: list[int] = torch.cat([decided, self._stored(drafted)]).tolist()
-        rest = iter(read[len(decided) :])
-        for sequence in drafted:
-            sequence.read(list(islice(rest, sequence.num_pending)))
-        return _pairs(read[: len(decided)])
+        return self._decider.verify(places, self.drafted.tokens(places), lengths, way)
 
     def _apply(
         self, sequence: Sequence, num_accepted: int, recovered: int | None, outcome: Outcome
@@ -423,46 +371,39 @@ class Advancer:
             chooser.add(sequence, model, self._distributions.overlap(model, place))
 
     def _propose(
-        self, model: int, sequences: Iterable[Sequence], verified: set[Sequence], outcome: Outcome
+        self, flight: Flight, sequences: Iterable[Sequence], verified: set[Sequence]
     ) -> None:
+        model, outcome = flight.plan.model, flight.outcome
         ready = [s for s in sequences if s not in outcome.failed and self._may_propose(s, model)]
         if not ready:
             return
-        for sequence, token_id in self._choose(model, ready, outcome):
+        for sequence, token_id in self._choose(flight, ready):
             if token_id == INVALID:
                 # It gives nothing to any token that the request allows; the target may.
                 sequence.decline()
                 continue
             is_bonus = sequence in verified or sequence.proposers[-1:] not in ([], [model])
-            sequence.propose(token_id, model, self._proposes_short(sequence, model), is_bonus)
+            sequence.propose(token_id, model, self._proposes_short(flight, sequence), is_bonus)
             outcome.stats.num_proposed += 1
             outcome.stats.num_bonus += is_bonus
 
-    def _choose(
-        self, model: int, sequences: list[Sequence], outcome: Outcome
-    ) -> Iterator[tuple[Sequence, int]]:
-        """The token that `model` proposes to each sequence, from its own distribution alone."""
+    def _choose(self, flight: Flight, sequences: list[Sequence]) -> Iterator[tuple[Sequence, int]]:
+        """The token that the model proposes to each sequence, from its own distribution alone."""
 
         def key(sequence: Sequence) -> tuple[Way, bool, bool]:
-            is_short = self._proposes_short(sequence, model)
+            is_short = self._proposes_short(flight, sequence)
             is_ahead = self.runs_ahead and not is_short and not depends_on_tokens(sequence)
             return self._decider.way(sequence), is_short, is_ahead
 
         for (way, is_short, is_ahead), group in grouped(sequences, key):
             places = [(sequence, len(sequence)) for sequence in group]
-            tokens = self._decider.propose(model, places, way, is_short)
+            tokens = self._decider.propose(flight.plan.model, places, way, is_short)
             if is_ahead:
-                ids = self._leave_unread(places, tokens)
+                ids = self.drafted.leave(places, tokens)
             else:
                 ids = tokens.tolist()
-                outcome.has_read = True
+                flight.outcome.has_read = True
             yield from zip(group, ids, strict=True)
-
-    def _leave_unread(self, places: list[Place], tokens: Tensor) -> list[int]:
-        """Keep `tokens` on the device; returns what stands for them."""
-        rows = self._scores.rows(places)
-        self._drafted.index_copy_(0, tensor_on(self._device, rows), tokens)
-        return [unread(row) for row in rows]
 
     def _may_draw(self, sequence: Sequence) -> bool:
         return (
@@ -491,9 +432,9 @@ class Advancer:
             and decoding.gamma[model] >= MIN_SHORTLIST_GAMMA
         )
 
-    def _proposes_short(self, sequence: Sequence, model: int) -> bool:
+    def _proposes_short(self, flight: Flight, sequence: Sequence) -> bool:
         """In this step: where the schedule has just changed, the forward left no states."""
-        return sequence in self._drafting and self._drafts_short(sequence, model)
+        return sequence in flight.drafting and self._drafts_short(sequence, flight.plan.model)
 
     def _defers(self, sequence: Sequence, model: int) -> bool:
         return self._drafts_short(sequence, model) or any(sequence.shortlisted)

@@ -190,7 +190,7 @@ class Engine:
             max_gamma=limits.max_gamma,
             max_prefill_tokens=limits.max_prefill_tokens,
             prefix_cache=limits.prefix_cache,
-            before_preemption=self._advancer.read_tail,
+            before_preemption=self._advancer.drafted.read_tail,
         )
         self.half_batches = limits.half_batches
         self._in_flight: _Run | None = None

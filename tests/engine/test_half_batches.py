@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence as Row
 from dataclasses import replace
 from typing import Any
 
@@ -237,11 +237,11 @@ def test_running_out_twice_leaves_nothing_half_undone(
     expected = run(make_engine(lms), start(8, 24, is_seeded=True))
     decide = Advancer._decide_together
 
-    def failing(advancer: Advancer, model: int, sequences: Any, *rest: Any) -> None:
+    def failing(advancer: Advancer, flight: Flight, sequences: Row[Sequence]) -> None:
         if Once.has_failed and len(sequences) > 1:
             Once.has_failed = False
             raise MemoryError
-        decide(advancer, model, sequences, *rest)
+        decide(advancer, flight, sequences)
 
     monkeypatch.setattr(Advancer, "_decide_together", failing)
     for when in range(6, 40, 3):
@@ -294,10 +294,10 @@ def test_running_out_while_deciding_preempts_nobody(
     engine.on_fault = faults.append
     decide, calls = engine._advancer._decide_together, iter(range(10**6))
 
-    def failing(model: int, sequences: Any, deciding: Any, outcome: Outcome) -> None:
+    def failing(flight: Flight, sequences: Row[Sequence]) -> None:
         if len(sequences) > 1 and next(calls) % 9 == 8:
             raise MemoryError
-        decide(model, sequences, deciding, outcome)
+        decide(flight, sequences)
 
     monkeypatch.setattr(engine._advancer, "_decide_together", failing)
     made = run(engine, start(8, 24, is_seeded=True), engine.scheduler.check_integrity)

@@ -20,9 +20,9 @@ from server.core.stats import StepStats
 from server.decoding.strategies import Strategies
 from server.decoding.warp import Place
 from server.engine import scheduler
-from server.engine.advance import Advancer
 from server.engine.decider import Decider
 from server.engine.detokenizer import TextStream
+from server.engine.drafted_ids import DraftedIds
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
 from tests.support.engines import generated, make_decoding, run
@@ -244,14 +244,14 @@ def test_a_victim_that_cannot_be_preempted_is_the_one_that_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its error is not that of who needed its pages."""
-    original = Advancer.read_tail
+    original = DraftedIds.read_tail
 
-    def raising(self: Advancer, sequence: Sequence) -> None:
+    def raising(self: DraftedIds, sequence: Sequence) -> None:
         if sequence.id == f"s{BAD}":
             raise ValueError("told to fail")
         original(self, sequence)
 
-    monkeypatch.setattr(Advancer, "read_tail", raising)
+    monkeypatch.setattr(DraftedIds, "read_tail", raising)
     engine, _ = make_engine(num_pages=1 + 2 * 4)
     faults = record_faults(engine)
     deltas = run(engine, make_sequences(), engine.scheduler.check_integrity)
