@@ -23,9 +23,9 @@ from server.decoding.strategies import SharedCoins, Strategies
 from server.engine.advance import Advancer, Flight, Outcome
 from server.engine.controller import Controller
 from server.engine.cost_table import CostTable
-from server.engine.detokenizer import Decoder, TextStream
-from server.engine.endings import End, find_end, grammar_error
+from server.engine.detokenizer import Decoder
 from server.engine.faults import free_cached_memory, is_out_of_memory
+from server.engine.outputs import Outputs
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.shadow import Shadow
 from server.runner.attention_choice import CpuKernels
@@ -113,14 +113,6 @@ class _Run:
         return self.flight.plan
 
 
-_REASONS: dict[Fault, str] = {
-    "invalid_scores": "a model returned NaN, or gives no probability to any token that this "
-    "request allows",
-    "internal": "an internal error in this request's path",
-    "out_of_memory": "the server has not enough memory for this request",
-}
-
-
 class Engine:
     """Decodes sequences over one set of models, one advance a step."""
 
@@ -157,7 +149,7 @@ class Engine:
         self.num_models = len(runners)
         self.vocab_size = runners[0].vocab_size
         self.max_length = min(runner.max_length for runner in runners)
-        self._decoder = decoder
+        self._outputs = Outputs(decoder, eos_token_ids)
         self.eos_token_ids = eos_token_ids
         self._strategies = strategies = Strategies(SharedCoins(coin_seed))
         scores = ScoreStore(
@@ -200,9 +192,7 @@ class Engine:
         self._longest_flight = limits.max_gamma + len(runners)
         self._landed: list[TokenDelta] = []  # by others than the steps that return them
         self._unobserved: list[_Step] = []  # steps that the host has not waited for
-        self._texts: dict[Sequence, TextStream] = {}
         self._sequences: dict[str, Sequence] = {}
-        self._prompt_logprobs: dict[Sequence, list[TokenLogprob]] = {}
 
     def control(self, costs: CostTable) -> None:
         """Estimate by these costs, and choose by them what requests leave open."""
@@ -236,10 +226,13 @@ class Engine:
         longest = max(*sequence.decoding.gamma, 0 if lookup is None else lookup.max_tokens)
         assert longest <= self.limits.max_gamma
         assert sequence.id not in self._sequences
-        text = TextStream(self._decoder, sequence.token_ids, sequence.params)
-        self.scheduler.add(sequence)
+        self._outputs.add(sequence)
+        try:
+            self.scheduler.add(sequence)
+        except Exception:
+            self._outputs.remove(sequence)
+            raise
         self._sequences[sequence.id] = sequence
-        self._texts[sequence] = text
 
     def abort(self, sequence_id: str) -> None:
         """Drop a sequence wherever it is; unknown and finished ones are ignored."""
@@ -369,11 +362,12 @@ class Engine:
         token_seconds: dict[tuple[int, ...], float] = {}
         for sequence, schedule in schedules.items():
             if entries := outcome.prompt_logprobs.get(sequence):
-                self._prompt_logprobs.setdefault(sequence, []).extend(entries)
+                self._outputs.add_prompt_logprobs(sequence, entries)
             if (fault := outcome.fault_of(sequence)) is not None:
                 deltas.append(self._fail(sequence, fault))
             elif sequence.params.max_tokens == 0 and not sequence.scores_prompt:
-                deltas.append(self._end_at_prompt(sequence))
+                deltas.append(self._outputs.end_at_prompt(sequence))
+                self._release(sequence, sequence.num_verified)
             elif count := outcome.num_verified.get(sequence, 0):
                 logprobs = outcome.logprobs.get(sequence, [])
                 try:
@@ -393,69 +387,22 @@ class Engine:
         logprobs: list[TokenLogprob],
         stats: StepStats,
     ) -> TokenDelta:
-        """Detokenise the last `count` verified tokens and end the text where it ends."""
-        start = sequence.num_verified - count
-        new = sequence.token_ids[start : start + count]
-        end = find_end(sequence, new, self.eos_token_ids)
-        shown = new[: end.num_tokens] if end is not None else new
-        if end is not None and end.by_token and not sequence.params.include_stop:
-            shown = shown[:-1]
-        stream = self._texts[sequence]
-        text, match = stream.push(shown)
-        if match is not None:
-            end = End(match.num_tokens, "stop", match.stop)
-        elif end is not None:
-            rest, match = stream.flush()
-            text += rest
-            if match is not None:
-                end = End(end.num_tokens, "stop", match.stop)
-        kept = end.num_tokens if end is not None else count
-        used = schedule.strategy
-        sequence.stats.strategies[used] = sequence.stats.strategies.get(used, 0) + kept
-        stats.deliveries.append(Delivery(schedule, kept, start == sequence.num_prompt))
-        stats.num_discarded += count - kept
-        prompt_logprobs = self._prompt_logprobs.pop(sequence, ())
-        if end is not None:
-            self._release(sequence, start + kept)
-        return TokenDelta(
-            sequence_id=sequence.id,
-            token_ids=tuple(new[:kept]),
-            text=text,
-            logprobs=tuple(logprobs[:kept]),
-            prompt_logprobs=tuple(prompt_logprobs),
-            provenance=tuple(sequence.take_provenance()[:kept]),
-            finish_reason=end.finish_reason if end is not None else None,
-            stop_reason=end.stop_reason if end is not None else None,
-            stats=sequence.stats if end is not None else None,
-            num_cached=_num_cached(sequence),
-        )
-
-    def _end_at_prompt(self, sequence: Sequence) -> TokenDelta:
-        """Nothing was to be generated: the prompt's log-probabilities are all."""
-        prompt_logprobs = self._prompt_logprobs.pop(sequence, ())
-        self._release(sequence, sequence.num_verified)
-        return TokenDelta(
-            sequence_id=sequence.id,
-            prompt_logprobs=tuple(prompt_logprobs),
-            finish_reason="length",
-            stats=sequence.stats,
-        )
+        """Tell of the last `count` verified tokens, and end the text where it ends."""
+        delta = self._outputs.deliver(sequence, schedule, count, logprobs, stats)
+        if delta.finish_reason is not None:
+            start = sequence.num_verified - count
+            self._release(sequence, start + len(delta.token_ids))
+        return delta
 
     def _fail(self, sequence: Sequence, fault: Fault) -> TokenDelta:
         """End one sequence that cannot go on."""
         self._count(fault)
-        position = sequence.num_verified - sequence.num_prompt
-        reason = grammar_error(sequence) or _REASONS[fault]
+        delta = self._outputs.fail(sequence, fault)
         if sequence.id in self._sequences:
             if fault == "invalid_scores":
                 self.scheduler.pages.withdraw(sequence)
             self._release(sequence, sequence.num_verified)
-        return TokenDelta(
-            sequence_id=sequence.id,
-            finish_reason="error",
-            stats=sequence.stats,
-            error=f"token {position} cannot be drawn: {reason}",
-        )
+        return delta
 
     def _count(self, fault: Fault) -> None:
         if self.on_fault is not None:
@@ -465,8 +412,7 @@ class Engine:
         self.scheduler.release(sequence)
         sequence.finish(num_verified)
         del self._sequences[sequence.id]
-        del self._texts[sequence]
-        self._prompt_logprobs.pop(sequence, None)
+        self._outputs.remove(sequence)
 
     def _credit(
         self,
@@ -528,13 +474,3 @@ class Engine:
             self.shadow.observe(stats, self.scheduler.running, batch)
         if self.on_step is not None:
             self.on_step(stats)
-
-
-def _num_cached(sequence: Sequence) -> int:
-    """Prompt tokens that no model had to read at first."""
-    found = [
-        cached
-        for cached, seen in zip(sequence.stats.cached, sequence.num_seen, strict=True)
-        if seen > 0
-    ]
-    return min(min(found, default=0), sequence.num_prompt)
