@@ -44,7 +44,7 @@ from server.engine.drafted_ids import DraftedIds
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.guesser import Guesser
 from server.engine.laps import Laps, Timer
-from server.engine.logprobs import Logprobs, Span as Reported
+from server.engine.logprobs import Decided, Logprobs
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
 from server.runner.attention_choice import CpuKernels
@@ -456,7 +456,7 @@ class Advancer:
                 with _guarding(span[0], outcome):
                     self._report_together([span], outcome)
 
-    def _report_together(self, spans: Row[Reported], outcome: Outcome) -> None:
+    def _report_together(self, spans: Row[Decided], outcome: Outcome) -> None:
         entries = self._logprobs.of_texts(spans)
         for (sequence, _, _), each in zip(spans, entries, strict=True):
             outcome.logprobs[sequence] = each

@@ -16,7 +16,7 @@ from server.engine.distributions import Distributions
 
 _ROWS = 32  # positions whose log-probabilities are computed at once
 
-Span = tuple[Sequence, int, int]  # a sequence, a position of it, and how many from there on
+Decided = tuple[Sequence, int, int]  # a sequence, a position of it, and how many from there on
 
 
 class Logprobs:
@@ -25,7 +25,7 @@ class Logprobs:
     def __init__(self, distributions: Distributions) -> None:
         self._distributions = distributions
 
-    def of_texts(self, spans: Row[Span]) -> list[list[TokenLogprob]]:
+    def of_texts(self, spans: Row[Decided]) -> list[list[TokenLogprob]]:
         """Of the tokens at these spans, which are decided, and as many of the best as is asked."""
         places = [
             (s, position) for s, start, count in spans for position in range(start, start + count)
