@@ -11,6 +11,9 @@ from contextlib import contextmanager
 import uvicorn
 from fastapi import FastAPI
 
+from server.config import HttpConfig
+from server.serve import _bind
+
 
 def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
     """Poll; raises TimeoutError."""
@@ -34,7 +37,7 @@ def run_server(app: FastAPI, phase: str = "ready") -> Iterator[str]:
         timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with _bind(HttpConfig(host="127.0.0.1", port=0)) as listener:
         # Connections inherit it: a client that does not read is noticed before megabytes are sent.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
