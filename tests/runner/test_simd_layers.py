@@ -35,13 +35,28 @@ def make_runner(family, settings, dtype, attention):
     return TorchRunner("m", model, VOCAB_SIZE, MAX_LENGTH, store, body, 0, attention), body
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("family", "settings"), SHAPES)
+def has_only_other_heads(settings):
+    return bool(settings) and settings.keys() <= {"num_attention_heads", "num_key_value_heads"}
+
+
+# How many heads there are is the same for numbers of either width.
+CASES = [
+    pytest.param(family, settings, dtype, marks=needs_bfloat16 if dtype == torch.bfloat16 else ())
+    for family, settings in SHAPES
+    for dtype in (torch.float32, torch.bfloat16)
+    if dtype == torch.float32 or not has_only_other_heads(settings)
+]
+
+
+@pytest.mark.parametrize(("family", "settings", "dtype"), CASES)
 def test_same_bits(family, settings, dtype):
     """Ragged packed batches with growth and rollback."""
     ours, body = make_runner(family, settings, dtype, simd_attention)
+    if settings.get("hidden_size") == 72:  # no program: both ways are one
+        assert body.at_once is None
+        return
+    assert body.at_once is not None
     plain, _ = make_runner(family, settings, dtype, ONE_BY_ONE)
-    assert (body.at_once is None) == (settings.get("hidden_size") == 72)
     rng = random.Random(0)
     schedule = Schedule(rng, make_tables(rng, PAGE_SIZE, in_order=False))
     for _ in range(12):
