@@ -109,9 +109,8 @@ def test_texts_are_those_of_reading_each_token(
 
 
 @pytest.mark.usefixtures("reading_waits")
-@pytest.mark.parametrize("name", ["cos", "speculative", "three", "mixture"])
-def test_law(name: str) -> None:
-    decoding = DECODINGS[name]
+def test_law() -> None:
+    decoding = DECODINGS["cos"]
     lms = [TableLM(seed=11 + k) for k in range(len(decoding.gamma))]
     engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, runs_ahead=True)
     params = [SamplingParams(max_tokens=4, seed=seed) for seed in range(2000)]
