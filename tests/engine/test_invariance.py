@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from functools import cache
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ def make_sequences(decoding_name: str, count: int) -> list[Sequence]:
     ]
 
 
+@cache
 def run_alone(decoding_name: str, count: int) -> list[tuple[int, ...]]:
     num_models = len(DECODINGS[decoding_name].gamma)
     texts = []
