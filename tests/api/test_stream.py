@@ -97,8 +97,8 @@ def test_a_text_without_characters_still_ends(live: Live) -> None:
 
 def test_pings_are_comments(start) -> None:
     live = start(http={"ping_seconds": 1})
-    live.table.set_pace(0.3)
-    response = live.post(stream=True, max_tokens=10, ignore_eos=True)
+    live.table.set_pace(0.6)
+    response = live.post(stream=True, max_tokens=3, ignore_eos=True)
     assert b"\n\n: ping\n\n" in response.content
     assert parse(response.content)
 

@@ -15,7 +15,7 @@ SMALL = ("--num-prompts", "4", "--rounds", "2", "--max-tokens", "6", "--concurre
 
 def test_rates_and_their_ratio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "result.json"
-    quick, slow = FakeServer(step_seconds=0.002), FakeServer(step_seconds=0.1)
+    quick, slow = FakeServer(step_seconds=0.002), FakeServer(step_seconds=0.02)
     with serve(quick) as first, serve(slow) as second:
         servers = ("--server", f"quick={first}", "--server", f"slow={second}")
         assert main([*servers, *SMALL, "--out", str(out)]) == 0
