@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from server.app import Parts
@@ -32,6 +35,13 @@ def run(pace: float = 0.0, fail_after: int | None = None, **sections: Any) -> in
         return Parts(AsyncEngine(engine), DigitTokenizer(), VOCAB_SIZE)
 
     return serve(config, load)
+
+
+def run_forked(options: dict[str, Any], environment: Mapping[str, str], log: Path) -> None:
+    """The process, where it is a fork of one whose environment and streams are others'."""
+    os.environ.update(environment)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    sys.exit(run(**options))
 
 
 if __name__ == "__main__":
