@@ -22,7 +22,14 @@ from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.decoding.grammar import GrammarError, GrammarMatcher, Grammars, Kind
 from server.runner.attention_choice import CpuKernels
-from tests.engine.test_exactness import COMBINATIONS, MIXTURES, SCHEDULES, Z_LIMIT, decoding_of
+from tests.engine.test_exactness import (
+    COMBINATIONS,
+    KERNELS,
+    MIXTURES,
+    SCHEDULES,
+    Z_LIMIT,
+    decoding_of,
+)
 from tests.support.engines import generated, make_decoding, make_engine, run
 from tests.support.exact import Law, chi_square_z, softmax
 from tests.support.table_lm import TableLM
@@ -139,15 +146,14 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
-@pytest.mark.parametrize(("name", "schedule"), CASES)
+@pytest.mark.parametrize(
+    ("name", "schedule", "cpu_kernels"),
+    [*((*case, "auto") for case in CASES), ("plausible", "cos-each-2", "off")],
+)
 def test_law(name: str, schedule: str, cpu_kernels: CpuKernels) -> None:
     combination = (COMBINATIONS | PLAUSIBLE)[name]
     lms = make_lms(len(combination.weights))
-    if schedule in MIXTURES:
-        decoding = make_decoding("mixture", combination, **MIXTURES[schedule])
-    else:
-        decoding = decoding_of(schedule, combination)
+    decoding = decoding_of(schedule, combination)
     params = [SamplingParams(max_tokens=5, seed=seed) for seed in range(700)]
     law = exact_law(lms, combination, params[0])
     assert sum(law.values()) == pytest.approx(1)
@@ -158,6 +164,17 @@ def test_law(name: str, schedule: str, cpu_kernels: CpuKernels) -> None:
         greedy = SamplingParams(max_tokens=10, temperature=0.0)
         [text] = sample(lms, decoding, [greedy], cpu_kernels=cpu_kernels)
         assert exact_law(lms, combination, greedy) == {text: 1.0}
+
+
+@pytest.mark.parametrize(("name", "schedule"), [("weighted-2", "cos-3"), ("linear-3", "cos-3")])
+def test_tokens_are_the_same_without_kernels(name: str, schedule: str) -> None:
+    combination = COMBINATIONS[name]
+    lms, decoding = make_lms(len(combination.weights)), decoding_of(schedule, combination)
+    params = [SamplingParams(max_tokens=5, seed=seed) for seed in range(200)]
+    params.append(SamplingParams(max_tokens=10, temperature=0.0))
+    found, expected = (sample(lms, decoding, params, cpu_kernels=kernels) for kernels in KERNELS)
+    assert found == expected
+    assert len(set(found)) > 10
 
 
 @pytest.mark.parametrize("name", ["standard", "cos"])

@@ -12,9 +12,8 @@ from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.engine import Engine
-from server.runner.attention_choice import CpuKernels
 from server.runner.base import ModelRunner
-from tests.engine.test_exactness import COMBINATIONS, Z_LIMIT, make_lms
+from tests.engine.test_exactness import COMBINATIONS, KERNELS, Z_LIMIT, make_lms
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
 from tests.support.exact import chi_square_z, exact_law
 from tests.support.table_lm import TableLM, TableShortlist
@@ -44,7 +43,6 @@ def check_law(
     schedule: str,
     warp: dict[str, Any] | None = None,
     eos: frozenset[int] = frozenset(),
-    cpu_kernels: CpuKernels = "auto",
 ) -> None:
     lms = make_lms(len(combination.weights))
     options = {"max_tokens": 4, **(warp or {})}
@@ -54,12 +52,7 @@ def check_law(
         gamma = (gamma * 2)[: len(lms)]
     decoding = make_decoding(strategy, combination, gamma)
     engine = make_engine(
-        lms,
-        eos=eos,
-        max_sequences=500,
-        max_step_tokens=4096,
-        shortlists=shortlists,
-        cpu_kernels=cpu_kernels,
+        lms, eos=eos, max_sequences=500, max_step_tokens=4096, shortlists=shortlists
     )
     samples = decode(engine, PROMPT, params, decoding)
     law = exact_law(lms, combination, params[0], PROMPT, eos)
@@ -98,11 +91,27 @@ def test_law_where_some_shortlists_are_empty(
     assert deferred(engine.runners[0]).num_deferred > 0
 
 
-@pytest.mark.parametrize("cpu_kernels", ["auto", "off"])
 @pytest.mark.parametrize("warp", WARPS)
 @pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
-def test_law_under_warps(name: str, warp: str, cpu_kernels: CpuKernels) -> None:
-    check_law([[0, 2], None], COMBINATIONS[name], "cos", WARPS[warp], cpu_kernels=cpu_kernels)
+def test_law_under_warps(name: str, warp: str) -> None:
+    check_law([[0, 2], None], COMBINATIONS[name], "cos", WARPS[warp])
+
+
+@pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
+def test_tokens_are_the_same_without_kernels(name: str) -> None:
+    warps = [*WARPS.values(), {}, {"is_seeded": True}]
+    params = [
+        SamplingParams(max_tokens=4, seed=seed, **warps[seed % len(warps)]) for seed in range(400)
+    ]
+    decoding = make_decoding("cos", COMBINATIONS[name], 3)
+    texts = []
+    for kernels in KERNELS:
+        shortlists = [[0, 2], None]
+        engine = make_engine(make_lms(2), shortlists=shortlists, cpu_kernels=kernels)
+        texts.append(decode(engine, PROMPT, params, decoding))
+        assert deferred(engine.runners[0]).num_deferred > 0
+    assert texts[0] == texts[1]
+    assert len(set(texts[0])) > 10
 
 
 def test_law_where_the_end_of_text_is_not_listed() -> None:
