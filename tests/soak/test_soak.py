@@ -8,7 +8,7 @@ from tests.soak.__main__ import faults, table
 from tests.soak.server import serve
 from tests.soak.soak import soak
 
-_SECONDS = 80.0  # of load; besides, the texts to compare with and the start of the server
+_SECONDS = 25.0  # of load; besides, the texts to compare with and the start of the server
 
 
 def test_nothing_is_lost_or_mixed_up_under_overload(tmp_path: Path) -> None:
