@@ -16,8 +16,16 @@ if not torch.cuda.is_available():
 torch.set_num_threads(1)
 
 
-# Folders whose files take longest. The soak comes first of all: it mostly waits while others run.
-LONGEST = ("tests/soak/", "tests/engine/", "tests/conformance/")
+# What takes longest. The soak comes first of all: it mostly waits while others run.
+LONGEST = (
+    "tests/soak/",
+    "tests/engine/test_exactness.py",
+    "tests/engine/",
+    "tests/conformance/",
+    "tests/gpu/",
+    "tests/test_serve.py",
+    "tests/test_readme.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
