@@ -53,6 +53,7 @@ DOCS = [
     {"question": "for the", "choices": [" number", " value of it", " x"], "answer": 1},
     {"question": "return the value ü", "choices": [" of", " 世界"], "answer": 1},
 ]
+WEIGHTS = (0.4, 0.6)
 
 
 class Reference:
@@ -100,19 +101,13 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
     return make_pair(tmp_path_factory.mktemp("pair"))
 
 
-@pytest.fixture(params=[(0.4, 0.6), (0.0, 1.0)], ids=["mixed", "expert"])
-def weights(request: pytest.FixtureRequest) -> tuple[float, ...]:
-    found: tuple[float, ...] = request.param
-    return found
-
-
 @pytest.fixture
-def url(members: tuple[Path, ...], weights: tuple[float, ...]) -> Iterator[str]:
+def url(members: tuple[Path, ...]) -> Iterator[str]:
     config = parse_config(
         {
             "served_model_name": "org/tiny",
             "models": [{"name": path.name, "path": str(path)} for path in members],
-            "combination": {"method": "weighted", "weights": weights},
+            "combination": {"method": "weighted", "weights": WEIGHTS},
             "engine": {"kv_memory": "8MiB", "calibrate": False},
         }
     )
@@ -143,9 +138,9 @@ def evaluate(url: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def test_scores_are_those_of_the_combined_distribution(
-    url: str, members: tuple[Path, ...], weights: tuple[float, ...], tmp_path: Path
+    url: str, members: tuple[Path, ...], tmp_path: Path
 ) -> None:
-    reference = Reference(members, weights)
+    reference = Reference(members, WEIGHTS)
     samples = evaluate(url, tmp_path)
     assert len(samples["choice"]) == len(samples["text"]) == len(DOCS)
     for sample in samples["choice"]:
