@@ -348,6 +348,12 @@ class HttpConfig(Section):
     max_stop: int = Field(16, ge=0, description="Stop strings in one request.")
     max_stop_chars: int = Field(256, ge=1, description="Characters in one stop string.")
     max_logprobs: int = Field(20, ge=0, description="Alternatives reported for each token.")
+    max_prompt_scores: int = Field(
+        1 << 19,
+        ge=1,
+        description="Log-probabilities of prompts in one answer: tokens of all prompts, times "
+        "choices, times alternatives and one.",
+    )
     max_logit_bias: int = Field(1024, ge=0, description="Entries in logit_bias.")
     max_bad_words: int = Field(128, ge=0, description="Texts in bad_words.")
     max_grammar_bytes: int = Field(

@@ -65,6 +65,13 @@ class CompletionRequest(GenerationRequest):
         return max(wanted, default=None)
 
     @property
+    def num_prompt_scores(self) -> int:
+        """Each choice tells them anew, by either name; and what tells none may compute one."""
+        wanted = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        told = sum(num_top + 1 for num_top in wanted if num_top is not None)
+        return (self.n or 1) * (told or int(self.num_prompt_logprobs is not None))
+
+    @property
     def may_generate_nothing(self) -> bool:
         return bool(self.echo)
 

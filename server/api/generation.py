@@ -13,6 +13,7 @@ from server.api.codec import Codec
 from server.api.limits import (
     check_limits,
     check_prompt,
+    check_prompt_scores,
     check_vocabulary,
     logit_bias,
     num_kept_tokens,
@@ -102,6 +103,8 @@ async def make_generation(
     bad_words = await _bad_words(request, service.codec)
     for prompt in prompts:
         check_prompt(prompt.token_ids, service.engine.max_length, prompt.field)
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+    check_prompt_scores(request, num_tokens, service.config.http)
     matchers = await make_matchers(request, service, len(prompts) * (request.n or 1))
     unique = secrets.token_hex(12)
     sequences = _fan_out(request, prompts, bad_words, decoding, service, unique)
@@ -137,9 +140,9 @@ def _fan_out(
                 min_tokens=min(request.min_tokens or 0, max_tokens),
                 seed=_seed(request, k),
             )
-            if k > 0 and not request.stream and max_tokens > 0:
-                # The first choice's are those of all; in a stream the others would wait for it.
-                params = replace(params, prompt_logprobs=None)
+            if k > 0 and params.prompt_logprobs is not None:
+                # The first choice's are those of all. What generates nothing waits for its own.
+                params = replace(params, prompt_logprobs=0 if max_tokens == 0 else None)
             yield Sequence.start(
                 f"{unique}-{i * n + k}",
                 prompt.token_ids,

@@ -91,6 +91,16 @@ def check_prompt(token_ids: list[int], max_length: int, param: str) -> None:
         raise ContextLengthExceeded(len(token_ids), max_length, param)
 
 
+def check_prompt_scores(
+    request: GenerationRequest, num_prompt_tokens: int, http: HttpConfig
+) -> None:
+    """Log-probabilities of prompts, which `num_prompt_tokens` of all prompts ask for."""
+    field = request.logprobs_field if request.prompt_logprobs is None else "prompt_logprobs"
+    count = num_prompt_tokens * request.num_prompt_scores
+    unit = "scores (prompt tokens times choices times alternatives and one)"
+    _at_most(field, count, http.max_prompt_scores, unit)
+
+
 def logit_bias(request: GenerationRequest) -> list[tuple[int, float]]:
     """(token id, bias) pairs; JSON has no integer keys. Raises RequestError."""
     pairs = []

@@ -269,6 +269,11 @@ class GenerationRequest(Body):
         return self.prompt_logprobs
 
     @property
+    def num_prompt_scores(self) -> int:
+        """Scores in the answer for each token of a prompt."""
+        return 0 if self.prompt_logprobs is None else self.prompt_logprobs + 1
+
+    @property
     def may_generate_nothing(self) -> bool:
         """Whether the prompt alone is an answer."""
         return False

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence as Row
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from server.api.clients import Client
@@ -256,6 +256,33 @@ def _finished(
             "cos.strategy": generation.decoding.strategy,
         },
     )
+
+
+class PromptScores:
+    """Those of a prompt, which come with its first choice, for the first piece of each other."""
+
+    def __init__(self, num_choices: int) -> None:
+        self._num_choices = num_choices
+        self._scores: dict[int, tuple[TokenLogprob, ...]] = {}  # by prompt
+        self._held: dict[int, list[Piece]] = {}  # by prompt: what came before its first choice
+        self._has_begun: set[int] = set()
+
+    def share(self, piece: Piece) -> list[Piece]:
+        """What can go out now that `piece` has come."""
+        prompt, choice = divmod(piece.index, self._num_choices)
+        if choice == 0 and prompt not in self._scores:
+            self._scores[prompt] = piece.prompt_logprobs
+            return [piece, *map(self._scored, self._held.pop(prompt, ()))]
+        if prompt not in self._scores:
+            self._held.setdefault(prompt, []).append(piece)
+            return []
+        return [piece if choice == 0 else self._scored(piece)]
+
+    def _scored(self, piece: Piece) -> Piece:
+        if piece.index in self._has_begun:
+            return piece
+        self._has_begun.add(piece.index)
+        return replace(piece, prompt_logprobs=self._scores[piece.index // self._num_choices])
 
 
 def merge(pieces: Row[Piece]) -> Piece:

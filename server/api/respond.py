@@ -18,7 +18,7 @@ from server.api.errors import describe
 from server.api.generation import Generation
 from server.api.middleware import CLIENT_GONE
 from server.api.protocol import GenerationRequest, ReplyBody, StreamOptions, TokenProvenance
-from server.api.reply import DeltaStream, Piece, Reply, decode, merge
+from server.api.reply import DeltaStream, Piece, PromptScores, Reply, decode, merge
 from server.api.service import Service
 from server.api.sse import DONE, EventStream, event
 from server.config import LOOKUP_NAME
@@ -141,9 +141,9 @@ async def _events(
 ) -> AsyncGenerator[bytes]:
     events = _Events(reply, writer)
     try:
-        yield events.opening() + events.of(first)
+        yield events.opening() + await events.of(first)
         async for batch in deltas:
-            if encoded := events.of(batch):
+            if encoded := await events.of(batch):
                 yield encoded
         yield events.usage()
     except Exception as error:
@@ -160,17 +160,23 @@ class _Events:
         self._reply = reply
         self._writer = writer
         self._options = writer.request.stream_options or StreamOptions()
+        self._scores = PromptScores(writer.generation.num_choices)
+        self._has_scores = writer.request.num_prompt_logprobs is not None
 
     def opening(self) -> bytes:
         return b"".join(map(self._encode, self._writer.opening()))
 
-    def of(self, batch: Iterable[TokenDelta]) -> bytes:
-        encoded = []
-        for delta in batch:
-            piece = self._reply.take(delta)
-            if not self._writer.is_silent(piece):
-                encoded.append(self._encode(self._writer.chunk(piece)))
-        return b"".join(encoded)
+    async def of(self, batch: Iterable[TokenDelta]) -> bytes:
+        pieces = [self._reply.take(delta) for delta in batch]
+        if self._has_scores:
+            pieces = [each for piece in pieces for each in self._scores.share(piece)]
+        if any(piece.prompt_logprobs for piece in pieces):  # may be many megabytes
+            return await run_in_threadpool(self._of_pieces, pieces)
+        return self._of_pieces(pieces)
+
+    def _of_pieces(self, pieces: Iterable[Piece]) -> bytes:
+        told = (piece for piece in pieces if not self._writer.is_silent(piece))
+        return b"".join(self._encode(self._writer.chunk(piece)) for piece in told)
 
     def usage(self) -> bytes:
         """Empty where it was not asked for."""

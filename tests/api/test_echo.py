@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from server.api.reply import Piece, PromptScores
 from server.core.combination import Combination
+from server.core.output import TokenLogprob
 from server.core.sampling_params import SamplingParams
 from tests.api.conftest import Live
 from tests.support.api import EOS, MAX_LENGTH, VOCAB_SIZE
@@ -124,6 +127,59 @@ def test_a_prompt_is_scored_once_for_all_its_choices(live: Live) -> None:
         assert [entry["logprob"] for entry in found] == pytest.approx(expected(ids), abs=1e-4)
         echoed = choice["logprobs"]["token_logprobs"][1 : len(ids)]
         assert echoed == pytest.approx(expected(ids), abs=1e-4)
+
+
+def test_choices_of_a_stream_share_the_scores_of_their_prompt(live: Live) -> None:
+    name = "cos_model_forward_tokens_total"
+    before = live.table.value(name, model="m0", phase="prefill")
+    options: dict[str, Any] = {"prompt": [PROMPT, PROMPT[::-1]], "n": 8, "max_tokens": 2}
+    chunks = live.stream(**options, echo=True, logprobs=1, cos=STANDARD)
+    num_fed = live.table.value(name, model="m0", phase="prefill") - before
+    assert num_fed <= 2 * (2 * len(PROMPT) + 6 * 16)
+    first: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        [choice] = chunk["choices"]
+        first.setdefault(choice["index"], choice)
+    assert set(first) == set(range(16))
+    for index, choice in first.items():
+        ids = options["prompt"][index // 8]
+        echoed = choice["logprobs"]["token_logprobs"][1 : len(ids)]
+        assert echoed == pytest.approx(expected(ids), abs=1e-4)
+
+
+def piece(index: int, scores: int = 0) -> Piece:
+    entries = tuple(TokenLogprob(token_id, -1.0) for token_id in range(scores))
+    return Piece(index, "a", (1,), None, None, None, None, entries)
+
+
+def test_pieces_wait_for_the_scores_of_their_prompt() -> None:
+    shared = PromptScores(num_choices=2)
+    assert shared.share(piece(1)) == []
+    assert shared.share(piece(3)) == []
+    assert shared.share(piece(1)) == []
+    assert shared.share(piece(0, 5)) == [piece(0, 5), piece(1, 5), piece(1)]
+    assert shared.share(piece(1)) == [piece(1)]
+    assert shared.share(piece(2, 4)) == [piece(2, 4), piece(3, 4)]
+    assert shared.share(piece(2)) == [piece(2)]
+
+
+def test_scores_of_prompts_are_bounded(start: Callable[..., Live]) -> None:
+    live = start(http={"max_prompt_scores": 480})
+    scored: dict[str, Any] = {"prompt": [PROMPT, PROMPT], "n": 2, "max_tokens": 1}
+    assert live.post(**scored, prompt_logprobs=2).status_code == 200
+    assert live.post(**scored, echo=True, logprobs=2, stream=True).status_code == 200
+    assert live.post_chat(n=64, prompt_logprobs=2, max_tokens=1).status_code == 200
+    for fields, param in (
+        ({"prompt_logprobs": 3}, "prompt_logprobs"),
+        ({"echo": True, "logprobs": 3}, "logprobs"),
+        ({"echo": True, "logprobs": 3, "stream": True}, "logprobs"),
+        ({"echo": True, "logprobs": 0, "prompt_logprobs": 2}, "prompt_logprobs"),
+        ({"echo": True, "max_tokens": 0, "n": 7}, "logprobs"),
+    ):
+        response = live.post(**{**scored, **fields})
+        assert response.status_code == 400, fields
+        assert response.json()["error"]["param"] == param
+        assert "limit 480" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(
