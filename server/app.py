@@ -39,6 +39,7 @@ from server.api.middleware import (
     RequestIdMiddleware,
 )
 from server.api.openapi import install_openapi
+from server.api.routes import RouteTable
 from server.api.service import Service
 from server.api.sse import outlive_shutdown_signals
 from server.config import ServerConfig
@@ -128,22 +129,25 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
-    for module in (completions, chat, tokenizing, models, health):
-        app.include_router(module.router)
-    install_error_handlers(app)
+    routers = [module.router for module in (completions, chat, tokenizing, models, health)]
     if config.http.metrics_port is None:
-        app.include_router(health.metrics_router)
+        routers.append(health.metrics_router)
+    for router in routers:
+        app.include_router(router)
+    install_error_handlers(app)
     install_openapi(app, config.served_model_name)
-    _add_middlewares(app, service)
+    routes = RouteTable(route for router in routers for route in router.routes)
+    _add_middlewares(app, service, routes)
     return app
 
 
-def _add_middlewares(app: FastAPI, service: Service) -> None:
+def _add_middlewares(app: FastAPI, service: Service, routes: RouteTable) -> None:
     """The last one added is the outermost."""
     http, metrics = service.config.http, service.metrics
     app.add_middleware(CatchAllMiddleware)
     app.add_middleware(
         BodyLimitMiddleware,
+        routes=routes,
         max_bytes=http.max_body_bytes,
         seconds=http.body_seconds,
         on_refusal=metrics.reject,
@@ -161,7 +165,7 @@ def _add_middlewares(app: FastAPI, service: Service) -> None:
         max_bytes=http.max_body_bytes,
         on_refusal=metrics.reject,
     )
-    app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http)
+    app.add_middleware(HttpMetricsMiddleware, metrics=metrics.http, routes=routes)
     if http.cors_origins:
         app.add_middleware(
             CORSMiddleware,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from starlette.types import Message, Receive
@@ -29,15 +30,13 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
         ClientGone: it will never be complete.
     """
     body = bytearray()
-    num_bytes, is_last = 0, False
-    while not is_last and num_bytes <= _DISCARDED * max_bytes:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        num_bytes += len(message.get("body", b""))
-        is_last = not message.get("more_body", False)
+    num_bytes = 0
+    async for piece in _pieces(receive, _DISCARDED * max_bytes):
+        num_bytes += len(piece)
         if num_bytes <= max_bytes:
-            body += message.get("body", b"")
+            body += piece
+        else:
+            body.clear()
     if num_bytes > max_bytes:
         raise BodyTooLarge
     return bytes(body)
@@ -45,9 +44,23 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
 
 async def discard_body(receive: Receive, max_bytes: int) -> None:
     """Read and drop what there is of a body that nobody wants, so that the answer gets through."""
-    with suppress(BodyTooLarge, ClientGone, TimeoutError):
+    with suppress(ClientGone, TimeoutError):
         async with asyncio.timeout(_DISCARD_SECONDS):
-            await read_body(receive, max_bytes)
+            async for _ in _pieces(receive, _DISCARDED * max_bytes):
+                pass
+
+
+async def _pieces(receive: Receive, most: int) -> AsyncIterator[bytes]:
+    """A body as it comes, until it ends or `most` bytes are exceeded. Raises ClientGone."""
+    num_bytes, is_last = 0, False
+    while not is_last and num_bytes <= most:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGone
+        piece: bytes = message.get("body", b"")
+        num_bytes += len(piece)
+        is_last = not message.get("more_body", False)
+        yield piece
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

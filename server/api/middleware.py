@@ -16,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import logs
 from server.api.body import BodyTooLarge, ClientGone, read_body, replay
 from server.api.errors import describe, envelope, error_response
+from server.api.routes import RouteTable
 from server.metrics import HttpMetrics
 
 logger = logging.getLogger(__name__)
@@ -79,9 +80,10 @@ class CatchAllMiddleware:
 class HttpMetricsMiddleware:
     """Counts and times HTTP requests by route template."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, routes: RouteTable) -> None:
         self._app = app
         self._metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -102,28 +104,33 @@ class HttpMetricsMiddleware:
             status = 500  # what it becomes further out
             raise
         finally:
-            route = getattr(scope.get("route"), "path", "unmatched")
+            route = self._routes.template(scope)  # the router may never have seen the request
             seconds = time.perf_counter() - started
             self._metrics.observe(route, scope["method"], status, seconds)
 
 
 class BodyLimitMiddleware:
-    """Reads bodies up to a limit before anything else sees them; 413 above it, 408 if slow."""
+    """Reads bodies up to a limit before anything else sees them; 413 above it, 408 if slow.
+
+    Only what a route takes: the rest is the connection's to drop, once the answer has gone out.
+    """
 
     def __init__(
         self,
         app: ASGIApp,
+        routes: RouteTable,
         max_bytes: int,
         seconds: float,
         on_refusal: Callable[[str], None],
     ) -> None:
         self._app = app
+        self._routes = routes
         self._max_bytes = max_bytes
         self._seconds = seconds
         self._on_refusal = on_refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if scope["type"] != "http" or not self._routes.takes_body(scope):
             await self._app(scope, receive, send)
             return
         refused: Response | None = None

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Message
 
+from server.api.body import BodyTooLarge, discard_body, read_body
 from server.api.gate import OPEN_PATHS
 from server.logs import JsonFormatter
 from tests.api.conftest import Live, serve
@@ -103,6 +107,47 @@ def test_a_large_body_without_a_key_still_gets_its_answer(keyed: Live) -> None:
     assert response.status_code == 401
     after = keyed.table.value("cos_requests_rejected_total", reason="invalid_api_key")
     assert after == before + 1
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("POST /health", b"405"),
+        ("DELETE /health", b"405"),
+        ("PUT /v1/completions", b"405"),
+        ("GET /v1/models", b"200"),
+        ("POST /v1/none", b"404"),
+    ],
+)
+def test_no_body_is_awaited_where_no_route_takes_one(keyed: Live, line: str, status: bytes) -> None:
+    """Nor kept: whoever sends one without a key would hold megabytes for as long as bodies get."""
+    head = f"{line} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {KEY}\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(keyed.url).port or 0), 10) as client:
+        client.sendall(f"{head}Content-Length: {4 << 20}\r\n\r\n{{".encode())
+        assert client.recv(65536).startswith(b"HTTP/1.1 " + status)
+
+
+def test_a_body_that_nobody_wants_is_read_and_not_kept() -> None:
+    """Beyond the limit nothing is kept either, and somewhere it ends."""
+    pieces = [b"x" * (64 << 10)] * 100
+    num_read = 0
+
+    async def receive() -> Message:
+        nonlocal num_read
+        num_read += 1
+        is_last = num_read == len(pieces)
+        return {"type": "http.request", "body": pieces[num_read - 1], "more_body": not is_last}
+
+    tracemalloc.start()
+    asyncio.run(discard_body(receive, 2 << 20))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert num_read == len(pieces)
+    assert peak < 1 << 20
+    num_read = 0
+    with pytest.raises(BodyTooLarge):
+        asyncio.run(read_body(receive, 640 << 10))
+    assert num_read == 41
 
 
 def test_keys_of_the_sdk_work(keyed: Live) -> None:

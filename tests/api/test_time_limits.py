@@ -83,7 +83,7 @@ def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(start) -
     live = start()
     with connect(live) as client:
         client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 100\r\n\r\n{")
-    counted = {"route": "unmatched", "method": "POST"}
+    counted = {"route": "/v1/completions", "method": "POST"}
     name = "cos_http_requests_total"
     wait_until(lambda: live.table.value(name, status="499", **counted) == 1)
 
