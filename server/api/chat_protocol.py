@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, StrictBool, StrictInt, Tag
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StrictBool,
+    StrictInt,
+    Tag,
+)
 
 from server.api.protocol import (
+    MOST_ITEMS,
     Body,
     Entries,
     FewItems,
@@ -18,6 +28,8 @@ from server.api.protocol import (
     TokenProvenance,
     any_of,
 )
+
+MAX_MESSAGES = 4096
 
 Scalar = Annotated[
     StrictBool | StrictInt | Finite | str | None, any_of("a string, a number, a boolean or null")
@@ -106,12 +118,33 @@ class Message(Body):
         return "\n".join(part.text for part in self.content)
 
 
+def _check_counts(messages: object) -> object:
+    """Messages, and the parts and calls of all of them together, before any is looked at.
+
+    Each list within a message has a limit of its own; thousands of long ones would add up.
+    """
+    if not isinstance(messages, list):
+        return messages
+    if len(messages) > MAX_MESSAGES:
+        raise ValueError(f"Input should have at most {MAX_MESSAGES} messages")
+    if sum(map(_num_items, messages)) > MOST_ITEMS:
+        raise ValueError(f"Input should have at most {MOST_ITEMS} parts and calls in all messages")
+    return messages
+
+
+def _num_items(message: object) -> int:
+    if not isinstance(message, dict):
+        return 0
+    lists = (message.get("content"), message.get("tool_calls"))
+    return sum(len(each) for each in lists if isinstance(each, list))
+
+
 class Conversation(Body):
     """Messages, and how the expert's chat template turns them into a prompt."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow")
 
-    messages: Annotated[Items[Message], FewItems] = Field(
+    messages: Annotated[Items[Message], BeforeValidator(_check_counts)] = Field(
         min_length=1, description="The conversation so far."
     )
     add_generation_prompt: bool | None = Field(

@@ -20,7 +20,6 @@ from server.errors import RequestError, UnsupportedParameter
 
 logger = logging.getLogger(__name__)
 
-MAX_MESSAGES = 4096
 MAX_VARIABLES = 16
 _MAX_REASON_CHARS = 200
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
@@ -75,14 +74,15 @@ async def conversation_ids(conversation: Conversation, service: Service) -> list
     codec, http = service.codec, service.config.http
     template = _check(conversation, codec.chat_template)
     check_chars(sum(len(message.text) for message in conversation.messages), http, "messages")
-    turns = _turns(conversation, template)
-    text = await _render_in_time(turns, template, service)
+    text = await _render_in_time(conversation, template, service)
     check_chars(len(text), http, "messages")
     adds_special = conversation.add_special_tokens is True  # templates write them themselves
     return await service.encode(partial(codec.encode, text, adds_special, "messages"), len(text))
 
 
-async def _render_in_time(turns: Turns, template: ChatTemplate, service: Service) -> str:
+async def _render_in_time(
+    conversation: Conversation, template: ChatTemplate, service: Service
+) -> str:
     """Rendered in a thread, of which there are a few; the limit of time ends it."""
     seconds = service.config.http.template_seconds
     work = Interruptible()
@@ -90,7 +90,7 @@ async def _render_in_time(turns: Turns, template: ChatTemplate, service: Service
         with fail_after(seconds):
             return await to_thread.run_sync(
                 work.run,
-                partial(_render, turns, template),
+                partial(_render, conversation, template),
                 abandon_on_cancel=True,
                 limiter=service.render_threads,
             )
@@ -115,11 +115,6 @@ def _check(conversation: Conversation, template: ChatTemplate | None) -> ChatTem
             param="messages",
             code="no_chat_template",
         )
-    count = len(conversation.messages)
-    if count > MAX_MESSAGES:
-        raise RequestError(
-            f"messages: {count} is above this server's limit {MAX_MESSAGES}", param="messages"
-        )
     for index, message in enumerate(conversation.messages):
         _check_message(message.model_extra or {}, f"messages.{index}")
     if conversation.continue_final_message and conversation.add_generation_prompt:
@@ -132,12 +127,13 @@ def _check(conversation: Conversation, template: ChatTemplate | None) -> ChatTem
     return template
 
 
-def _render(turns: Turns, template: ChatTemplate) -> str:
+def _render(conversation: Conversation, template: ChatTemplate) -> str:
     """Slow for long conversations: not for the event loop.
 
     Raises:
         RequestError: the template does not take this conversation.
     """
+    turns = _turns(conversation, template)
     try:
         return template.render(turns)
     except TemplateError as error:

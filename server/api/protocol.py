@@ -31,7 +31,7 @@ T = TypeVar("T")
 # wrong item of it, on the event loop. The first one is enough, and so many entries are.
 Items = Annotated[list[T], Field(fail_fast=True)]
 _MOST_ENTRIES = 1 << 14
-_MOST_ITEMS = 1 << 14  # prompts, messages, or parts of one: items that are objects or long texts
+MOST_ITEMS = 1 << 14  # prompts, messages, or parts of one: items that are objects or long texts
 # Of an object whose unknown keys are errors: far more than any such object knows.
 _MOST_KEYS = 64
 
@@ -67,7 +67,7 @@ def at_most(limit: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-FewItems = at_most(_MOST_ITEMS)
+FewItems = at_most(MOST_ITEMS)
 Entries = Annotated[dict[str, T], at_most(_MOST_ENTRIES)]
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
 CacheSalt = Annotated[str, Field(pattern=r"^[^@/\\\x00]{1,128}$")]

@@ -82,6 +82,8 @@ class TokenizerInfo(BaseModel):
 
 
 def _kind(body: object) -> str | None:
+    if isinstance(body, _TokenizeOptions):  # validated before, in a thread
+        return "of_messages" if isinstance(body, TokenizeMessages) else "of_prompt"
     if not isinstance(body, dict):
         return None
     return "of_messages" if body.get("messages") is not None else "of_prompt"

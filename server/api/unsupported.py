@@ -80,5 +80,6 @@ def check_supported(request: BaseModel) -> None:
         harmless = any(value == each and type(value) is type(each) for each in refused[name])
         if value is not None and not harmless:
             raise UnsupportedParameter(name)
-    if ignored := sorted(name[:64] for name in extra.keys() - refused.keys()):
-        logger.debug("ignored unknown fields: %s", ", ".join(ignored[:10]))
+    if logger.isEnabledFor(logging.DEBUG) and (ignored := extra.keys() - refused.keys()):
+        shown = sorted(name[:64] for name in ignored)[:10]
+        logger.debug("ignored unknown fields: %s", ", ".join(shown))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.api.conversation import MAX_MESSAGES
+from server.api.chat_protocol import MAX_MESSAGES
 from server.api.tools import MAX_TOOLS
 from server.api.unsupported import REFUSED_IN_CHAT
 from tests.api.conftest import Live

@@ -227,8 +227,8 @@ def test_input_is_not_echoed_at_length(live: Live) -> None:
 @pytest.mark.parametrize(
     ("path", "body", "named"),
     [
-        ("/v1/chat/completions", {"messages": [1] * 5000}, "messages.0"),
-        ("/v1/chat/completions", {"messages": [{}] * 5000}, "messages.0.role"),
+        ("/v1/chat/completions", {"messages": [1] * 4000}, "messages.0"),
+        ("/v1/chat/completions", {"messages": [{}] * 4000}, "messages.0.role"),
         (
             "/v1/chat/completions",
             {"messages": [{"role": "user", "content": [1] * 5000}]},
