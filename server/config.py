@@ -364,7 +364,11 @@ class HttpConfig(Section):
         "threads that read them have stacks of 2,048 times as much.",
     )
     grammar_seconds: float = Field(10.0, gt=0, description="Time to read one of them.")
-    ping_seconds: int = Field(15, ge=1, description="Interval of SSE keep-alive comments.")
+    ping_seconds: int = Field(
+        15,
+        ge=1,
+        description="Interval of SSE keep-alive comments; a stream begins after it, token or not.",
+    )
     drain_seconds: float = Field(
         30.0, ge=0, description="Time running requests get to finish at shutdown."
     )

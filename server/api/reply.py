@@ -261,11 +261,17 @@ def _finished(
 class PromptScores:
     """Those of a prompt, which come with its first choice, for the first piece of each other."""
 
-    def __init__(self, num_choices: int) -> None:
+    def __init__(self, num_prompts: int, num_choices: int) -> None:
         self._num_choices = num_choices
+        self._num_sequences = num_prompts * num_choices
         self._scores: dict[int, tuple[TokenLogprob, ...]] = {}  # by prompt
         self._held: dict[int, list[Piece]] = {}  # by prompt: what came before its first choice
         self._has_begun: set[int] = set()
+
+    @property
+    def are_told(self) -> bool:
+        """Every choice has them."""
+        return len(self._scores) + len(self._has_begun) == self._num_sequences
 
     def share(self, piece: Piece) -> list[Piece]:
         """What can go out now that `piece` has come."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Sequence as Row
@@ -20,8 +21,8 @@ from server.api.middleware import CLIENT_GONE
 from server.api.protocol import GenerationRequest, ReplyBody, StreamOptions, TokenProvenance
 from server.api.reply import DeltaStream, Piece, PromptScores, Reply, decode, merge
 from server.api.service import Service
-from server.api.sse import DONE, EventStream, event
-from server.config import LOOKUP_NAME
+from server.api.sse import DONE, PING, EventStream, event
+from server.config import LOOKUP_NAME, HttpConfig
 from server.core.output import TokenDelta
 from server.core.provenance import Provenance
 from server.errors import EngineError
@@ -92,13 +93,51 @@ async def respond(request: Request, writer: Writer, service: Service) -> Respons
     try:
         if not writer.request.stream:
             return await while_connected(request, _whole(deltas, reply, writer))
-        # Waiting for the first tokens before answering 200: early errors are real statuses.
-        first = await while_connected(request, _first(deltas))
+        return await _stream(request, deltas, reply, writer, service.config.http)
     except ClientDisconnected:
         return Response(status_code=CLIENT_GONE)
-    events = _events(first, deltas, reply, writer)
-    http = service.config.http
-    return EventStream(events, deltas.aclose, http.ping_seconds, http.send_seconds)
+
+
+async def _stream(
+    request: Request, deltas: DeltaStream, reply: Reply, writer: Writer, http: HttpConfig
+) -> Response:
+    """Waits a while for the first tokens before it answers 200: early errors are real statuses.
+
+    No longer than a ping may take, because proxies cut connections on which nothing comes.
+    """
+    awaited = _Awaited(deltas)
+    try:
+        has_begun = await while_connected(request, awaited.begins_within(http.ping_seconds))
+    except BaseException:
+        await awaited.close()
+        raise
+    events = _events(awaited.batches(), reply, writer, b"" if has_begun else PING)
+    return EventStream(events, awaited.close, http.ping_seconds, http.send_seconds)
+
+
+class _Awaited:
+    """Deltas of a stream; the first are awaited at once, and not lost where that is given up."""
+
+    def __init__(self, deltas: DeltaStream) -> None:
+        self._deltas = deltas
+        self._first = asyncio.create_task(_first(deltas))
+
+    async def begins_within(self, seconds: float) -> bool:
+        """Whether the first deltas came in time. Raises what ended the stream before them."""
+        done, _ = await asyncio.wait({self._first}, timeout=seconds)
+        if done:
+            self._first.result()
+        return bool(done)
+
+    async def batches(self) -> DeltaStream:
+        yield await self._first
+        async for batch in self._deltas:
+            yield batch
+
+    async def close(self) -> None:
+        self._first.cancel()
+        await asyncio.wait({self._first})
+        await self._deltas.aclose()
 
 
 async def _whole(deltas: DeltaStream, reply: Reply, writer: Writer) -> Response:
@@ -137,14 +176,17 @@ async def _first(deltas: DeltaStream) -> list[TokenDelta]:
 
 
 async def _events(
-    first: list[TokenDelta], deltas: DeltaStream, reply: Reply, writer: Writer
+    deltas: DeltaStream, reply: Reply, writer: Writer, opening: bytes
 ) -> AsyncGenerator[bytes]:
     events = _Events(reply, writer)
     try:
-        yield events.opening() + await events.of(first)
+        if opening:
+            yield opening
+        opening = events.opening()
         async for batch in deltas:
-            if encoded := await events.of(batch):
+            if encoded := opening + await events.of(batch):
                 yield encoded
+            opening = b""
         yield events.usage()
     except Exception as error:
         if not isinstance(error, EngineError):
@@ -160,23 +202,27 @@ class _Events:
         self._reply = reply
         self._writer = writer
         self._options = writer.request.stream_options or StreamOptions()
-        self._scores = PromptScores(writer.generation.num_choices)
-        self._has_scores = writer.request.num_prompt_logprobs is not None
+        self._scores: PromptScores | None = None
+        if writer.request.num_prompt_logprobs is not None:
+            generation = writer.generation
+            self._scores = PromptScores(len(generation.prompts), generation.num_choices)
 
     def opening(self) -> bytes:
         return b"".join(map(self._encode, self._writer.opening()))
 
     async def of(self, batch: Iterable[TokenDelta]) -> bytes:
-        pieces = [self._reply.take(delta) for delta in batch]
-        if self._has_scores:
-            pieces = [each for piece in pieces for each in self._scores.share(piece)]
-        if any(piece.prompt_logprobs for piece in pieces):  # may be many megabytes
-            return await run_in_threadpool(self._of_pieces, pieces)
-        return self._of_pieces(pieces)
+        if self._scores is None or self._scores.are_told:
+            return self._encoded(batch)
+        return await run_in_threadpool(self._encoded, batch)  # may be many megabytes
 
-    def _of_pieces(self, pieces: Iterable[Piece]) -> bytes:
-        told = (piece for piece in pieces if not self._writer.is_silent(piece))
-        return b"".join(self._encode(self._writer.chunk(piece)) for piece in told)
+    def _encoded(self, batch: Iterable[TokenDelta]) -> bytes:
+        encoded = []
+        for delta in batch:
+            piece = self._reply.take(delta)
+            for each in [piece] if self._scores is None else self._scores.share(piece):
+                if not self._writer.is_silent(each):
+                    encoded.append(self._encode(self._writer.chunk(each)))
+        return b"".join(encoded)
 
     def usage(self) -> bytes:
         """Empty where it was not asked for."""

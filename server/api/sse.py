@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+PING = b": ping\n\n"
 
 
 def event(body: BaseModel) -> bytes:

@@ -153,13 +153,14 @@ def piece(index: int, scores: int = 0) -> Piece:
 
 
 def test_pieces_wait_for_the_scores_of_their_prompt() -> None:
-    shared = PromptScores(num_choices=2)
+    shared = PromptScores(num_prompts=2, num_choices=2)
     assert shared.share(piece(1)) == []
     assert shared.share(piece(3)) == []
     assert shared.share(piece(1)) == []
     assert shared.share(piece(0, 5)) == [piece(0, 5), piece(1, 5), piece(1)]
     assert shared.share(piece(1)) == [piece(1)]
     assert shared.share(piece(2, 4)) == [piece(2, 4), piece(3, 4)]
+    assert shared.are_told
     assert shared.share(piece(2)) == [piece(2)]
 
 

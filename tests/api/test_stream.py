@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import random
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import pytest
+from torch import Tensor
 
+from server.runner.base import Batch
 from tests.api.conftest import Live
-from tests.support.api import EOS, IMPOSSIBLE, MODEL
+from tests.support.api import EOS, IMPOSSIBLE, MODEL, PacedRunner
 from tests.support.live_server import wait_until
 from tests.support.sse import parse, texts
 
@@ -95,12 +99,78 @@ def test_a_text_without_characters_still_ends(live: Live) -> None:
     }
 
 
-def test_pings_are_comments(start) -> None:
-    live = start(http={"ping_seconds": 1})
-    live.table.set_pace(0.6)
-    response = live.post(stream=True, max_tokens=3, ignore_eos=True)
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Engines stand still in a forward until it is set."""
+    gate, forward = threading.Event(), PacedRunner.forward
+
+    def held(runner: PacedRunner, batch: Batch) -> Tensor:
+        assert gate.wait(20)
+        return forward(runner, batch)
+
+    monkeypatch.setattr(PacedRunner, "forward", held)
+    return gate
+
+
+@pytest.fixture
+def impatient(start: Callable[..., Live], gate: threading.Event) -> Live:
+    """Pings every 50 ms."""
+    live = start()
+    service = live.table.service
+    http = service.config.http.model_copy(update={"ping_seconds": 0.05})
+    service.config = service.config.model_copy(update={"http": http})
+    return live
+
+
+PING = b": ping\n\n"
+
+
+def test_pings_are_comments(impatient: Live, gate: threading.Event) -> None:
+    gate.set()
+    impatient.table.set_pace(0.1)
+    response = impatient.post(stream=True, max_tokens=3, ignore_eos=True)
     assert b"\n\n: ping\n\n" in response.content
     assert parse(response.content)
+
+
+def test_a_stream_without_a_token_pings(impatient: Live, gate: threading.Event) -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "1"}], "stream": True}
+    with impatient.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        pieces = response.iter_raw()
+        assert next(pieces).startswith(PING)
+        assert next(pieces).startswith(PING)
+        gate.set()
+        first, *_ = chunks = parse(b"".join(pieces))
+    assert first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert chunks[-1]["choices"][0]["finish_reason"]
+    impatient.wait_idle()
+
+
+def test_an_error_after_the_first_ping_is_an_event(impatient: Live, gate: threading.Event) -> None:
+    body = {"model": MODEL, "prompt": "1", "stream": True, **IMPOSSIBLE}
+    with impatient.http.stream("POST", URL, json=body) as response:
+        assert response.status_code == 200
+        pieces = response.iter_raw()
+        assert next(pieces).startswith(PING)
+        gate.set()
+        raw = b"".join(pieces)
+    assert raw.endswith(b"data: [DONE]\n\n")
+    [error] = parse(raw)
+    assert error["error"]["code"] == "generation_failed"
+
+
+def test_a_client_that_leaves_before_the_first_token_is_forgotten(
+    impatient: Live, gate: threading.Event
+) -> None:
+    body = {"model": MODEL, "prompt": "1", "stream": True, "max_tokens": 200, "ignore_eos": True}
+    with impatient.http.stream("POST", URL, json=body) as response:
+        assert next(response.iter_raw()).startswith(PING)
+    wait_until(lambda: impatient.table.service.num_open == 0)
+    gate.set()
+    impatient.wait_idle()
+    finished = {"endpoint": "completions", "reason": "cancelled"}
+    assert impatient.table.value("cos_requests_finished_total", **finished) == 1
 
 
 def test_an_engine_failure_mid_stream_is_an_event(start) -> None:
