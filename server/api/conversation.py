@@ -7,11 +7,12 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache, partial
 
-from anyio import fail_after, to_thread
+from anyio import to_thread
 from jinja2 import TemplateError
 
 from server.api.chat_protocol import Conversation, Scalar
 from server.api.chat_template import ChatTemplate, Turns
+from server.api.in_time import in_time
 from server.api.interruptible import Interruptible
 from server.api.limits import check_chars
 from server.api.service import Service
@@ -56,12 +57,15 @@ _RESERVED = frozenset(
     }
 )
 # Field of a message to the values that say nothing; null always does.
-_REFUSED_IN_MESSAGES: dict[str, tuple[object, ...]] = {
+REFUSED_IN_MESSAGES: dict[str, tuple[object, ...]] = {
     "function_call": (),
     "audio": (),
+    "images": ([],),
+    "prefix": (False,),
     "reasoning": ("",),
     "reasoning_content": ("",),
     "thinking": ("",),
+    "videos": ([],),
 }
 
 
@@ -70,6 +74,7 @@ async def conversation_ids(conversation: Conversation, service: Service) -> list
 
     Raises:
         RequestError: the template does not take this conversation, or takes too long over it.
+        ThreadsBusy: others were being rendered all the time.
     """
     codec, http = service.codec, service.config.http
     template = _check(conversation, codec.chat_template)
@@ -87,13 +92,12 @@ async def _render_in_time(
     seconds = service.config.http.template_seconds
     work = Interruptible()
     try:
-        with fail_after(seconds):
-            return await to_thread.run_sync(
-                work.run,
-                partial(_render, conversation, template),
-                abandon_on_cancel=True,
-                limiter=service.render_threads,
-            )
+        return await in_time(
+            partial(to_thread.run_sync, abandon_on_cancel=True, limiter=service.render_threads),
+            partial(work.run, partial(_render, conversation, template)),
+            seconds,
+            "chat templates",
+        )
     except TimeoutError as error:
         raise RequestError(
             f"messages: the chat template took longer than {seconds:g} s", param="messages"
@@ -169,8 +173,8 @@ def _role(role: str, source: str) -> str:
 
 
 def _check_message(extra: Mapping[str, object], where: str) -> None:
-    for name in sorted(extra.keys() & _REFUSED_IN_MESSAGES.keys()):
-        if extra[name] is not None and extra[name] not in _REFUSED_IN_MESSAGES[name]:
+    for name in sorted(extra.keys() & REFUSED_IN_MESSAGES.keys()):
+        if extra[name] is not None and extra[name] not in REFUSED_IN_MESSAGES[name]:
             raise UnsupportedParameter(f"{where}.{name}")
 
 

@@ -10,6 +10,7 @@ EngineOverloaded      429 and Retry-After         rate_limit_error
 RateLimited           429 and Retry-After         rate_limit_error
 RequestTimeout        504                         server_error
 EngineDraining        503 and Retry-After         server_error
+ThreadsBusy           503 and Retry-After         server_error
 anything else         500                         server_error
 """
 
@@ -24,6 +25,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from server.api.in_time import ThreadsBusy
 from server.api.service import service_of
 from server.errors import (
     CosError,
@@ -67,7 +69,7 @@ _MEANINGS: dict[int | str, str] = {
     413: "The body is larger than the server allows.",
     429: "The queue is full, or this client's limits are reached; try again later.",
     500: "The server failed.",
-    503: "The server is starting or shutting down.",
+    503: "The server is starting, shutting down, or busy with others' templates and forms.",
     504: "The request took longer than this server allows.",
     "default": "Any other error.",
 }
@@ -81,6 +83,7 @@ TIMEOUT = "timeout"
 _STATUS: dict[type[CosError], tuple[int, str, str | None]] = {
     EngineOverloaded: (429, "rate_limit_error", "queue_full"),
     EngineDraining: (503, "server_error", "unavailable"),
+    ThreadsBusy: (503, "server_error", "busy"),
     GenerationFailed: (500, "server_error", GENERATION_FAILED),
     RequestTimeout: (504, "server_error", TIMEOUT),
 }
@@ -116,7 +119,7 @@ def rejection_reason(error: RequestError | CosError) -> str | None:
         return error.code if error.code in known else "validation"
     if isinstance(error, EngineOverloaded):
         return "queue_full"
-    return "unavailable" if isinstance(error, EngineDraining) else None
+    return "unavailable" if isinstance(error, EngineDraining | ThreadsBusy) else None
 
 
 def error_headers(error: Exception) -> dict[str, str]:

@@ -155,6 +155,9 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = Field(None, description="Of type json_schema.")
+    schema_: dict[str, Any] | bool | None = Field(
+        None, alias="schema", description="The same without a name; of type json_object, too."
+    )
 
 
 Schema = Annotated[dict[str, Any] | bool | str, any_of("a JSON schema, or one as a string")]
@@ -232,7 +235,7 @@ class GenerationRequest(Body):
         None, description="Prompts are found in the prefix cache under the same salt only."
     )
     request_id: RequestId | None = Field(None, description="Ends the reply's id.")
-    user: str | None = Field(None, description="Accepted and ignored.")
+    user: Any = Field(None, description="Accepted and ignored.")
     cos: Annotated[CosOptions | None, at_most(_MOST_KEYS)] = Field(
         None, description="Collaborative decoding of this request."
     )

@@ -6,9 +6,10 @@ import json
 from dataclasses import dataclass
 from functools import partial
 
-from anyio import fail_after, to_thread
+from anyio import to_thread
 
-from server.api.protocol import GenerationRequest
+from server.api.in_time import in_time
+from server.api.protocol import GenerationRequest, ResponseFormat
 from server.api.service import Service
 from server.decoding.grammar import GrammarError, GrammarMatcher, Kind
 from server.errors import RequestError, UnsupportedParameter
@@ -30,6 +31,7 @@ async def make_matchers(
 
     Raises:
         RequestError: it is no grammar, or beyond this server's limits.
+        ThreadsBusy: others were being read all the time.
     """
     structure = find_structure(request)
     if structure is None:
@@ -48,12 +50,12 @@ async def make_matchers(
         known = await to_thread.run_sync(grammars.known_matchers, *asked)
         if known is not None:
             return known
-        with fail_after(http.grammar_seconds):
-            return await service.grammar_threads.run(partial(grammars.matchers, *asked))
+        read = partial(grammars.matchers, *asked)
+        return await in_time(service.grammar_threads.run, read, http.grammar_seconds, "grammars")
     except TimeoutError as error:
         raise RequestError(
-            f"{field}: reading it, or waiting for others that are read, took longer than this "
-            f"server's limit of {http.grammar_seconds:g} s",
+            f"{field}: reading it took longer than this server's limit of "
+            f"{http.grammar_seconds:g} s",
             param=field,
         ) from error
     except GrammarError as error:
@@ -71,16 +73,35 @@ def find_structure(request: GenerationRequest) -> Structure | None:
 
 def _response_format(request: GenerationRequest) -> list[Structure]:
     wanted = request.response_format
-    if wanted is None or wanted.type == "text":
+    if wanted is None:
         return []
-    if wanted.type == "json_object":
-        return [Structure("json", _ANY_OBJECT, "response_format")]
-    if wanted.json_schema is None:
+    _check_schemas(wanted)
+    if wanted.json_schema is not None:
+        schema = json.dumps(wanted.json_schema.schema_)
+        return [Structure("json", schema, "response_format.json_schema.schema")]
+    if wanted.schema_ is not None:
+        return [Structure("json", json.dumps(wanted.schema_), "response_format.schema")]
+    is_object = wanted.type == "json_object"
+    return [Structure("json", _ANY_OBJECT, "response_format")] if is_object else []
+
+
+def _check_schemas(wanted: ResponseFormat) -> None:
+    """Of a type that takes no schema none is dropped. Raises RequestError."""
+    schemas = {"json_schema": wanted.json_schema, "schema": wanted.schema_}
+    given = [name for name, schema in schemas.items() if schema is not None]
+    for name in given:
+        if name not in _SCHEMAS[wanted.type]:
+            field = f"response_format.{name}"
+            raise RequestError(f"{field} does not go with type {wanted.type}", param=field)
+    if len(given) > 1:
+        raise RequestError(
+            "response_format.json_schema and response_format.schema exclude each other",
+            param="response_format.schema",
+        )
+    if wanted.type == "json_schema" and not given:
         raise RequestError(
             "response_format.json_schema is required", param="response_format.json_schema"
         )
-    schema = json.dumps(wanted.json_schema.schema_)
-    return [Structure("json", schema, "response_format.json_schema.schema")]
 
 
 def _structured_outputs(request: GenerationRequest) -> list[Structure]:
@@ -117,4 +138,6 @@ def _schema(schema: object) -> str:
     return schema if isinstance(schema, str) else json.dumps(schema)
 
 
+# Fields of response_format that its types take.
+_SCHEMAS = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", "schema")}
 _ANY_OBJECT = json.dumps({"type": "object"})

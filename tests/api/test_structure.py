@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import string
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -38,6 +39,12 @@ def test_texts_follow_the_form(live: Live, cos: dict[str, Any], temperature: flo
     assert all(choice["message"]["content"] in {"yes", "no"} for choice in chat["choices"])
 
 
+@pytest.mark.parametrize("type_", ["json_object", "json_schema"])
+def test_a_schema_beside_the_type_is_followed(live: Live, type_: str) -> None:
+    form = {"type": type_, "schema": {"const": True}}
+    assert live.complete(**FREE, response_format=form)["choices"][0]["text"] == "true"
+
+
 def test_log_probabilities_are_those_of_the_free_text(live: Live) -> None:
     [choice] = live.complete(**FREE, guided_choice=["a"], logprobs=0)["choices"]
     assert choice["logprobs"]["token_logprobs"][0] < -0.5
@@ -48,6 +55,33 @@ def test_log_probabilities_are_those_of_the_free_text(live: Live) -> None:
     [
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "json_object"),
+        (
+            {"response_format": {"type": "text", "json_schema": {"name": "x", "schema": {}}}},
+            "response_format.json_schema",
+            "type text",
+        ),
+        ({"response_format": {"type": "text", "schema": {}}}, "response_format.schema", "text"),
+        (
+            {"response_format": {"type": "json_object", "json_schema": {"schema": {}}}},
+            "response_format.json_schema",
+            "type json_object",
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"schema": {}},
+                    "schema": {},
+                }
+            },
+            "response_format.schema",
+            "exclude each other",
+        ),
+        (
+            {"response_format": {"type": "json_object", "schema": {"uniqueItems": True}}},
+            "response_format.schema",
+            "uniqueItems",
+        ),
         ({"guided_regex": "(a"}, "guided_regex", "unclosed group"),
         ({"guided_regex": "a" * 70000}, "guided_regex", "limit 65536"),
         ({"guided_json": "{nonsense"}, "guided_json", ""),
@@ -125,9 +159,19 @@ def test_long_chains_of_references_do_not_end_the_process(live: Live, form: dict
     assert live.http.get("/health").status_code == 200
 
 
-def test_reading_a_grammar_may_not_take_for_ever(start: Callable[..., Live]) -> None:
-    live = start(http={"grammar_seconds": 1e-6, "max_grammar_bytes": 5})
-    assert "longer than" in live.post(guided_regex="ab").json()["error"]["message"]
+def test_reading_a_grammar_may_not_take_for_ever(
+    start: Callable[..., Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live, gate = start(http={"grammar_seconds": 0.05, "max_grammar_bytes": 5}), threading.Event()
+    monkeypatch.setattr(live.table.service.grammars, "matchers", lambda *_: gate.wait(20))
+    for regex in ("a", "b"):  # each keeps one of two threads
+        slow = live.post(guided_regex=regex)
+        assert slow.status_code == 400
+        assert "longer than" in slow.json()["error"]["message"]
+    busy = live.post(guided_regex="c")
+    gate.set()
+    assert (busy.status_code, busy.json()["error"]["code"]) == (503, "busy")
+    assert int(busy.headers["retry-after"]) > 0
     assert "limit 5" in live.post(guided_regex="abcdef").json()["error"]["message"]
 
 
