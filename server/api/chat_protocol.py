@@ -200,7 +200,7 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
 
     @property
     def has_stray_logprobs(self) -> bool:
-        return self.top_logprobs is not None and not self.logprobs
+        return bool(self.top_logprobs) and not self.logprobs
 
 
 class TokenTop(BaseModel):

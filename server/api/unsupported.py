@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 REFUSED: dict[str, tuple[object, ...]] = {
     "suffix": ("",),
     "prompt_embeds": (),
-    "truncation_side": (),
+    "truncation_side": ("left",),
     "logprob_token_ids": ([],),
     "spaces_between_special_tokens": (True,),
     "use_beam_search": (False,),
@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "grammar": (),
     "stop_regex": (),
     "parallel_tool_calls": (True,),
-    "functions": (),
+    "functions": ([],),
     "function_call": ("none",),
     "stream_interval": (1,),
     "repetition_detection": (),
@@ -42,6 +42,32 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "repeat_penalty": (1, 1.0),
     "guided_whitespace_pattern": (),
     "structural_tag": (),
+    "no_stop_trim": (False,),
+    "session_params": (),
+    "n_predict": (),
+    "max_new_tokens": (),
+    "stop_sequences": ([],),
+    "truncate": (),
+    "random_seed": (),
+    "do_sample": (True,),
+    "num_beams": (1,),
+    "no_repeat_ngram_size": (0,),
+    "samplers": (),
+    "typ_p": (1, 1.0),
+    "repeat_last_n": (-1,),  # all of prompt and text, as here
+    "lora_request": (),
+    "adapter_id": (),
+    "xtc_probability": (0, 0.0),
+    "dry_multiplier": (0, 0.0),
+    "mirostat_mode": (0,),
+    # Alone they do nothing: by their usual values they ask for nothing.
+    "xtc_threshold": (0.1, 1, 1.0),
+    "dry_base": (1.75,),
+    "dry_allowed_length": (2,),
+    "dry_penalty_last_n": (-1, 0),
+    "dry_sequence_breakers": ([], ["\n", ":", '"', "*"]),
+    "mirostat_tau": (5, 5.0),
+    "mirostat_eta": (0.1,),
 }
 
 
@@ -67,6 +93,9 @@ REFUSED_IN_CHAT: dict[str, tuple[object, ...]] = {
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
     "mm_processor_kwargs": (),
+    "system": (),
+    "thinking": (),
+    "enable_thinking": (),  # of chat_template_kwargs it is served
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from server.api.chat_protocol import MAX_MESSAGES
+from server.api.conversation import REFUSED_IN_MESSAGES
 from server.api.tools import MAX_TOOLS
 from server.api.unsupported import REFUSED_IN_CHAT
 from tests.api.conftest import Live
@@ -217,8 +218,17 @@ def test_what_is_not_supported_is_refused_by_name(live: Live, name: str) -> None
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
+@pytest.mark.parametrize("name", sorted(REFUSED_IN_MESSAGES))
+def test_what_messages_may_not_say_is_refused_by_name(live: Live, name: str) -> None:
+    for value in (None, *REFUSED_IN_MESSAGES[name]):
+        assert live.post_chat(messages=[HI | {name: value}], max_tokens=1).status_code == 200
+    error = error_of(live.post_chat(messages=[HI, HI | {name: ["some", "value"]}]))
+    assert (error["param"], error["code"]) == (f"messages.1.{name}", "unsupported_parameter")
+
+
 def test_what_asks_for_nothing_is_taken(live: Live) -> None:
     assert live.post_chat(max_tokens=1, **dict.fromkeys(REFUSED_IN_CHAT)).status_code == 200
+    assert live.post_chat(max_tokens=1, top_logprobs=0, functions=[]).status_code == 200
     harmless = {"response_format": {"type": "text"}, "tools": [], "tool_choice": "none"}
     ignored = {"store": True, "metadata": {"a": "b"}, "service_tier": "auto", "no_such_field": 1}
     assert live.post_chat(max_tokens=1, **harmless, **ignored).status_code == 200

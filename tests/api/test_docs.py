@@ -9,6 +9,7 @@ import pytest
 
 from server.api.chat_protocol import ChatCompletionRequest
 from server.api.completion_protocol import CompletionRequest
+from server.api.conversation import REFUSED_IN_MESSAGES
 from server.api.protocol import CosOptions, CosReport
 from server.api.unsupported import REFUSED, REFUSED_IN_CHAT, REFUSED_IN_COMPLETIONS
 from server.config import HttpConfig
@@ -39,10 +40,11 @@ def test_every_field_is_documented(model: type, title: str) -> None:
 
 
 def test_every_refusal_is_documented() -> None:
-    both, completions, chat = re.split("In [a-z]+ also:", section("Refused"))
+    both, completions, chat, messages = re.split("In [a-z]+ also:", section("Refused"))
     assert names(both.split(":\n", 1)[1]) == set(REFUSED)
     assert names(completions) == set(REFUSED_IN_COMPLETIONS) - set(REFUSED)
     assert names(chat) == set(REFUSED_IN_CHAT) - set(REFUSED)
+    assert names(messages) == set(REFUSED_IN_MESSAGES)
 
 
 def test_the_cos_object_is_documented() -> None:

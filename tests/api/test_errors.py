@@ -166,6 +166,26 @@ def test_what_is_not_supported_is_refused_by_name(live: Live, name: str) -> None
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
+def test_values_that_ask_for_nothing_are_taken(live: Live) -> None:
+    """As clients of other servers send them, all at once."""
+    neutral: dict[str, Any] = {
+        "truncation_side": "left",
+        "user": {"any": ["thing"]},
+        "do_sample": True,
+        "num_beams": 1,
+        "no_repeat_ngram_size": 0,
+        "typ_p": 1.0,
+        "xtc_probability": 0,
+        "xtc_threshold": 0.1,
+        "dry_multiplier": 0.0,
+        "dry_base": 1.75,
+        "mirostat_mode": 0,
+    }
+    assert live.post(max_tokens=1, **neutral).status_code == 200
+    for name in ("do_sample", "num_beams", "dry_multiplier"):
+        assert error_of(live.post(**{**neutral, name: 0.5}))["param"] == name
+
+
 def test_null_asks_for_nothing(live: Live) -> None:
     options = {"include_usage": None, "continuous_usage_stats": None}
     streamed = live.post(max_tokens=1, stream=True, stream_options=options)
