@@ -17,6 +17,7 @@ anything else         500                         server_error
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -78,6 +79,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, meaning in _MEANINGS.items()
 }
 
+# Messages repeat numbers of the client's own, and JSON's may have thousands of digits.
+_LONG_NUMBER = re.compile(r"(\d{40})\d+")
 GENERATION_FAILED = "generation_failed"
 TIMEOUT = "timeout"
 _STATUS: dict[type[CosError], tuple[int, str, str | None]] = {
@@ -99,7 +102,8 @@ def envelope(
 def describe(error: Exception) -> tuple[int, ErrorEnvelope]:
     """Status and body of any error. An unexpected one says nothing of itself to the client."""
     if isinstance(error, RequestError):
-        body = envelope(str(error), "invalid_request_error", error.param, error.code)
+        message = _LONG_NUMBER.sub(r"\1...", str(error))
+        body = envelope(message, "invalid_request_error", error.param, error.code)
         return error.status, body
     if isinstance(error, RateLimited):
         return 429, envelope(str(error), "rate_limit_error", code=error.code)

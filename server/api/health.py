@@ -33,6 +33,9 @@ class Version(BaseModel):
 _PROBE: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description": "Not now."}}
 
 
+@router.head("/health", include_in_schema=False)
+@router.head("/ping", include_in_schema=False)
+@router.post("/ping", include_in_schema=False)  # as some load balancers ask
 @router.get("/health", response_model=Status, responses=_PROBE)
 @router.get("/ping", response_model=Status, responses=_PROBE)
 async def health(request: Request) -> Response:
@@ -41,6 +44,7 @@ async def health(request: Request) -> Response:
     return _answer(phase, is_ok=phase != "failed")
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", response_model=Status, responses=_PROBE)
 async def ready(request: Request) -> Response:
     """Takes requests: 503 while loading, draining and after a failure."""
@@ -48,6 +52,7 @@ async def ready(request: Request) -> Response:
     return _answer(phase, is_ok=phase == "ready")
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version")
 async def version() -> Version:
     """This server's version."""

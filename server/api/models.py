@@ -33,6 +33,7 @@ class ModelList(BaseModel):
     data: list[ModelCard]
 
 
+@router.head("/v1/models", include_in_schema=False)
 @router.get("/v1/models", responses=ERROR_RESPONSES)
 async def list_models(request: Request) -> ModelList:
     """The served models."""
@@ -40,6 +41,7 @@ async def list_models(request: Request) -> ModelList:
 
 
 # A served name may hold slashes, as hub ids do.
+@router.head("/v1/models/{name:path}", include_in_schema=False)
 @router.get("/v1/models/{name:path}", responses=ERROR_RESPONSES)
 async def get_model(request: Request, name: str) -> ModelCard:
     """One served model."""

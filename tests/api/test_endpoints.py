@@ -25,7 +25,17 @@ def test_probes(live: Live) -> None:
         response = live.http.get(path)
         assert response.status_code == 200
         assert response.json() == {"status": "ok", "phase": "ready"}
+    assert live.http.post("/ping").json()["phase"] == "ready"
     assert live.http.get("/version").json() == {"version": __version__}
+
+
+@pytest.mark.parametrize(
+    "path", ["/health", "/ready", "/ping", "/version", "/v1/models", f"/v1/models/{MODEL}"]
+)
+def test_a_head_has_no_body(live: Live, path: str) -> None:
+    response = live.http.head(path)
+    assert (response.status_code, response.content) == (200, b"")
+    assert response.headers["content-length"] == live.http.get(path).headers["content-length"]
 
 
 def test_models(live: Live) -> None:
