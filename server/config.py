@@ -326,6 +326,12 @@ class HttpConfig(Section):
         600.0, gt=0, description="Time from queueing a request to its last token."
     )
     body_seconds: float = Field(30.0, gt=0, description="Time a client gets to send its body.")
+    keep_alive_seconds: int = Field(
+        75,
+        ge=1,
+        description="Time a connection stays open unused; longer than proxies keep theirs, which "
+        "would otherwise send into one that is being closed.",
+    )
     send_seconds: float = Field(
         60.0, gt=0, description="Time a client may leave a stream unread before it is cut."
     )

@@ -161,6 +161,7 @@ class DrainingServer(uvicorn.Server):
                 ssl_keyfile=http.tls_key,
                 log_config=None,
                 access_log=False,
+                timeout_keep_alive=http.keep_alive_seconds,
                 timeout_graceful_shutdown=_FLUSH_SECONDS,
                 lifespan="on",
             )

@@ -132,7 +132,7 @@ async def _token_ids(request: CompletionRequest, service: Service) -> list[list[
         return [codec.encode(text, adds_special) if text else [] for text in texts]
 
     if texts:
-        return await service.encode(encode, sum(map(len, texts)))
+        return await service.convert(encode, sum(map(len, texts)))
     given = [each for each in prompts if isinstance(each, list)]
     ids = [[token_id for token_id in each if isinstance(token_id, int)] for each in given]
     for each in ids:

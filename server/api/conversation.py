@@ -82,7 +82,7 @@ async def conversation_ids(conversation: Conversation, service: Service) -> list
     text = await _render_in_time(conversation, template, service)
     check_chars(len(text), http, "messages")
     adds_special = conversation.add_special_tokens is True  # templates write them themselves
-    return await service.encode(partial(codec.encode, text, adds_special, "messages"), len(text))
+    return await service.convert(partial(codec.encode, text, adds_special, "messages"), len(text))
 
 
 async def _render_in_time(

@@ -90,12 +90,14 @@ async def make_generation(
 
     Raises:
         RequestError: the request cannot be served as it is.
-        EngineDraining, EngineDead: no request can be served now.
+        EngineOverloaded, EngineDraining, EngineDead: no request can be served now.
     """
     service.check_ready()
     service.check_model(request.model)
     check_supported(request)
     check_limits(request, service.config)
+    # Before texts are tokenised and forms are read, which a full queue would throw away.
+    service.check_room(request.num_prompts * (request.n or 1))
     check_vocabulary(request, service.codec, service.engine.eos_token_ids)
     decoding = service.decoding.resolve(request)
     num_kept = num_kept_tokens(request, service.engine.max_length)

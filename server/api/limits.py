@@ -73,6 +73,11 @@ def check_chars(num_chars: int, http: HttpConfig, param: str) -> None:
     _at_most(param, num_chars, http.max_prompt_chars, "characters of text")
 
 
+def check_tokens(num_tokens: int, http: HttpConfig, param: str) -> None:
+    """Before token ids become text: as many as a text has characters."""
+    _at_most(param, num_tokens, http.max_prompt_chars, "tokens")
+
+
 def num_kept_tokens(request: GenerationRequest, max_length: int) -> int | None:
     """Tokens of a prompt's end that the request keeps; None for all of them."""
     wanted = request.truncate_prompt_tokens

@@ -17,15 +17,15 @@ from server.api.keys import load_keys
 from server.config import HttpConfig, ServerConfig
 from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
-from server.errors import ConfigError, EngineDead, EngineDraining, ModelNotFound
+from server.errors import ConfigError, EngineDead, EngineDraining, EngineOverloaded, ModelNotFound
 from server.metrics import Metrics
 from server.tracing import RequestTracer
 
 _RENDER_THREADS = 4
-# Texts of more characters than this are tokenised so many at a time, and shorter ones beside them:
-# the engine needs its share of the processor meanwhile.
+# Texts of more characters, or tokens, than this are converted so many at a time, and shorter ones
+# beside them: the engine needs its share of the processor meanwhile.
 _LONG_TEXT = 1 << 14
-_ENCODE_THREADS = 2
+_MOST_LONG_TEXTS = 2
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Service:
         self.metrics = metrics
         self.tracer = tracer
         self.started_at = int(time.time())
-        self._encode_threads = CapacityLimiter(_ENCODE_THREADS)
+        self._long_texts = CapacityLimiter(_MOST_LONG_TEXTS)
         self.render_threads = CapacityLimiter(_RENDER_THREADS)
         self.grammar_threads = GrammarThreads(config.http.max_grammar_bytes)
         self.grammars: Grammars | None = None
@@ -99,9 +99,9 @@ class Service:
         assert self._codec is not None
         return self._codec
 
-    async def encode(self, work: Callable[[], T], num_chars: int) -> T:
-        """`work()`, which tokenises so many characters, off the event loop."""
-        limiter = self._encode_threads if num_chars > _LONG_TEXT else None
+    async def convert(self, work: Callable[[], T], size: int) -> T:
+        """`work()`, which tokenises so many characters or writes so many tokens, off the loop."""
+        limiter = self._long_texts if size > _LONG_TEXT else None
         return await to_thread.run_sync(work, limiter=limiter)
 
     def check_ready(self) -> None:
@@ -118,6 +118,20 @@ class Service:
                 raise EngineDraining("the server is shutting down")
             case "loading":
                 raise EngineDraining("the models are still loading")
+
+    def check_room(self, num_sequences: int) -> None:
+        """Whether the queue takes so many now; the engine itself looks again.
+
+        Raises:
+            EngineOverloaded: it does not.
+        """
+        limits, num_open = self.config.engine, self.num_open
+        if num_open + num_sequences > limits.max_sequences + limits.max_waiting:
+            raise EngineOverloaded(
+                f"{num_open} sequences are running or waiting and this request adds "
+                f"{num_sequences}; the limit is {limits.max_sequences} running and "
+                f"{limits.max_waiting} waiting"
+            )
 
     def check_model(self, name: str) -> None:
         """Raises ModelNotFound for any name but the one that is served."""

@@ -13,7 +13,7 @@ from server.api.chat_protocol import Conversation
 from server.api.codec import Codec
 from server.api.conversation import conversation_ids
 from server.api.errors import ERROR_RESPONSES
-from server.api.limits import check_chars
+from server.api.limits import check_chars, check_tokens
 from server.api.protocol import Body, Items
 from server.api.route import StrictJsonRoute
 from server.api.service import Service, service_of
@@ -107,7 +107,7 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Tokens:
         check_chars(len(body.prompt), service.config.http, "prompt")
         adds_special = body.add_special_tokens is not False
         encode = partial(codec.encode, body.prompt, adds_special)
-        ids = await service.encode(encode, len(body.prompt))
+        ids = await service.convert(encode, len(body.prompt))
     names = await run_in_threadpool(_names, ids, codec) if body.return_token_strs else None
     return Tokens(
         count=len(ids), max_model_len=service.engine.max_length, tokens=ids, token_strs=names
@@ -117,9 +117,11 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Tokens:
 @router.post("/detokenize", responses=ERROR_RESPONSES)
 async def detokenize(request: Request, body: DetokenizeRequest) -> Detokenized:
     """The text of token ids."""
-    codec = _ready_service(request, body.model).codec
-    codec.check_ids(body.tokens, "tokens")
-    return Detokenized(prompt=await run_in_threadpool(codec.decode, body.tokens))
+    service = _ready_service(request, body.model)
+    codec, ids = service.codec, body.tokens
+    check_tokens(len(ids), service.config.http, "tokens")
+    codec.check_ids(ids, "tokens")
+    return Detokenized(prompt=await service.convert(partial(codec.decode, ids), len(ids)))
 
 
 @router.get("/tokenizer_info", responses=ERROR_RESPONSES)

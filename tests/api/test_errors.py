@@ -238,6 +238,12 @@ def test_input_is_not_echoed_at_length(live: Live) -> None:
     secret = "x" * 100_000
     for body in ({"prompt": {secret: 1}}, {"temperature": secret}, {"model": secret}):
         assert len(live.post(**body).content) < 4 * MAX_INPUT_CHARS + 500
+    digits = "7" * 4200
+    for field in ("n", "logprobs", "top_k", "prompt_logprobs", "truncate_prompt_tokens"):
+        raw = f'{{"model": "table", "prompt": "1", "n": 200, "{field}": {digits}}}'
+        response = live.http.post(URL, content=raw, headers={"content-type": "application/json"})
+        assert len(response.content) < 500, field
+    assert len(live.post(prompt=[10**4000]).content) < 500
     many = {"logit_bias": {str(i): "x" * 1000 for i in range(1000)}}
     message = error_of(live.post(**many))["message"]
     assert message.count(";") <= 2 * MAX_PROBLEMS
@@ -356,8 +362,10 @@ def test_a_full_queue_is_429(start) -> None:
             assert response.status_code == 429
             assert error_of(response)["code"] == "queue_full"
             assert int(response.headers["retry-after"]) > 0
+        # Told before the prompt is tokenised, which here would fail.
+        assert live.post(n=2, prompt="?").status_code == 429
     live.wait_idle()
-    assert live.table.value("cos_requests_rejected_total", reason="queue_full") == 2
+    assert live.table.value("cos_requests_rejected_total", reason="queue_full") == 3
 
 
 def test_a_request_that_can_never_fit_the_queue_is_400(start) -> None:

@@ -8,6 +8,8 @@ import time
 import httpx
 import pytest
 
+from server.config import HttpConfig
+from server.serve import DrainingServer
 from tests.api.conftest import Live
 from tests.api.test_errors import error_of
 from tests.support.api import MODEL
@@ -86,6 +88,13 @@ def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(start) -
     counted = {"route": "/v1/completions", "method": "POST"}
     name = "cos_http_requests_total"
     wait_until(lambda: live.table.value(name, status="499", **counted) == 1)
+
+
+def test_unused_connections_outlive_those_of_proxies(live: Live) -> None:
+    """Of which usual ones keep theirs for 60 s."""
+    assert DrainingServer(live.table.app, HttpConfig()).config.timeout_keep_alive > 60
+    short = HttpConfig(keep_alive_seconds=5)
+    assert DrainingServer(live.table.app, short).config.timeout_keep_alive == 5
 
 
 def test_headers_beyond_the_limit_are_refused(live: Live) -> None:

@@ -72,3 +72,13 @@ def test_tokenizer_info_without_models(live: Live) -> None:
     assert body["vocab_size"] == VOCAB_SIZE
     assert body["eos_token"] is None
     assert body["chat_template"]
+
+
+def test_more_tokens_than_texts_have_characters_are_refused(start) -> None:
+    live = start(http={"max_prompt_chars": 5})
+    assert live.http.post("/detokenize", json={"tokens": [1] * 5}).status_code == 200
+    error = error_of(live.http.post("/detokenize", json={"tokens": [1] * 6}))
+    assert (error["param"], error["message"]) == (
+        "tokens",
+        "tokens: 6 tokens is above this server's limit 5",
+    )
