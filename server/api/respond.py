@@ -13,7 +13,9 @@ from typing import Any, ClassVar
 from fastapi import Request, Response
 from starlette.concurrency import run_in_threadpool
 
+from server.api.chat_protocol import ChatCompletion
 from server.api.clients import client_of
+from server.api.completion_protocol import Completion
 from server.api.disconnect import ClientDisconnected, while_connected
 from server.api.errors import describe
 from server.api.generation import Generation
@@ -26,6 +28,8 @@ from server.config import LOOKUP_NAME, HttpConfig
 from server.core.output import TokenDelta
 from server.core.provenance import Provenance
 from server.errors import EngineError
+
+_NO_CHOICES = '"choices":[]'
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +54,7 @@ class Writer(ABC):
         }
 
     @abstractmethod
-    def whole(self, choices: Row[Piece]) -> ReplyBody:
+    def whole(self, choices: Row[Piece]) -> Completion | ChatCompletion:
         """The body of a reply that is no stream, but for usage and report."""
 
     @abstractmethod
@@ -167,8 +171,18 @@ def _encoded(pieces: list[list[Piece]], reply: Reply, writer: Writer) -> str:
     ]
     body = writer.whole(choices)
     body.usage, body.cos = reply.usage(), reply.report()
-    # Fields that were not asked for stay out.
-    return body.model_dump_json(exclude_unset=True)
+    return _json(body)
+
+
+def _json(body: Completion | ChatCompletion) -> str:
+    """Fields that were not asked for stay out.
+
+    Each choice by itself: within one call no other thread runs, and all may be many megabytes.
+    """
+    choices = ",".join(choice.model_dump_json(exclude_unset=True) for choice in body.choices)
+    rest = body.model_copy(update={"choices": []}).model_dump_json(exclude_unset=True)
+    before, after = rest.split(_NO_CHOICES, 1)  # in a text the quotes would be escaped
+    return f'{before}"choices":[{choices}]{after}'
 
 
 async def _first(deltas: DeltaStream) -> list[TokenDelta]:
