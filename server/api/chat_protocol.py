@@ -27,9 +27,11 @@ from server.api.protocol import (
     ReplyBody,
     TokenProvenance,
     any_of,
+    at_most,
 )
 
 MAX_MESSAGES = 4096
+MAX_TOOLS = 128
 
 Scalar = Annotated[
     StrictBool | StrictInt | Finite | str | None, any_of("a string, a number, a boolean or null")
@@ -156,7 +158,7 @@ class Conversation(Body):
     chat_template_kwargs: Entries[Scalar] | None = Field(
         None, description="Variables that the chat template reads; plain values only."
     )
-    tools: Annotated[Items[Tool] | None, FewItems] = Field(
+    tools: Annotated[Items[Tool] | None, at_most(MAX_TOOLS)] = Field(
         None, description="For templates that read them; calls come back as text."
     )
     tool_choice: ToolChoice | None = Field(

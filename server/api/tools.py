@@ -15,16 +15,9 @@ from pydantic_core import from_json
 from server.api.chat_protocol import Conversation, Message, ToolCall
 from server.errors import RequestError, UnsupportedParameter
 
-MAX_TOOLS = 128
-
 
 def check_tools(conversation: Conversation, mentioned: Set[str]) -> None:
     """Raises RequestError where the template, which mentions these names, cannot take them."""
-    count = len(conversation.tools or ())
-    if count > MAX_TOOLS:
-        raise RequestError(
-            f"tools: {count} is above this server's limit {MAX_TOOLS}", param="tools"
-        )
     if conversation.tool_choice not in (None, "none", "auto"):
         reason = "must be none or auto: the model alone decides what it writes"
         raise UnsupportedParameter("tool_choice", reason)

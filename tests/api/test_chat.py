@@ -6,9 +6,8 @@ from typing import Any
 
 import pytest
 
-from server.api.chat_protocol import MAX_MESSAGES
+from server.api.chat_protocol import MAX_MESSAGES, MAX_TOOLS
 from server.api.conversation import REFUSED_IN_MESSAGES
-from server.api.tools import MAX_TOOLS
 from server.api.unsupported import REFUSED_IN_CHAT
 from tests.api.conftest import Live
 from tests.api.test_errors import error_of
