@@ -134,9 +134,10 @@ def create_app(
         routers.append(health.metrics_router)
     for router in routers:
         app.include_router(router)
+    routes = RouteTable(route for router in routers for route in router.routes)
+    app.state.routes = routes
     install_error_handlers(app)
     install_openapi(app, config.served_model_name)
-    routes = RouteTable(route for router in routers for route in router.routes)
     _add_middlewares(app, service, routes)
     return app
 

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from server.api.in_time import ThreadsBusy
+from server.api.routes import routes_of
 from server.api.service import service_of
 from server.errors import (
     CosError,
@@ -175,7 +176,10 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
         405: f"{path} does not take {request.method}",
     }.get(error.status_code, str(error.detail))
     type_ = "invalid_request_error" if error.status_code < 500 else "server_error"
-    return error_response(error.status_code, envelope(message, type_), error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405 and (methods := routes_of(request).methods(request.scope)):
+        headers["Allow"] = ", ".join(methods)  # Starlette's are those of one route of the path
+    return error_response(error.status_code, envelope(message, type_), headers)
 
 
 def _problem(item: dict[str, Any]) -> str:

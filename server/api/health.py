@@ -35,7 +35,7 @@ _PROBE: dict[int | str, dict[str, Any]] = {503: {"model": Status, "description":
 
 @router.head("/health", include_in_schema=False)
 @router.head("/ping", include_in_schema=False)
-@router.post("/ping", include_in_schema=False)  # as some load balancers ask
+@router.post("/ping", response_model=Status, responses=_PROBE)  # as some load balancers ask
 @router.get("/health", response_model=Status, responses=_PROBE)
 @router.get("/ping", response_model=Status, responses=_PROBE)
 async def health(request: Request) -> Response:

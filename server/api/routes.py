@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from fastapi import Request
 from fastapi.routing import APIRoute
 from starlette.routing import BaseRoute
 from starlette.types import Scope
@@ -21,6 +22,10 @@ class RouteTable:
         """Path of the route that a request is for, whatever its method."""
         return next((route.path for route in self._matching(scope)), UNMATCHED)
 
+    def methods(self, scope: Scope) -> list[str]:
+        """That the path of a request takes, by whichever routes."""
+        return sorted({method for route in self._matching(scope) for method in route.methods or ()})
+
     def takes_body(self, scope: Scope) -> bool:
         """Whether anything will read the body of a request."""
         return any(
@@ -30,3 +35,8 @@ class RouteTable:
 
     def _matching(self, scope: Scope) -> Iterable[APIRoute]:
         return (route for route in self._routes if route.path_regex.match(scope["path"]))
+
+
+def routes_of(request: Request) -> RouteTable:
+    routes: RouteTable = request.app.state.routes
+    return routes

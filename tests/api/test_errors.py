@@ -319,6 +319,7 @@ def test_unknown_route_is_404_and_wrong_method_405(live: Live) -> None:
     response = live.http.get(URL)
     assert response.status_code == 405
     assert response.headers["allow"] == "POST"
+    assert live.http.put("/ping").headers["allow"] == "GET, HEAD, POST"
     error_of(response)
 
 
