@@ -101,6 +101,10 @@ class EngineDraining(EngineError):
     """The server is starting or shutting down."""
 
 
+class ThreadsBusy(EngineError):
+    """Others kept all threads of a kind busy; the request may be fine, and can be tried again."""
+
+
 class RequestTimeout(EngineError):
     """The request was not finished within the time that requests get."""
 

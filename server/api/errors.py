@@ -26,7 +26,6 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
-from server.api.in_time import ThreadsBusy
 from server.api.routes import routes_of
 from server.api.service import service_of
 from server.errors import (
@@ -38,6 +37,7 @@ from server.errors import (
     RateLimited,
     RequestError,
     RequestTimeout,
+    ThreadsBusy,
 )
 
 logger = logging.getLogger(__name__)

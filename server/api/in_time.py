@@ -8,13 +8,9 @@ from typing import TypeVar
 
 from anyio import fail_after
 
-from server.errors import EngineError
+from server.errors import ThreadsBusy
 
 T = TypeVar("T")
-
-
-class ThreadsBusy(EngineError):
-    """Others kept all threads of a kind busy; the request may be fine, and can be tried again."""
 
 
 async def in_time(

@@ -10,7 +10,8 @@ from typing import TypeVar
 
 import pytest
 
-from server.api.in_time import ThreadsBusy, in_time
+from server.api.in_time import in_time
+from server.errors import ThreadsBusy
 
 T = TypeVar("T")
 
