@@ -141,6 +141,8 @@ class _Awaited:
     async def close(self) -> None:
         self._first.cancel()
         await asyncio.wait({self._first})
+        if not self._first.cancelled():
+            self._first.exception()  # nobody is left to be told of it
         await self._deltas.aclose()
 
 
