@@ -205,6 +205,25 @@ class Controller:
         num_decoding = batch
         if self.halves:
             batch = -(-batch // 2)  # each half is decoded as if there were no other
+        self._add_to_interval(stats, batch)
+        if not is_last:
+            return
+        num_steps = self._interval.num_steps
+        is_alike = _ALIKE <= batch / self._batch <= 1 / _ALIKE
+        is_due = num_steps >= (_PERIOD if is_alike else _BATCH_PERIOD)
+        if self._interval.is_pure and not is_due:
+            return
+        groups, members, is_alone = self._grouped(running)
+        if is_due:
+            self._batch = max(1, batch)
+            self._end_interval(groups, members, is_alike)
+            self._look_at_halves(running, num_decoding)
+        is_alone &= len(groups) == 1
+        is_alone &= all(_follow(group, members[key]) for key, group in groups.items())
+        self._num_followed = self._num_followed + 1 if is_alone else 0
+        self._interval.is_pure = self._num_followed > _MIXING_STEPS
+
+    def _add_to_interval(self, stats: StepStats, batch: int) -> None:
         interval = self._interval
         interval.num_steps += 1
         # Proposed, or decided, which for the last ones of an interval is left to the next.
@@ -215,36 +234,26 @@ class Controller:
             interval.seconds += self._costs.price(stats) / self._costs.slowness
             count = sum(delivery.num_decoded for delivery in stats.deliveries)
             interval.num_tokens[batch] = interval.num_tokens.get(batch, 0) + count
-        if not is_last:
-            return
-        is_alike = _ALIKE <= batch / self._batch <= 1 / _ALIKE
-        changed = not is_alike and interval.num_steps >= _BATCH_PERIOD
-        is_due = interval.num_steps >= _PERIOD or changed
-        if interval.is_pure and not is_due:
-            return
-        groups, members, is_alone = self._grouped(running)
-        if is_due:
-            self._interval = _Interval(begun_at=self._seconds)
-            before = [group.chosen for group in groups.values()]
-            is_left = len(groups) == 1 and self._compare(
-                interval, next(iter(groups.values())), next(iter(members.values()))
-            )
-            for group in groups.values():
-                group.num_left *= is_alike
-                group.num_steps += interval.num_steps
-                group.seconds += self._seconds - interval.begun_at
-            self._batch = max(1, batch)
-            self._decide_all(groups, members)
-            self._look_at_halves(running, num_decoding)
-            if before != [group.chosen for group in groups.values()]:
-                self._num_followed = 0
-            elif is_left:
-                self._interval.seconds = interval.seconds
-                self._interval.num_tokens = interval.num_tokens
-        is_alone &= len(groups) == 1
-        is_alone &= all(_follow(group, members[key]) for key, group in groups.items())
-        self._num_followed = self._num_followed + 1 if is_alone else 0
-        self._interval.is_pure = self._num_followed > _MIXING_STEPS
+
+    def _end_interval(
+        self, groups: dict[int, _Group], members: dict[int, list[Sequence]], is_alike: bool
+    ) -> None:
+        """Learn from it and choose anew; `is_alike`: the batch is about what it was then."""
+        interval, self._interval = self._interval, _Interval(begun_at=self._seconds)
+        before = [group.chosen for group in groups.values()]
+        is_left = len(groups) == 1 and self._compare(
+            interval, next(iter(groups.values())), next(iter(members.values()))
+        )
+        for group in groups.values():
+            group.num_left *= is_alike
+            group.num_steps += interval.num_steps
+            group.seconds += self._seconds - interval.begun_at
+        self._decide_all(groups, members)
+        if before != [group.chosen for group in groups.values()]:
+            self._num_followed = 0
+        elif is_left:
+            self._interval.seconds = interval.seconds
+            self._interval.num_tokens = interval.num_tokens
 
     def _grouped(
         self, running: Iterable[Sequence]
