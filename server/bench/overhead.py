@@ -113,7 +113,7 @@ class Workbench:
         wrap(engine._advancer, "_decide", DECIDE)
         wrap(engine.scheduler, "plan", PLAN)
         wrap(engine.scheduler, "publish", CACHE)
-        wrap(engine, "_deliver", TEXT)
+        wrap(engine._outputs, "deliver", TEXT)
         wrap(engine, "_observe", CONTROL)
         wrap(engine, "on_step", METRICS)
         wrap(engine, "step", REST)

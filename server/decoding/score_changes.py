@@ -50,6 +50,11 @@ def added(biases: Iterable[tuple[int, float]]) -> Changes:
     return np.array(tokens, np.int64), changes
 
 
+def forbidden(token_ids: Iterable[int]) -> Changes:
+    """What leaves tokens no probability; not to be written to."""
+    return added((token_id, -np.inf) for token_id in token_ids)
+
+
 def joined(parts: Iterable[Changes]) -> Changes:
     """One after the other."""
     parts = list(parts)

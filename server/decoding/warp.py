@@ -29,6 +29,7 @@ from server.decoding.score_changes import (
     added,
     bad_tokens,
     ending_tokens,
+    forbidden,
     is_early,
     joined,
     penalties,
@@ -119,13 +120,13 @@ class Warp:
         banned = bad_tokens(sequence, position)
         if sequence.matcher is None and is_early(sequence, position):
             banned += ending_tokens(sequence.params, self._eos)
-        return added((token_id, -np.inf) for token_id in banned)
+        return forbidden(banned)
 
     def _ends_amid_form(self, sequence: Sequence, position: int) -> Changes:
         """Ends that come too early, unless the grammar is complete: it then ends all the same."""
         if sequence.matcher is None or not is_early(sequence, position):
             return NONE
-        return added((id, -np.inf) for id in ending_tokens(sequence.params, self._eos))
+        return forbidden(ending_tokens(sequence.params, self._eos))
 
     def _threshold(self, logits: Tensor) -> Tensor:
         """Smallest logit that top-k and top-p keep, [R, 1]; ties at it are kept.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from server.cache.page_pool import PagePool
 from server.cache.score_store import PROMPT_WINDOW, ScoreStore
 from server.config import ServerConfig
-from server.core.output import TokenDelta, TokenLogprob
+from server.core.output import TokenDelta
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, Fault, StepStats
@@ -371,28 +371,19 @@ class Engine:
             elif count := outcome.num_verified.get(sequence, 0):
                 logprobs = outcome.logprobs.get(sequence, [])
                 try:
-                    deltas.append(self._deliver(sequence, schedule, count, logprobs, outcome.stats))
+                    delta = self._outputs.deliver(
+                        sequence, schedule, count, logprobs, outcome.stats
+                    )
+                    if delta.finish_reason is not None:
+                        start = sequence.num_verified - count
+                        self._release(sequence, start + len(delta.token_ids))
+                    deltas.append(delta)
                 except Exception:
                     logger.exception("sequence %s is broken", sequence.id)
                     deltas.append(self._fail(sequence, "internal"))
                     continue
                 self._credit(sequence, outcome.stats.deliveries[-1], batch, token_seconds)
         return deltas
-
-    def _deliver(
-        self,
-        sequence: Sequence,
-        schedule: DecodingParams,
-        count: int,
-        logprobs: list[TokenLogprob],
-        stats: StepStats,
-    ) -> TokenDelta:
-        """Tell of the last `count` verified tokens, and end the text where it ends."""
-        delta = self._outputs.deliver(sequence, schedule, count, logprobs, stats)
-        if delta.finish_reason is not None:
-            start = sequence.num_verified - count
-            self._release(sequence, start + len(delta.token_ids))
-        return delta
 
     def _fail(self, sequence: Sequence, fault: Fault) -> TokenDelta:
         """End one sequence that cannot go on."""

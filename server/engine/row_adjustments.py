@@ -22,6 +22,7 @@ from server.decoding.score_changes import (
     added,
     bad_tokens,
     ending_tokens,
+    forbidden,
     is_early,
     joined,
     penalties,
@@ -115,7 +116,7 @@ class Adjuster:
         lasting = self._of(sequence)
         yield penalties(sequence, position)
         yield lasting.biases
-        yield added((token_id, -np.inf) for token_id in bad_tokens(sequence, position))
+        yield forbidden(bad_tokens(sequence, position))
         if is_early(sequence, position):
             yield lasting.ends
 
@@ -137,5 +138,5 @@ class Adjuster:
         ends = sorted(ending_tokens(sequence.params, self._eos))
         return _Lasting(
             biases=added(sequence.params.logit_bias),
-            ends=added((token_id, -np.inf) for token_id in ends),
+            ends=forbidden(ends),
         )
