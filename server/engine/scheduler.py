@@ -325,16 +325,14 @@ class Scheduler:
     def _patience(self, model: int, wants: list[_Want]) -> int:
         """Steps for which those who want `model` are passed over.
 
-        A draft of those who decode, where they come to want it as well: prompts are read with
-        their scoring. Else one of each other model: who decodes then reads no more of prompts for
+        A draft of those who decode: prompts are read with their scoring. Where none of them will
+        ever want it, one step of each other model: who decodes then reads no more of prompts for
         each token than beside texts that all models score.
         """
-        is_used = any(
-            model in used_models(want.sequence.schedule)
-            for want in wants
-            if want.num_tokens <= self._short
-        )
-        return self._short + 1 if is_used else max(1, self._num_models - 1)
+        decoding = [want.sequence for want in wants if want.num_tokens <= self._short]
+        if not decoding or any(model in used_models(s.schedule) for s in decoding):
+            return self._short + 1
+        return max(1, self._num_models - 1)
 
     def _fill(self, model: int, wants: list[_Want], divided: Collection[int]) -> StepPlan:
         """Decoding sequences first, then prompts with what the token budgets leave."""
