@@ -83,7 +83,7 @@ class StepStats:
         baseline_seconds: what standard decoding of it would have taken; None if that is unknown.
         shadow: None where standard decoding is not measured on the live load.
         num_discarded: verified tokens cut off by the end of the text.
-        num_preempted: sequences preempted since the last step, for this one or by smaller ones.
+        num_preempted: sequences preempted since the last step, for this one.
         num_cached: [num_models] tokens found in the prefix cache since then, not computed.
         num_running, num_waiting: after the step.
         pages_used: [num_models] after the step.

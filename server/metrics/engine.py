@@ -98,8 +98,7 @@ class EngineMetrics:
         )
         self.preemptions = counter(
             "cos_preemptions",
-            "Sequences that lost their pages to older ones, or to smaller steps after one that did "
-            "not fit.",
+            "Sequences that lost their pages to older ones.",
         )
         self.faults = counter(
             "cos_engine_faults",
