@@ -25,7 +25,8 @@ from rich.table import Table
 from server.api.decoding import make_combination
 from server.bench.prompts import load_prompts
 from server.bench.strategy_spec import StrategySpec, parse_strategies
-from server.config import ServerConfig, StrategyName, load_config
+from server.config import ServerConfig, StrategyName
+from server.config_file import load_config
 from server.core.sampling_params import DecodingParams, SamplingParams, proposal_lengths
 from server.core.sequence import Sequence
 from server.core.stats import StepStats

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from scripts.check_speedup import Experiment, parse
 from server.bench.strategy_spec import parse_strategies
-from server.config import load_config
+from server.config_file import load_config
 from server.core.stats import StepStats
 from server.metrics import Metrics
 

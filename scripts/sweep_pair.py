@@ -21,7 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from scripts.evaluate_pair import read_prompts
-from server.config import parse_config
+from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams, proposal_lengths
 from server.core.sequence import Sequence

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from server import __version__, logs
-from server.config import ServerConfig, load_config
+from server.config import ServerConfig
+from server.config_file import load_config
 from server.errors import CosError
 
 logger = logging.getLogger("server")

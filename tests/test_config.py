@@ -14,10 +14,9 @@ from server.config import (
     ModelConfig,
     ServerConfig,
     WeightedConfig,
-    load_config,
     parse_bytes,
-    parse_config,
 )
+from server.config_file import load_config, parse_config
 from server.errors import ConfigError
 
 VALID: dict[str, Any] = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from server.app import create_app
-from server.config import load_config
+from server.config_file import load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

@@ -11,7 +11,8 @@ import pytest
 from scripts import configuration
 from server.__main__ import main
 from server.api_key import VARIABLE
-from server.config import _SECTIONS, HttpConfig
+from server.config import HttpConfig
+from server.config_file import _SECTIONS
 from server.top.cli import add_arguments
 
 TEXT = configuration.FILE.read_text(encoding="utf-8")

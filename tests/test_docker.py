@@ -18,7 +18,8 @@ from scripts.dashboards import replay
 from scripts.dashboards.__main__ import main as write_dashboards
 from scripts.dashboards.promql import Evaluator, Recording
 from server import __version__
-from server.config import HttpConfig, load_config
+from server.config import HttpConfig
+from server.config_file import load_config
 from server.engine.cost_table import CostTable, Timings
 from server.metrics import Metrics, ModelFacts
 

@@ -20,7 +20,7 @@ import pytest
 from server.__main__ import main
 from server.app import create_app
 from server.bench.cli import add_arguments, make_settings
-from server.config import load_config, parse_config
+from server.config_file import load_config, parse_config
 from tests.support.live_server import run_server
 from tests.support.sse import parse, texts
 from tests.support.tiny_models import make_pair

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from server.bench.prompts import load_prompts
-from server.config import StrategyName, load_config
+from server.config import StrategyName
+from server.config_file import load_config
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams, proposal_lengths
 from server.core.sequence import Sequence

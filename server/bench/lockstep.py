@@ -29,7 +29,8 @@ from server.bench.machine import describe_machine, describe_versions, git_hash
 from server.bench.prompts import load_prompts
 from server.bench.result_file import ResultFile
 from server.bench.strategy_spec import StrategySpec, parse_concurrency, parse_strategies
-from server.config import ServerConfig, load_config
+from server.config import ServerConfig
+from server.config_file import load_config
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.errors import ConfigError

@@ -30,7 +30,8 @@ from server.bench.in_process import InProcessEngine
 from server.bench.machine import describe_machine, describe_versions
 from server.bench.prompts import load_prompts
 from server.bench.strategy_spec import StrategySpec, parse_strategies
-from server.config import ServerConfig, load_config
+from server.config import ServerConfig
+from server.config_file import load_config
 from server.core.sampling_params import SamplingParams
 from server.engine.engine import Engine
 

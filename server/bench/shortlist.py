@@ -22,7 +22,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from server.bench.machine import describe_machine, describe_versions
-from server.config import load_config
+from server.config_file import load_config
 from server.runner.base import Batch, ModelRunner, Span
 from server.runner.loader import load_models
 

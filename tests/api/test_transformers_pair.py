@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.config import parse_config
+from server.config_file import parse_config
 from tests.support.live_server import run_server
 from tests.support.sse import parse, texts
 from tests.support.tiny_models import CHAT_TEMPLATE, MAX_LENGTH, TURN_END, VOCAB_SIZE, make_pair

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from scripts.equal_members import main
-from server.config import load_config
+from server.config_file import load_config
 from server.runner.loader import load_models
 from tests.support.tiny_models import make_model_dir
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.config import parse_config
+from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from server.config import parse_config
+from server.config_file import parse_config
 from server.runner.loader import LoadedModels, load_models
 from tests.support.pretended_gpus.tensors import Gpus
 from tests.support.tiny_models import make_pair

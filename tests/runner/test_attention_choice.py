@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from server.config import parse_config
+from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.engine.engine import Engine, EngineLimits

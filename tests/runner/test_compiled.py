@@ -5,7 +5,7 @@ import torch
 import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from server.config import parse_config
+from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.engine.engine import Engine, EngineLimits

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from server.cache.kv_store import KVStore
-from server.config import parse_config
+from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.engine.engine import Engine, EngineLimits

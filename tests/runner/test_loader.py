@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from server.config import parse_config
+from server.config_file import parse_config
 from server.engine.engine import Engine, EngineLimits
 from server.errors import ConfigError
 from server.runner import cgroup, llama_body, loader, member, memory, self_check

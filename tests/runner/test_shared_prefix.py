@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.cache.kv_store import KVStore
-from server.config import parse_config
+from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence

@@ -16,7 +16,8 @@ from torch import Tensor
 from server.api.chat_template import Turns
 from server.api.service import Service
 from server.app import create_app
-from server.config import ServerConfig, parse_config
+from server.config import ServerConfig
+from server.config_file import parse_config
 from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
 from server.engine.engine import Engine, EngineLimits
