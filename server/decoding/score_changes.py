@@ -57,7 +57,7 @@ def forbidden(token_ids: Iterable[int]) -> Changes:
 
 def joined(parts: Iterable[Changes]) -> Changes:
     """One after the other."""
-    parts = list(parts)
+    parts = [part for part in parts if len(part[0])]
     if len(parts) < 2:
         return parts[0] if parts else NONE
     tokens, changes = zip(*parts, strict=True)

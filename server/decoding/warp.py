@@ -59,11 +59,13 @@ class Warp:
         self._sorts = not proposing
         self._eos = eos_token_ids
         params = [sequence.params for sequence, _ in places]
-        self._penalised = _cells(places, penalties, device)
-        self._biased = _cells(places, lambda s, _: added(s.params.logit_bias), device)
+        # Most requests ask for none of it; looking through their places takes the host's time.
+        adjusted = places if any(p.adjusts_scores for p in params) else ()
+        self._penalised = _cells(adjusted, penalties, device)
+        self._biased = _cells(adjusted, lambda s, _: added(s.params.logit_bias), device)
         self._masks = _masks(places, device)
-        self._banned = _cells(places, self._bans, device)
-        self._last_ends = _cells(places, self._ends_amid_form, device)
+        self._banned = _cells(adjusted, self._bans, device)
+        self._last_ends = _cells(adjusted, self._ends_amid_form, device)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
         self._is_tempered = any(t != 1.0 for t in temperature)
         self._temperature = tensor_on(device, temperature)[:, None]
