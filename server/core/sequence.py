@@ -18,7 +18,8 @@ import numpy as np
 
 from server.core.lookup import LOOKUP, PromptLookup
 from server.core.matcher import Matcher
-from server.core.provenance import Provenance
+from server.core.proposal import Proposal
+from server.core.provenance import Provenance, TokenOutcome
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.token_counts import Ids, TokenCounts
 from server.core.token_mask import Bits, both, packed
@@ -63,10 +64,7 @@ class Sequence:
         token_ids: prompt, verified and pending tokens; of the pending ones some may be unread.
         num_prompt, num_verified: where the zones end.
         num_seen: [num_models]; what each model has consumed.
-        proposers: which model proposed each pending token; LOOKUP for all of them where they
-            were looked up.
-        shortlisted: whether it drew the token from its shortlist.
-        bonuses: whether it proposed the token as a bonus.
+        tail: one entry for each pending token. Those of LOOKUP have it to themselves.
         resume_at: [num_models]; model k feeds up to here before the sequence takes part in
             decoding: the prompt for models that must score its end, or what k had seen when
             the sequence was preempted.
@@ -96,9 +94,7 @@ class Sequence:
     num_prompt: int = 0
     num_verified: int = 0
     num_seen: list[int] = field(default_factory=list)
-    proposers: list[int] = field(default_factory=list)
-    shortlisted: list[bool] = field(default_factory=list)
-    bonuses: list[bool] = field(default_factory=list)
+    tail: list[Proposal] = field(default_factory=list)
     resume_at: list[int] = field(default_factory=list)
     is_shadowed: bool = False
     slot: int = -1
@@ -186,7 +182,7 @@ class Sequence:
         return (
             self.is_full
             or len(self.token_ids) == self.declined_at
-            or self.proposers[:1] == [LOOKUP]
+            or (bool(self.tail) and self.tail[0].proposer == LOOKUP)
         )
 
     @property
@@ -249,24 +245,18 @@ class Sequence:
         followed = np.frombuffer(self.matcher.mask(generated), np.uint8)
         return followed if self.listed is None else both(followed, self.listed)
 
-    def propose(
-        self, token_id: int, model: int, from_shortlist: bool = False, is_bonus: bool = False
-    ) -> None:
-        """Append a pending token."""
+    def propose(self, token_id: int, proposal: Proposal) -> None:
+        """Append a pending token that a model has proposed."""
         self.token_ids.append(token_id)
-        self.proposers.append(model)
-        self.shortlisted.append(from_shortlist)
-        self.bonuses.append(is_bonus)
-        self.stats.proposed[model] += 1
-        self.stats.num_bonus += is_bonus
+        self.tail.append(proposal)
+        self.stats.proposed[proposal.proposer] += 1
+        self.stats.num_bonus += proposal.is_bonus
 
     def look_up(self, token_ids: list[int]) -> None:
         """Append pending tokens that no model has proposed; nothing may be pending."""
         assert self.num_pending == 0
         self.token_ids += token_ids
-        self.proposers += [LOOKUP] * len(token_ids)
-        self.shortlisted += [False] * len(token_ids)
-        self.bonuses += [False] * len(token_ids)
+        self.tail += [Proposal(LOOKUP)] * len(token_ids)
         self.stats.num_looked_up += len(token_ids)
 
     def decline(self) -> None:
@@ -288,23 +278,21 @@ class Sequence:
         self.token_ids[self.num_verified :] = token_ids
         declined = next((i for i, token_id in enumerate(token_ids) if token_id < 0), None)
         if declined is not None:
-            self._cut_tail(declined)
+            self._take_back(declined)
             self.decline()
 
     def accept(self, count: int) -> None:
         """Move the first `count` pending tokens to the verified zone."""
         assert 0 <= count <= self.num_pending
-        for proposer in self.proposers[:count]:
-            if proposer == LOOKUP:
+        for proposal in self.tail[:count]:
+            if proposal.proposer == LOOKUP:
                 self.stats.num_lookup_accepted += 1
             else:
-                self.stats.accepted[proposer] += 1
-        if self.provenance is not None:
-            self.provenance += [
-                Provenance(self.proposers[i], "bonus" if self.bonuses[i] else "accepted")
-                for i in range(count)
-            ]
-        del self.proposers[:count], self.shortlisted[:count], self.bonuses[:count]
+                self.stats.accepted[proposal.proposer] += 1
+            if self.provenance is not None:
+                outcome: TokenOutcome = "bonus" if proposal.is_bonus else "accepted"
+                self.provenance.append(Provenance(proposal.proposer, outcome))
+        del self.tail[:count]
         self.num_verified += count
 
     def recover(self, token_id: int) -> None:
@@ -312,9 +300,9 @@ class Sequence:
         position = self.num_verified
         assert self.num_pending > 0
         if self.provenance is not None:
-            self.provenance.append(Provenance(self.proposers[0], "recovered"))
+            self.provenance.append(Provenance(self.tail[0].proposer, "recovered"))
         del self.token_ids[position:]
-        self._drop_proposals()
+        self.tail.clear()
         self.declined_at = -1
         self.num_rejections += 1
         self.num_seen = [min(seen, position) for seen in self.num_seen]
@@ -343,7 +331,7 @@ class Sequence:
         """End the text after `num_verified` tokens; whatever follows is dropped."""
         self.stats.num_discarded += self.num_verified - num_verified
         del self.token_ids[num_verified:]
-        self._drop_proposals()
+        self.tail.clear()
         self.num_verified = num_verified
         self.num_seen = [min(seen, num_verified) for seen in self.num_seen]
         self.status = Status.FINISHED
@@ -358,27 +346,20 @@ class Sequence:
         self.status = Status.WAITING
         self.stats.num_preemptions += 1
 
-    def _cut_tail(self, count: int) -> None:
-        """Keep the first `count` pending tokens."""
-        for proposer, is_bonus in zip(self.proposers[count:], self.bonuses[count:], strict=True):
-            self.stats.proposed[proposer] -= 1
-            self.stats.num_bonus -= is_bonus
+    def _take_back(self, count: int) -> None:
+        """All pending tokens but the first `count`, as if they had never been proposed."""
+        for proposal in self.tail[count:]:
+            self.stats.proposed[proposal.proposer] -= 1
+            self.stats.num_bonus -= proposal.is_bonus
         length = self.num_verified + count
-        del self.token_ids[length:]
-        del self.proposers[count:], self.shortlisted[count:], self.bonuses[count:]
+        del self.token_ids[length:], self.tail[count:]
         self.num_seen = [min(seen, length) for seen in self.num_seen]
         self.resume_at = [min(until, length) for until in self.resume_at]
-
-    def _drop_proposals(self) -> None:
-        self.proposers.clear()
-        self.shortlisted.clear()
-        self.bonuses.clear()
 
     def check(self) -> None:
         """Raise AssertionError where the counters contradict each other."""
         assert 0 < self.num_prompt <= self.num_verified <= len(self.token_ids) <= self.limit
         assert 0 < self.num_scored <= self.num_prompt
-        assert len(self.proposers) == len(self.shortlisted) == self.num_pending
-        assert len(self.bonuses) == self.num_pending
+        assert len(self.tail) == self.num_pending
         assert all(0 <= seen <= len(self.token_ids) for seen in self.num_seen)
         assert all(0 <= until <= len(self.token_ids) for until in self.resume_at)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from server.core.proposal import Proposal
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.strategies import Strategy, is_scored, num_verifiable
@@ -195,21 +196,21 @@ class Chain:
         num_accepted: int,
         states: list[_State],
     ) -> _Branch:
-        window = tuple(sequence.proposers[:num_decided])
+        window = _proposers(sequence)[:num_decided]
         is_rejected = num_accepted < num_decided
         num_verified = num_accepted + is_rejected
         sequence.accept(num_accepted)
         if is_rejected:
             sequence.recover(0)
         num_drawn = num_proposed = 0
-        if not sequence.proposers and is_scored(self._strategy, sequence, len(sequence)):
+        if not sequence.tail and is_scored(self._strategy, sequence, len(sequence)):
             sequence.draw(0)
             num_drawn = 1
             num_verified += 1
         if sequence.num_seen[model] == len(sequence) and self._strategy.may_propose(
             sequence, model
         ):
-            sequence.propose(0, model)
+            sequence.propose(0, Proposal(model))
             num_proposed = 1
         most = max(self._decoding.gamma) + self._num_models
         # A model that neither scores nor opens never runs: how far it is behind tells nothing.
@@ -217,7 +218,7 @@ class Chain:
             min(most, len(sequence) - seen) if model in self._running else 1
             for model, seen in enumerate(sequence.num_seen)
         )
-        after = _State(tuple(sequence.proposers), behind)
+        after = _State(_proposers(sequence), behind)
         if after not in self._index:
             assert len(states) < _MAX_STATES, "a strategy with more states than it should have"
             self._index[after] = len(states)
@@ -235,9 +236,13 @@ class Chain:
         params = SamplingParams(max_tokens=1 << 20)
         sequence = Sequence.start("chain", [0] * _LENGTH, params, self._decoding)
         for proposer in state.proposers:
-            sequence.propose(0, proposer)
+            sequence.propose(0, Proposal(proposer))
         sequence.num_seen = [len(sequence) - behind for behind in state.behind]
         return sequence
+
+
+def _proposers(sequence: Sequence) -> tuple[int, ...]:
+    return tuple(proposal.proposer for proposal in sequence.tail)
 
 
 def _probability(branch: _Branch, acceptance: tuple[float, ...]) -> float:

@@ -111,7 +111,7 @@ class Cos(Standard):
         self._opener = next(model for model, length in enumerate(decoding.gamma) if length)
 
     def next_model(self, sequence: Sequence) -> int:
-        opener = sequence.proposers[-1] if sequence.proposers else self._opener
+        opener = sequence.tail[-1].proposer if sequence.tail else self._opener
         if self._continues(sequence, opener) and sequence.num_unseen(opener):
             return opener
         return furthest_behind(sequence, self._combination.scorers)
@@ -120,7 +120,7 @@ class Cos(Standard):
         is_silent = not self._gamma[model]
         if is_silent or sequence.is_closed or sequence.num_pending >= self._max_pending:
             return False
-        is_bonus = not sequence.proposers or sequence.proposers[-1] != model
+        is_bonus = not sequence.tail or sequence.tail[-1].proposer != model
         return is_bonus or self._continues(sequence, model)
 
     def _continues(self, sequence: Sequence, model: int) -> bool:
@@ -128,7 +128,7 @@ class Cos(Standard):
         return (
             not sequence.is_closed
             and sequence.num_pending < self._gamma[model]
-            and all(proposer == model for proposer in sequence.proposers)
+            and all(proposal.proposer == model for proposal in sequence.tail)
         )
 
 

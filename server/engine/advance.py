@@ -33,6 +33,7 @@ from server.cache.devices import device_places
 from server.cache.score_store import ScoreStore
 from server.core.lookup import LOOKUP
 from server.core.output import TokenLogprob
+from server.core.proposal import Proposal
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
 from server.decoding.strategies import Strategies, is_scored, num_verifiable
@@ -296,14 +297,11 @@ class Advancer:
         self, sequence: Sequence, num_accepted: int, recovered: int | None, outcome: Outcome
     ) -> None:
         offsets = outcome.stats.verified_by_offset
-        offsets += [(sequence.proposers[i], i, True) for i in range(num_accepted)]
-        if recovered is not None:
-            offsets.append((sequence.proposers[num_accepted], num_accepted, False))
-        for accepted, proposer in zip(
-            (*[True] * num_accepted, False), sequence.proposers, strict=False
-        ):
-            if accepted or recovered is not None:
-                self._learn(sequence, proposer, accepted)
+        num_decided = num_accepted + (recovered is not None)
+        for offset, proposal in enumerate(sequence.tail[:num_decided]):
+            is_accepted = offset < num_accepted
+            offsets.append((proposal.proposer, offset, is_accepted))
+            self._learn(sequence, proposal.proposer, is_accepted)
         sequence.accept(num_accepted)
         if recovered is None:
             return
@@ -382,8 +380,10 @@ class Advancer:
                 # It gives nothing to any token that the request allows; the target may.
                 sequence.decline()
                 continue
-            is_bonus = sequence in verified or sequence.proposers[-1:] not in ([], [model])
-            sequence.propose(token_id, model, self._proposes_short(flight, sequence), is_bonus)
+            follows_others = bool(sequence.tail) and sequence.tail[-1].proposer != model
+            is_bonus = sequence in verified or follows_others
+            is_short = self._proposes_short(flight, sequence)
+            sequence.propose(token_id, Proposal(model, is_short, is_bonus))
             outcome.stats.num_proposed += 1
             outcome.stats.num_bonus += is_bonus
 
@@ -437,7 +437,9 @@ class Advancer:
         return sequence in flight.drafting and self._drafts_short(sequence, flight.plan.model)
 
     def _defers(self, sequence: Sequence, model: int) -> bool:
-        return self._drafts_short(sequence, model) or any(sequence.shortlisted)
+        return self._drafts_short(sequence, model) or any(
+            proposal.from_shortlist for proposal in sequence.tail
+        )
 
     def _report(self, before: dict[Sequence, int], outcome: Outcome) -> None:
         """Log-probabilities of newly verified tokens; their scores are still in the store."""

@@ -216,4 +216,5 @@ def origin_of(place: Place) -> Origin:
     """Of the pending token at `place`."""
     sequence, position = place
     offset = position - sequence.num_verified
-    return sequence.proposers[offset], sequence.shortlisted[offset]
+    proposal = sequence.tail[offset]
+    return proposal.proposer, proposal.from_shortlist

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from server.core.combination import Combination
+from server.core.proposal import Proposal
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence, Status
 
@@ -17,7 +18,7 @@ def make_sequence(prompt: int = 4, verified: int = 0, pending: int = 0) -> Seque
     for token in range(verified):
         sequence.draw(100 + token)
     for token in range(pending):
-        sequence.propose(200 + token, token % 2)
+        sequence.propose(200 + token, Proposal(token % 2))
     return sequence
 
 
@@ -26,7 +27,7 @@ def test_zones() -> None:
     assert (sequence.num_prompt, sequence.num_verified, len(sequence)) == (4, 6, 9)
     assert (sequence.num_generated, sequence.num_pending) == (2, 3)
     sequence.accept(2)
-    assert (sequence.num_verified, sequence.proposers) == (8, [0])
+    assert (sequence.num_verified, sequence.tail) == (8, [Proposal(0)])
     assert sequence.stats.accepted == [1, 1]
 
 
@@ -46,7 +47,7 @@ def test_provenance_is_handed_over_once_and_only_where_asked_for() -> None:
     sequence = Sequence.start("s", [1], params, DECODING)
     sequence.draw(2)
     for token, is_bonus in enumerate((False, True, False, False)):
-        sequence.propose(token, token % 2, is_bonus=is_bonus)
+        sequence.propose(token, Proposal(token % 2, is_bonus=is_bonus))
     sequence.accept(2)
     sequence.recover(9)
     sequence.check()
@@ -77,7 +78,7 @@ def test_finish_counts_what_it_drops() -> None:
     assert sequence.stats.num_discarded == 2
     assert len(sequence) == 7
     assert sequence.is_finished
-    assert sequence.proposers == []
+    assert sequence.tail == []
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -88,7 +89,7 @@ def test_counters_never_contradict_each_other(seed: int) -> None:
         sequence.num_seen = [rng.randint(seen, len(sequence)) for seen in sequence.num_seen]
         action = rng.randrange(4)
         if action == 0:
-            sequence.propose(1, rng.randrange(2))
+            sequence.propose(1, Proposal(rng.randrange(2)))
         elif action == 1:
             sequence.accept(rng.randint(0, sequence.num_pending))
         elif action == 2 and sequence.num_pending:

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 
 from server.core.combination import Combination
+from server.core.proposal import Proposal
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.token_counts import TokenCounts
@@ -30,7 +31,7 @@ def test_counts_follow_a_text_that_is_proposed_rejected_and_drawn() -> None:
     sequence = Sequence.start("s", prompt, SamplingParams(max_tokens=999), DECODING)
     for _ in range(300):
         for _ in range(chance.randrange(4)):
-            sequence.propose(chance.randrange(200), 0)
+            sequence.propose(chance.randrange(200), Proposal(0))
         positions = range(sequence.num_verified, len(sequence) + 1)
         for position in chance.sample(positions, len(positions)):
             assert found(sequence, position) == expected(sequence, position)

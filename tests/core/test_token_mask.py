@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from server.core.combination import Combination
+from server.core.proposal import Proposal
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.token_mask import Bits, are_in, both, packed, stacked
@@ -63,7 +64,7 @@ def test_what_a_sequence_allows(
     params = SamplingParams(max_tokens=9, allowed_token_ids=listed)
     sequence = Sequence.start("s", [25], params, DECODING, matcher=matcher)
     for token_id in (3, 14, 18):
-        sequence.propose(token_id, 0)
+        sequence.propose(token_id, Proposal(0))
     for _ in range(2):
         mask = sequence.mask(3)
         assert mask is expected if mask is None else tokens_of(mask) == expected

@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from server.core.combination import Combination
+from server.core.proposal import Proposal
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.decoding import warp
@@ -60,7 +61,7 @@ def test_rows_equal_the_plain_loops(vocab_size: int) -> None:
 
 def test_pending_tokens_count_for_penalties() -> None:
     sequence, _ = place([1], [2], frequency_penalty=1.0)
-    sequence.propose(2, 0)
+    sequence.propose(2, Proposal(0))
     logits = torch.zeros(2, 5)
     warp = Warp([(sequence, 2), (sequence, 3)], EOS, CPU)
     assert warp(logits)[:, 2].tolist() == [-1.0, -2.0]

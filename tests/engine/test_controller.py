@@ -21,11 +21,10 @@ from server.engine.controller import Controller
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
-from tests.support.exact import chi_square_z, exact_law
+from tests.support.exact import Z_LIMIT, chi_square_z, exact_law
 from tests.support.table_lm import TableLM
 
 PROMPT = [0, 2, 1]
-Z_LIMIT = 4.5
 WEIGHTED = Combination.weighted([0.3, 0.7])
 CONTRASTIVE = Combination.contrastive(2, 0.4)
 THREE = Combination.weighted([0.2, 0.5, 0.3])

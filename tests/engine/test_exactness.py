@@ -22,11 +22,10 @@ from server.decoding import warp
 from server.engine import distributions
 from server.runner.attention_choice import CpuKernels
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
-from tests.support.exact import chi_square_z, exact_law
+from tests.support.exact import WRONG_LAW, Z_LIMIT, chi_square_z, exact_law
 from tests.support.table_lm import TableLM
 
 PROMPT = [0, 2, 1]
-Z_LIMIT = 4.5
 NUM_SAMPLES = 2000
 KERNELS: tuple[CpuKernels, ...] = ("auto", "off")
 VERIFICATIONS: tuple[VerificationName, ...] = ("token", "block")
@@ -152,7 +151,7 @@ def test_a_block_needs_new_uniforms_after_a_rejection(monkeypatch: pytest.Monkey
     combination = COMBINATIONS["contrastive-2"]
     long = {"max_tokens": 7}
     monkeypatch.setattr(distributions, "round_seed", lambda seed, num_rejections: seed)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=WRONG_LAW):
         check_law(lms, make_decoding("speculative", combination, 6), long)
     check_law(lms, make_decoding("speculative", combination, 6, verification="token"), long)
 
@@ -430,7 +429,7 @@ def test_greedy_output_is_that_of_standard(name: str, schedule: str, eos: frozen
 def test_a_wrong_law_is_noticed() -> None:
     """The comparison has teeth: weights off by 0.2 are found at this sample size."""
     lms = make_lms(2)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=WRONG_LAW):
         check_law(
             lms,
             make_decoding("cos", Combination.weighted([0.3, 0.7])),

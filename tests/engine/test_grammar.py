@@ -27,11 +27,10 @@ from tests.engine.test_exactness import (
     KERNELS,
     MIXTURES,
     SCHEDULES,
-    Z_LIMIT,
     decoding_of,
 )
 from tests.support.engines import generated, make_decoding, make_engine, run
-from tests.support.exact import Law, chi_square_z, softmax
+from tests.support.exact import Z_LIMIT, Law, chi_square_z, softmax
 from tests.support.table_lm import TableLM
 from tests.support.tiny_models import make_tokenizer
 

@@ -23,7 +23,7 @@ from server.engine.scheduler import Scheduler, StepPlan
 from tests.engine.test_controller import make_costs
 from tests.engine.test_run_ahead import DECODINGS, WEIGHTED, texts
 from tests.support.engines import generated, make_decoding, make_engine, run
-from tests.support.exact import chi_square_z, exact_law
+from tests.support.exact import Z_LIMIT, chi_square_z, exact_law
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
 
 COS, STANDARD = DECODINGS["cos"], DECODINGS["standard"]
@@ -59,7 +59,7 @@ def test_law() -> None:
         deltas = run(engine, sequences[first : first + 4])
         samples += [generated(deltas[s.id]) for s in sequences[first : first + 4]]
     law = exact_law(lms, decoding.combination, params[0], [0, 2, 1])
-    assert chi_square_z(samples, law) < 4.5
+    assert chi_square_z(samples, law) < Z_LIMIT
 
 
 class Journal:

@@ -27,7 +27,6 @@ from tests.engine.test_controller import auto, capricious, controller, make_cost
 from tests.engine.test_exactness import (
     COMBINATIONS,
     WARPS,
-    Z_LIMIT,
     decoding_of,
 )
 from tests.engine.test_grammar import (
@@ -38,7 +37,7 @@ from tests.engine.test_grammar import (
     exact_law as exact_law_of_grammar,
 )
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
-from tests.support.exact import chi_square_z, exact_law
+from tests.support.exact import WRONG_LAW, Z_LIMIT, chi_square_z, exact_law
 from tests.support.table_lm import TableLM
 
 NUM_SAMPLES = 1000
@@ -149,7 +148,7 @@ def test_a_wrong_proposal_law_is_noticed(monkeypatch: pytest.MonkeyPatch, eager:
     monkeypatch.setattr(Distributions, "_one_hot", even)
     lms = [TableLM(seed=11 + k) for k in range(2)]
     engine = make_engine(lms, max_sequences=500, max_step_tokens=4096, cpu_kernels="off")
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=WRONG_LAW):
         check_law(with_lookup(decoding_of("standard", WEIGHTED)), lms=lms, engine=engine)
 
 

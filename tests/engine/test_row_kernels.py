@@ -12,6 +12,7 @@ from torch import Tensor
 
 from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
+from server.core.proposal import Proposal
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.rng import Purpose
@@ -188,7 +189,7 @@ class Bench:
                 way = self.by_torch.way(sequence)
                 is_short = shortlist is not None and model == 0
                 token = self.by_torch.propose(model, place, way, is_short)
-                sequence.propose(int(token), model, is_short)
+                sequence.propose(int(token), Proposal(model, is_short))
 
     def _near(self, common: Tensor, zero_share: float) -> Tensor:
         """Models agree more or less."""

@@ -21,7 +21,7 @@ from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
 from server.runner.loader import load_models
 from tests.support.engines import generated, make_decoding, make_engine, run
-from tests.support.exact import chi_square_z, exact_law
+from tests.support.exact import Z_LIMIT, chi_square_z, exact_law
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
 from tests.support.tiny_models import make_pair
 
@@ -118,7 +118,7 @@ def test_law() -> None:
     deltas = run(engine, sequences)
     samples = [generated(deltas[sequence.id]) for sequence in sequences]
     law = exact_law(lms, decoding.combination, params[0], [0, 2, 1])
-    assert chi_square_z(samples, law) < 4.5
+    assert chi_square_z(samples, law) < Z_LIMIT
 
 
 class SometimesBroken(TableRunner):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
+from server.core.proposal import Proposal
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.warp import Place
@@ -67,7 +68,7 @@ def start(desk: Desk, *tail: int) -> Sequence:
     decoding = make_decoding("cos", Combination.only(1, 0))
     sequence = Sequence.start("s", PROMPT, SamplingParams(max_tokens=8), decoding)
     for token_id in tail:
-        sequence.propose(token_id, 0)
+        sequence.propose(token_id, Proposal(0))
     sequence.slot = desk.store.take_slot()
     return sequence
 

@@ -19,11 +19,10 @@ from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
 from tests.engine.test_controller import auto, capricious, make_costs
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
-from tests.support.exact import chi_square_z, exact_law
+from tests.support.exact import Z_LIMIT, chi_square_z, exact_law
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
 
 PROMPT = [0, 2, 1]
-Z_LIMIT = 4.5
 WEIGHTED = Combination.weighted([0.3, 0.7])
 CONTRASTIVE = Combination.contrastive(2, 0.4)
 PROPOSER, EXPERT = 0.25, 1.0  # seconds of a forward of one token of each sequence; exact in binary

@@ -8,14 +8,15 @@ from typing import Any, Literal
 import pytest
 
 from server.core.combination import Combination
+from server.core.proposal import Proposal
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.engine import Engine
 from server.runner.base import ModelRunner
-from tests.engine.test_exactness import COMBINATIONS, KERNELS, Z_LIMIT, make_lms
+from tests.engine.test_exactness import COMBINATIONS, KERNELS, make_lms
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
-from tests.support.exact import chi_square_z, exact_law
+from tests.support.exact import WRONG_LAW, Z_LIMIT, chi_square_z, exact_law
 from tests.support.table_lm import TableLM, TableShortlist
 
 PROMPT = [0, 2, 1]
@@ -124,11 +125,11 @@ def test_a_distribution_other_than_the_drawn_one_is_noticed(
     """Verification that takes the whole vocabulary's distribution for the shortlist's."""
     propose = Sequence.propose
 
-    def forgetful(self: Sequence, token_id: int, model: int, from_shortlist: bool = False) -> None:
-        propose(self, token_id, model)
+    def forgetful(self: Sequence, token_id: int, proposal: Proposal) -> None:
+        propose(self, token_id, proposal._replace(from_shortlist=False))
 
     monkeypatch.setattr(Sequence, "propose", forgetful)
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=WRONG_LAW):
         check_law([[0, 2], None], COMBINATIONS["weighted-2"], "cos")
 
 
