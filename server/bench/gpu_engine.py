@@ -22,7 +22,7 @@ _MU = 0.1
 _STEP_TOKENS = 2048
 
 
-class _Numbers:
+class Numbers:
     """Text of models that have no tokenizer."""
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
@@ -57,9 +57,9 @@ def time_engine_cycles(
                 [(7919 * i + 31 * j + 1) % members[0].vocab_size for j in range(context)]
                 for i in range(size)
             ]
-            decoding = _decoding(strategy, gamma)
+            decoding = make_decoding(strategy, gamma)
             # The first decoding step belongs to the prompt's last token; hence one token more.
-            result = _decode(members, _Numbers(), prompts, decoding, 0.0, num_tokens + 1, True)
+            result = _decode(members, Numbers(), prompts, decoding, 0.0, num_tokens + 1, True)
             row[strategy] = result
         rows.append(row)
     return rows
@@ -110,14 +110,14 @@ def _pair_row(
             loaded.runners,
             loaded.tokenizer.backend_tokenizer,
             prompts,
-            _decoding(strategy, 4),
+            make_decoding(strategy, 4),
             temperature,
             num_tokens,
         )
     return row
 
 
-def _decoding(strategy: str, gamma: int) -> DecodingParams:
+def make_decoding(strategy: str, gamma: int) -> DecodingParams:
     lengths = proposal_lengths(gamma, 2)
     combination = Combination.contrastive(2, _MU)
     return DecodingParams(strategy, combination, lengths, 0, False)  # type: ignore[arg-type]
