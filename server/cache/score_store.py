@@ -104,7 +104,9 @@ class ScoreStore:
 
     def index(self, slot: int, position: int) -> int:
         """Row of (slot, position) in the tensor of any model."""
-        return slot * self.capacity + position % self.num_positions(slot)
+        if slot == self._wide_slot:
+            return slot * self.capacity + position % self._wide_capacity
+        return slot * self.capacity + position % self.capacity
 
     def write(self, model: int, rows: Sequence[int], logits: Tensor) -> None:
         """Store logits [len(rows), vocab_size] at `rows` (see `index`)."""

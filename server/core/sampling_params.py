@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from server.config import StrategyName, VerificationName
@@ -41,6 +41,14 @@ class SamplingParams:
         logprobs: alternatives to report for each token; 0 reports only the token, None nothing.
         prompt_logprobs: the same for the tokens of the prompt.
         provenance: report where each token came from.
+
+    What follows from these, and is asked of each token:
+
+        is_greedy: the most probable token is taken.
+        is_coupled: proposals and targets share their randomness; see `decoding.verify`.
+        is_truncated: improbable tokens are left out.
+        has_penalties: scores depend on the tokens before.
+        adjusts_scores: scores of single tokens are changed.
     """
 
     max_tokens: int = 16
@@ -67,39 +75,35 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     provenance: bool = False
+    is_greedy: bool = field(init=False, repr=False, compare=False)
+    is_coupled: bool = field(init=False, repr=False, compare=False)
+    is_truncated: bool = field(init=False, repr=False, compare=False)
+    has_penalties: bool = field(init=False, repr=False, compare=False)
+    adjusts_scores: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def is_greedy(self) -> bool:
-        return self.temperature == 0
-
-    @property
-    def is_coupled(self) -> bool:
-        """Proposals and targets share their randomness; see `decoding.verify`."""
-        return self.is_seeded or self.is_greedy
-
-    @property
-    def is_truncated(self) -> bool:
-        """Improbable tokens are left out."""
-        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0)
-
-    @property
-    def adjusts_scores(self) -> bool:
-        """Scores of single tokens are changed."""
-        return bool(
-            self.has_penalties
-            or self.logit_bias
-            or self.allowed_token_ids is not None
-            or self.bad_words
-            or self.min_tokens
-        )
-
-    @property
-    def has_penalties(self) -> bool:
-        return (
+    def __post_init__(self) -> None:
+        is_greedy = self.temperature == 0
+        truncates = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        has_penalties = (
             self.presence_penalty != 0
             or self.frequency_penalty != 0
             or self.repetition_penalty != 1
         )
+        adjusts_scores = (
+            has_penalties
+            or bool(self.logit_bias)
+            or self.allowed_token_ids is not None
+            or bool(self.bad_words)
+            or self.min_tokens > 0
+        )
+        for name, value in (
+            ("is_greedy", is_greedy),
+            ("is_coupled", self.is_seeded or is_greedy),
+            ("is_truncated", truncates and not is_greedy),
+            ("has_penalties", has_penalties),
+            ("adjusts_scores", adjusts_scores),
+        ):
+            object.__setattr__(self, name, value)  # it is frozen from here on
 
 
 def proposal_lengths(

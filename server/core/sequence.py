@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from operator import lt
 
 import numpy as np
 
@@ -171,7 +172,7 @@ class Sequence:
     @property
     def is_full(self) -> bool:
         """No token may be appended, pending or not."""
-        return len(self.token_ids) >= self.limit
+        return len(self.token_ids) >= self.num_prompt + self.params.max_tokens
 
     @property
     def is_closed(self) -> bool:
@@ -179,11 +180,9 @@ class Sequence:
 
         What follows tokens that were looked up is drawn.
         """
-        return (
-            self.is_full
-            or len(self.token_ids) == self.declined_at
-            or (bool(self.tail) and self.tail[0].proposer == LOOKUP)
-        )
+        if len(self.token_ids) == self.declined_at or self.is_full:
+            return True
+        return bool(self.tail) and self.tail[0].proposer == LOOKUP
 
     @property
     def is_finished(self) -> bool:
@@ -192,7 +191,7 @@ class Sequence:
     @property
     def is_resuming(self) -> bool:
         """Some model must still consume the prompt, or what it lost to a preemption."""
-        return any(seen < until for seen, until in zip(self.num_seen, self.resume_at, strict=True))
+        return any(map(lt, self.num_seen, self.resume_at))
 
     @property
     def scores_prompt(self) -> bool:
@@ -202,7 +201,7 @@ class Sequence:
     @property
     def first_open(self) -> int:
         """First position whose scores are still needed."""
-        return self.num_scored if self.scores_prompt else self.num_verified
+        return self.num_verified if self.num_scored >= self.num_prompt else self.num_scored
 
     def open_window(self, size: int) -> None:
         """Let every scorer feed the prompt up to where it has scored `size` open positions.

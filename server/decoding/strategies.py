@@ -40,23 +40,22 @@ class Strategy(Protocol):
 
 def furthest_behind(sequence: Sequence, scorers: tuple[int, ...]) -> int:
     """The scorer that has seen least; the earliest in proposal order among equals."""
-    return min(scorers, key=lambda model: (sequence.num_seen[model], model))
+    return min(scorers, key=sequence.num_seen.__getitem__)  # the first of equals
 
 
 def is_scored(strategy: Strategy, sequence: Sequence, position: int) -> bool:
     """Whether all models that `position` needs have scored it."""
     scorers = strategy.target(sequence, position).scorers
-    return all(sequence.num_seen[model] >= position for model in scorers)
+    return min(map(sequence.num_seen.__getitem__, scorers)) >= position
 
 
 def num_verifiable(strategy: Strategy, sequence: Sequence) -> int:
     """Pending tokens, in order, whose scorers have all scored them."""
-    count = 0
-    while count < sequence.num_pending and is_scored(
-        strategy, sequence, sequence.num_verified + count
-    ):
-        count += 1
-    return count
+    start, end = sequence.num_verified, len(sequence.token_ids)
+    position = start
+    while position < end and is_scored(strategy, sequence, position):
+        position += 1
+    return position - start
 
 
 class Standard:
@@ -112,24 +111,26 @@ class Cos(Standard):
 
     def next_model(self, sequence: Sequence) -> int:
         opener = sequence.tail[-1].proposer if sequence.tail else self._opener
-        if self._continues(sequence, opener) and sequence.num_unseen(opener):
+        if (
+            self._continues(sequence, opener)
+            and not sequence.is_closed
+            and sequence.num_unseen(opener)
+        ):
             return opener
         return furthest_behind(sequence, self._combination.scorers)
 
     def may_propose(self, sequence: Sequence, model: int) -> bool:
-        is_silent = not self._gamma[model]
-        if is_silent or sequence.is_closed or sequence.num_pending >= self._max_pending:
+        tail = sequence.tail
+        if not self._gamma[model] or len(tail) >= self._max_pending or sequence.is_closed:
             return False
-        is_bonus = not sequence.tail or sequence.tail[-1].proposer != model
+        is_bonus = not tail or tail[-1].proposer != model
         return is_bonus or self._continues(sequence, model)
 
     def _continues(self, sequence: Sequence, model: int) -> bool:
         """The whole tail is `model`'s own and shorter than its gamma."""
-        return (
-            not sequence.is_closed
-            and sequence.num_pending < self._gamma[model]
-            and all(proposal.proposer == model for proposal in sequence.tail)
-        )
+        if len(sequence.tail) >= self._gamma[model]:
+            return False
+        return all(proposal.proposer == model for proposal in sequence.tail)
 
 
 class SharedCoins:

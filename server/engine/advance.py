@@ -131,6 +131,7 @@ class Advancer:
         self.runs_ahead = runs_ahead
         self._runners = runners
         self._store = scores
+        self._has_shortlists = any(runner.deferred is not None for runner in runners)
         self._scores = Scores(runners, scores, clock)
         self._strategies = strategies
         self._distributions = Distributions(
@@ -160,9 +161,9 @@ class Advancer:
         # Recomputation restores a state; it must not decide anything anew.
         deciding = frozenset(s for s in plan.sequences if not s.is_resuming)
         before = {sequence: sequence.num_verified for sequence in plan.sequences}
-        drafting = frozenset(
-            sequence for sequence in plan.sequences if self._drafts_short(sequence, plan.model)
-        )
+        drafting: frozenset[Sequence] = frozenset()
+        if self._has_shortlists:
+            drafting = frozenset(s for s in plan.sequences if self._drafts_short(s, plan.model))
         sent = self._feed(plan, outcome)
         return Flight(plan, outcome, deciding, before, drafting, sent)
 
@@ -233,7 +234,9 @@ class Advancer:
         runner = self._runners[plan.model]
         drafted = self.drafted.for_model(plan.model, runner.device, spans)
         batch = Batch(tuple(spans), drafted)
-        defer = any(self._defers(sequence, plan.model) for sequence in plan.sequences)
+        defer = self._has_shortlists and any(
+            self._defers(sequence, plan.model) for sequence in plan.sequences
+        )
         stats.num_tokens = batch.num_tokens
         stats.num_decoding = len(decoding)
         stats.num_past = sum(span.num_past for span in decoding.values())
@@ -270,7 +273,7 @@ class Advancer:
         windows = [
             (sequence, count)
             for sequence in sequences
-            if (count := num_verifiable(self._strategies.of(sequence), sequence))
+            if sequence.tail and (count := num_verifiable(self._strategies.of(sequence), sequence))
         ]
         if not windows:
             return set()
@@ -407,16 +410,16 @@ class Advancer:
 
     def _may_draw(self, sequence: Sequence) -> bool:
         return (
-            sequence.num_pending == 0
+            not sequence.tail
             and not sequence.is_full
             and not sequence.scores_prompt
-            and is_scored(self._strategies.of(sequence), sequence, len(sequence))
+            and is_scored(self._strategies.of(sequence), sequence, len(sequence.token_ids))
         )
 
     def _may_propose(self, sequence: Sequence, model: int) -> bool:
-        return sequence.num_seen[model] == len(sequence) and self._strategies.of(
-            sequence
-        ).may_propose(sequence, model)
+        if sequence.num_seen[model] < len(sequence.token_ids):
+            return False
+        return self._strategies.of(sequence).may_propose(sequence, model)
 
     def _drafts_short(self, sequence: Sequence, model: int) -> bool:
         """Does `model` propose from its shortlist?

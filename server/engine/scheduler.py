@@ -14,6 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence as Row
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
+from typing import NamedTuple
 
 from server.cache.page_pool import PagePool
 from server.cache.page_table import PageTable
@@ -50,8 +51,7 @@ class StepPlan:
     num_cached: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Want:
+class _Want(NamedTuple):
     sequence: Sequence
     model: int
     num_tokens: int
@@ -292,15 +292,18 @@ class Scheduler:
         return wants
 
     def _want(self, sequence: Sequence) -> _Want:
-        for model in _resuming(sequence):
-            self.pages.adopt(sequence, model)
-        if resuming := _resuming(sequence):
-            model = resuming[0]
+        if sequence.is_resuming:
+            for model in _resuming(sequence):
+                self.pages.adopt(sequence, model)
+        if sequence.is_resuming:
+            model = _resuming(sequence)[0]
+            num_tokens = sequence.num_unseen(model)
         else:
             model = self._strategies.of(sequence).next_model(sequence)
-            if sequence.num_unseen(model) > self._short:
+            num_tokens = sequence.num_unseen(model)
+            if num_tokens > self._short:
                 self.pages.adopt(sequence, model)
-        num_tokens = sequence.num_unseen(model)
+                num_tokens = sequence.num_unseen(model)
         assert num_tokens > 0, f"{sequence.id} wants model {model}, which has seen everything"
         return _Want(sequence, model, num_tokens)
 
@@ -398,21 +401,23 @@ class Scheduler:
         is_long = want.num_tokens > self._short
         start = sequence.num_seen[step.model]
         count = _chunk(want, min(step.budget, step.reading) if is_long else step.budget)
-        has_room = step.room > 0 or sequence.is_resuming
+        is_resuming = sequence.is_resuming
+        has_room = step.room > 0 or is_resuming
         is_full = count <= 0 or len(step.num_tokens) >= self._sequence_limit
         if not is_long and (is_full or not has_room):
             self._left_out.setdefault(sequence)
             return
         if is_long and (is_full or step.is_read(table, want)):
             return
-        self._make_room(sequence, step.model, start + count, step.num_tokens)
+        if table.num_missing(start + count):
+            self._make_room(sequence, step.model, start + count, step.num_tokens)
+            if not self._is_running(sequence):
+                return
+            table.grow(start + count)
         self._left_out.pop(sequence, None)
-        if not self._is_running(sequence):
-            return
-        table.grow(start + count)
         step.num_tokens[sequence] = count
         step.budget -= count
-        step.room -= not sequence.is_resuming
+        step.room -= not is_resuming
         if is_long:
             step.reading -= count
             end = min(start + count, sequence.num_verified)

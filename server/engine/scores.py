@@ -199,11 +199,11 @@ class Scores:
 
     def rows(self, places: Row[Place]) -> list[int]:
         """Where the store keeps the scores of each place."""
-        return [self._row(sequence, position) for sequence, position in places]
-
-    def _row(self, sequence: Sequence, position: int) -> int:
-        is_prompt = position < sequence.num_prompt
-        return self._store.index(sequence.prompt_slot if is_prompt else sequence.slot, position)
+        index = self._store.index
+        return [
+            index(s.prompt_slot if position < s.num_prompt else s.slot, position)
+            for s, position in places
+        ]
 
 
 def _is_open(sequence: Sequence, position: int) -> bool:
