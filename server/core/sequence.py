@@ -332,7 +332,6 @@ class Sequence:
         del self.token_ids[num_verified:]
         self.tail.clear()
         self.num_verified = num_verified
-        self.num_seen = [min(seen, num_verified) for seen in self.num_seen]
         self.status = Status.FINISHED
 
     def forget(self) -> None:
