@@ -191,7 +191,6 @@ class Mixture:
         num_models = len(weights)
         self._only = [Combination.only(num_models, model) for model in range(num_models)]
         self._cumulative = list(accumulate(weights))
-        self._last = max(decoding.combination.scorers)
         self._kappa = decoding.kappa
         self._max_pending = max(decoding.gamma)
         self._coins = coins
@@ -228,7 +227,8 @@ class Mixture:
             coin = uniform(sequence.params.seed, position, Purpose.COIN)
         else:
             coin = self._coins.coin(position + sequence.coin_base)
-        return min(bisect_right(self._cumulative, coin), self._last)
+        # Weights sum to 1 but for rounding, which is less than what a coin is below it.
+        return bisect_right(self._cumulative, coin)
 
 
 class Chooser(Protocol):
