@@ -306,6 +306,18 @@ def best(costs: CostTable, decoding: DecodingParams, acceptance: float, batch: i
     return f"{chosen.strategy}-{chosen.gamma[0]}"
 
 
+def test_what_is_chosen_is_of_the_combination_that_was_asked_for() -> None:
+    """Though parameters of requests that are gone leave their memory to others."""
+    costs = make_costs((0.01, 0, 0), (0.1, 0, 0))
+    subject = Controller(costs, Strategies(SharedCoins(0)), max_gamma=1)
+    for number in range(2, 9):
+        for weight in (0.5, 0.5, 1 / (1 + number)):
+            decoding = auto(Combination.weighted([weight, 1 - weight]))
+            sequence = Sequence.start("s", [1], SamplingParams(), decoding)
+            assert subject.choose(sequence).combination == decoding.combination
+            del sequence, decoding
+
+
 def test_it_speculates_where_that_pays_and_not_where_it_does_not() -> None:
     flat = make_costs((0.01, 0, 0), (0.1, 0, 0))  # more rows cost nothing
     full = make_costs((0.01, 0, 0.01), (0.01, 0, 0.1))  # nothing but rows costs
