@@ -118,6 +118,12 @@ def test_a_broken_row_has_no_pick() -> None:
     assert pick(logits).tolist() == [INVALID, INVALID, 0]
 
 
+def test_windows_may_be_shorter_than_what_was_decided() -> None:
+    """As where a proposer turned out to have had nothing to propose."""
+    decided = [[3, 7], [2, 7], [1, 5]]
+    assert verdicts(decided, [2, 2, 2]) == [Verdict(2, None), Verdict(2, None), Verdict(1, 5)]
+
+
 def test_coupled_windows_end_at_the_first_difference() -> None:
     picks, tokens = torch.tensor([[1, 2, 3, 4, 5, INVALID], [1, 2, 3, 9, 5, 6]])
     lengths = [3, 2, 1]

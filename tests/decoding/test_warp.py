@@ -87,14 +87,16 @@ def test_what_is_proposed_comes_from_the_head_of_a_flat_row(
         place([1], [], top_p=0.95, top_k=2),
         place([1], [], top_k=5),
         place([1], [], top_k=4, top_p=0.8),
+        place([1], [], top_k=4, top_p=0.65),
     ]
     logits = logits.repeat(len(places), 1)
-    # Of the four that top-k leaves, the first three have less than 0.8 of the probability.
-    assert Warp(places, EOS, CPU)(logits).isfinite().sum(-1).tolist() == [5, 4, 2, 5, 4]
-    for rows in ([0, 1, 2, 3, 4], [0], [1], [2], [2, 0], [3], [4, 3]):
+    # Of the four that top-k leaves, the first three have less than 0.8 of the probability, and the
+    # first two less than 0.65, which is not what they have of the head.
+    assert Warp(places, EOS, CPU)(logits).isfinite().sum(-1).tolist() == [5, 4, 2, 5, 4, 3]
+    for rows in ([0, 1, 2, 3, 4, 5], [0], [1], [2], [2, 0], [3], [4, 3], [5]):
         warp_of_rows = Warp([places[row] for row in rows], EOS, CPU, proposing=True)
         kept = warp_of_rows(logits[rows]).isfinite().sum(-1).tolist()
-        assert kept == [(3, 3, 2, 5, 3)[row] for row in rows]
+        assert kept == [(3, 3, 2, 5, 3, 2)[row] for row in rows]
 
 
 class _Counting(TorchDispatchMode):
