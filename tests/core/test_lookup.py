@@ -32,6 +32,7 @@ def naive(tokens: list[int], max_ngram: int, min_ngram: int, length: int) -> lis
         ([1, 2, 3, 4, 5, 1, 2], [3, 4, 5]),
         ([1, 2, 3, 1, 2, 4, 1, 2], [4, 1, 2]),  # the latest
         ([7, 1, 2, 3, 1, 2, 4, 7, 1, 2], [3, 1, 2]),  # the longest
+        ([1, 2, 9, 1, 2, 8, 2, 1, 2], [8, 2, 1]),  # before the first token there is none
         ([5, 6, 5, 6], [5, 6, 5]),  # into the copy itself
         ([3, 3, 3], [3, 3, 3]),
         ([1, 2, 3, 4, 2], []),  # one token is too few

@@ -8,6 +8,7 @@ from server.core.combination import Combination
 from server.core.proposal import Proposal
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence, Status
+from server.core.unread import unread
 
 DECODING = DecodingParams("cos", Combination.weighted([0.5, 0.5]), (3, 2))
 
@@ -39,6 +40,24 @@ def test_recover_replaces_the_first_pending_token_and_rolls_back() -> None:
     sequence.recover(7)
     assert sequence.token_ids == [0, 1, 2, 3, 100, 200, 7]
     assert (sequence.num_seen, sequence.resume_at) == ([6, 4], [6, 0])
+    sequence.check()
+
+
+def test_what_its_proposer_did_not_have_was_never_proposed() -> None:
+    """Nor was what others proposed behind it; known once the tail is read."""
+    sequence = make_sequence(verified=1)
+    for row, proposal in enumerate((Proposal(0), Proposal(0), Proposal(1, is_bonus=True))):
+        sequence.propose(unread(row), proposal)
+    sequence.num_seen = [7, 8]
+    sequence.resume_at = [0, 8]
+    sequence.read([7, -1, 9])
+    assert (sequence.token_ids[5:], sequence.tail) == ([7], [Proposal(0)])
+    assert (sequence.stats.proposed, sequence.stats.num_bonus) == ([1, 0], 0)
+    assert (sequence.num_seen, sequence.resume_at) == ([6, 6], [0, 6])
+    was_closed = sequence.is_closed  # nobody proposes there
+    sequence.recover(3)
+    # Other tokens are before it now.
+    assert (was_closed, sequence.is_closed) == (True, False)
     sequence.check()
 
 
