@@ -165,10 +165,10 @@ def test_the_whole_head_is_used_once_for_a_position(gamma: int) -> None:
     assert deferred(engine.runners[0]).num_scored <= num_decided
 
 
-@pytest.mark.parametrize("strategy", ["standard", "mixture", "cos"])
-def test_nothing_is_deferred_where_it_does_not_pay(strategy: str) -> None:
+@pytest.mark.parametrize(("strategy", "gamma"), [("standard", 4), ("mixture", 4), ("cos", 2)])
+def test_nothing_is_deferred_where_it_does_not_pay(strategy: str, gamma: int) -> None:
     engine = make_engine(make_lms(2), shortlists=[[0, 2], None])
-    decoding = make_decoding(strategy, COMBINATIONS["weighted-2"], gamma=2)
+    decoding = make_decoding(strategy, COMBINATIONS["weighted-2"], gamma, kappa=1)
     decode(engine, PROMPT, [SamplingParams(max_tokens=20, seed=1)], decoding)
     assert deferred(engine.runners[0]).num_deferred == 0
 
