@@ -57,6 +57,8 @@ class PageTable:
             else:
                 self.pages.append(page)
             num_seen = (index + 1) * self.page_size
+            # Not again by this table: it may have been withdrawn by then.
+            self._num_published = index + 1
         return num_seen
 
     def publish(self, token_ids: Sequence[int], num_tokens: int) -> None:

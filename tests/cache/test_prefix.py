@@ -72,6 +72,18 @@ def test_salts_and_tables_without_a_cache_share_nothing() -> None:
     assert table.pages
 
 
+def test_what_is_withdrawn_is_not_published_again_by_who_found_it() -> None:
+    pool = PagePool(20, SIZE)
+    tokens = list(range(12))
+    first, second = read(pool, tokens[:8]), make_table(pool)
+    assert second.adopt(tokens, 0, 8) == 8
+    first.withdraw()
+    second.grow(12)
+    second.publish(tokens, 12)
+    assert make_table(pool).adopt(tokens, 0, 12) == 0
+    pool.check_integrity([*first.pages, *second.pages])
+
+
 def test_a_page_that_is_half_read_is_replaced_by_a_whole_one() -> None:
     pool = PagePool(20, SIZE)
     tokens = list(range(12))
