@@ -39,6 +39,7 @@ CASES: list[dict[str, Any]] = [
     {"top_p": 0.9, "min_p": 0.1, "top_k": 30},
     {"presence_penalty": 1.0, "frequency_penalty": -0.5},
     {"repetition_penalty": 1.3},
+    {"repetition_penalty": 0.8, "presence_penalty": 0.9, "frequency_penalty": 0.2},
     {"logit_bias": ((4, 5.0), (0, -100.0)), "top_k": 3},
     {"allowed_token_ids": (2, 7, 11)},
     {"temperature": 0.0, "top_k": 2, "presence_penalty": 0.5},
