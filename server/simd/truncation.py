@@ -41,7 +41,7 @@ def truncate(row: Any, size: Any, total: Any, limits: Any, room: Any) -> Any:
     if top_k >= size:
         top_k = _ZERO
     if min_p > _ZERO:
-        total = _keep(row, size, min(min_p, _ONE))
+        total = _keep(row, size, min_p)
     if top_k == _ZERO and top_p >= _ONE:
         return total
     count, threshold = _gather(row, size, total, top_k, top_p, room)
