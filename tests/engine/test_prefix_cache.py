@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from server.cache.page_pool import PagePool
 from server.cache.page_table import PageTable
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence, Status
 from server.core.stats import StepStats
 from server.engine.engine import Engine
+from server.engine.sequence_pages import SequencePages
 from tests.support.engines import generated, make_decoding, make_engine, run
 from tests.support.table_lm import TableLM
 
@@ -215,3 +218,37 @@ def test_who_waits_for_pages_looks_for_its_prefix_once(monkeypatch: pytest.Monke
     assert second.stats.cached == [12, 12]
     expected = text(new_engine(prefix_cache=False), start("alone", [*SYSTEM[:12], *[7] * 20]))
     assert tuple(second.token_ids[32:]) == expected
+
+
+def test_who_is_refused_pages_keeps_and_counts_nothing_and_asks_again_once_there_are_more() -> None:
+    pools = [PagePool(1 + 7, 4) for _ in range(2)]
+    pages = SequencePages(pools, prefix_cache=True)
+    first, second = start("first", SYSTEM[:8]), start("second", SYSTEM)
+    for sequence in (first, second):
+        pages.add(sequence)
+    assert pages.reserve(first, range(2))
+    first.num_seen = [8, 8]
+    pages.publish(first)
+    taken = pools[0].take(3)  # one is left, of two that it needs behind what it finds
+    for _ in range(2):
+        assert not pages.reserve(second, range(2))
+        assert (second.num_seen, second.stats.cached) == ([0, 0], [0, 0])
+        assert pages.take_num_cached() == (0, 0)
+        assert pages.table(second, 0).pages == pages.table(second, 1).pages == []
+    pools[0].give_back(taken[:1])
+    assert pages.reserve(second, range(2))
+    assert second.num_seen == second.stats.cached == [8, 8]
+    assert pages.take_num_cached() == (8, 8)
+
+
+def test_what_a_step_that_came_to_nothing_had_to_tell_is_told_by_the_next() -> None:
+    engine = new_engine()
+    text(engine, start("first", SYSTEM))
+    engine.add(start("again", SYSTEM))
+    plan = engine.scheduler.plan()
+    assert plan is not None
+    assert (plan.num_preempted, plan.num_cached) == (0, (12, 12))
+    engine.scheduler.undo(replace(plan, num_preempted=2))
+    plan = engine.scheduler.plan()
+    assert plan is not None
+    assert (plan.num_preempted, plan.num_cached) == (2, (12, 12))
