@@ -10,6 +10,8 @@ if reason := support.missing():
 
 from numba import njit
 
+from server.core.noise import BITS, FACTORS, SHIFTS
+from server.decoding import rng
 from server.decoding.rng import exponentials, noise_key
 from server.simd import vectors
 from server.simd.kernel import Kernel
@@ -38,6 +40,30 @@ def test_noise_is_that_of_every_device(seed, position):
     listed = torch.ones(512)
     kernel.alone(listed.data_ptr(), 512, tokens.data_ptr(), *arguments)
     assert torch.equal(listed, quotients[tokens.long()])
+
+
+def key_of_most_noise() -> tuple[int, int]:
+    """Half a key, and the other half that gives token 0 the largest of uniforms."""
+    mask, first = (1 << 32) - 1, 12345
+    x = first ^ first >> SHIFTS[0]
+    x = x * FACTORS[1] & mask
+    x ^= x >> SHIFTS[1]
+    wanted = (1 << BITS) - 1
+    before = wanted ^ wanted >> SHIFTS[2] ^ wanted >> 2 * SHIFTS[2]
+    return first, (before * pow(FACTORS[2], -1, 1 << 32) - x) & mask
+
+
+def test_noise_is_never_infinite(monkeypatch):
+    """Else a token would not be picked even where it is the only one."""
+    key = key_of_most_noise()
+    monkeypatch.setattr(rng, "noise_key", lambda seed, position: key)
+    noise = exponentials([0], [0], 32, torch.device("cpu"))[0]
+    assert 16 < noise[0] < 17
+    weights, largest = torch.zeros(32), torch.zeros(1)
+    weights[0] = 1.0
+    Kernel(dividing, ARGUMENTS).alone(weights.data_ptr(), 32, 0, *key, largest.data_ptr())
+    torch.testing.assert_close(1 / weights[0], noise[0], rtol=1e-6, atol=0)
+    assert largest == weights[0]
 
 
 def test_what_has_no_weight_is_never_picked():
