@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence as Row
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -599,6 +600,17 @@ def test_neighbours_change_nothing() -> None:
         assert torch.equal(together, picked)
 
 
+def test_greedy_tokens_are_not_truncated_beside_some_that_are() -> None:
+    """What they may ask for has no part in them: members are mixed whole."""
+    bench = Bench(COMBINATIONS["weighted"], 40, temperature=0.0, options={"top_k": 1})
+    way = bench.by_kernels.way(bench.sequences[0])
+    places = bench.places[LENGTH + 1 :]
+    alone = bench.by_kernels.draw(places, way)
+    params = bench.sequences[0].params
+    bench.sequences[0].params = replace(params, temperature=0.7, is_seeded=True)
+    assert torch.equal(bench.by_kernels.draw(bench.places, way)[LENGTH + 1 :], alone)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_every_thread_works_in_memory_of_its_own(
@@ -649,6 +661,23 @@ def test_what_is_no_distribution_gives_no_token(
     assert bench.by_kernels.propose(1, places, way, False).tolist() == [INVALID] * 7
     fine = bench.by_kernels.propose(0, places, way, False)
     assert INVALID not in fine.tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("name", ["weighted", "one", "linear"])
+def test_no_change_makes_a_forbidden_token_possible(name: str, temperature: float) -> None:
+    """Where the only one that is allowed has no probability, and the other came before."""
+    options = {"allowed_token_ids": (3,), "repetition_penalty": 0.1}
+    bench = Bench(COMBINATIONS[name], 40, temperature=temperature, options=options)
+    for model in range(3):
+        bench.scores._latest[model] = None
+        rows = bench.scores._store._rows[model]
+        rows[:] = -1.0
+        rows[:, 3] = -torch.inf
+    places = [(sequence, 2) for sequence in bench.sequences]
+    for decider in (bench.by_kernels, bench.by_torch):
+        way = decider.way(bench.sequences[0])
+        assert decider.draw(places, way).tolist() == [INVALID] * NUM_WINDOWS
 
 
 @pytest.mark.parametrize("verification", ["token", "block"])
