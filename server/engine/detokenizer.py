@@ -90,7 +90,6 @@ class TextStream:
     def _scan(self, new: str) -> tuple[str, str | None]:
         """Look for stop strings that end within `new`; returns released text and the match."""
         if self._num_pushed <= self._params.min_tokens:
-            self._tail = ""
             return new, None
         seen = self._tail + self._held
         text = seen + new
@@ -99,7 +98,7 @@ class TextStream:
             start, end = found
             cut = end if self._params.include_stop else start
             self._held = ""
-            return text[len(self._tail) : max(cut, len(self._tail))], text[start:end]
+            return text[len(self._tail) : cut], text[start:end]
         pending = self._held + new
         keep = min(self._hold, len(pending))
         self._held = pending[len(pending) - keep :]
