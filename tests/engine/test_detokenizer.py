@@ -95,6 +95,12 @@ def test_min_tokens_ignores_early_matches() -> None:
     assert match.num_tokens == 4
 
 
+@pytest.mark.parametrize(("min_tokens", "expected"), [(1, 2), (2, 4), (3, 4), (4, None)])
+def test_a_stop_string_counts_behind_so_many_tokens(min_tokens: int, expected: int | None) -> None:
+    _, match = open_stream(stop=(";",), min_tokens=min_tokens).push(encode("a;b;"))
+    assert (match and match.num_tokens) == expected
+
+
 def test_an_unfinished_character_is_flushed_as_replacement() -> None:
     ids = encode("é")
     stream = open_stream()
