@@ -680,6 +680,27 @@ def test_no_change_makes_a_forbidden_token_possible(name: str, temperature: floa
         assert decider.draw(places, way).tolist() == [INVALID] * NUM_WINDOWS
 
 
+def test_a_token_that_rounding_alone_rejects_is_replaced_all_the_same() -> None:
+    """By one of the target, which is the proposal but for rounding: it leaves nothing over."""
+    bench = Bench(COMBINATIONS["weighted"], 3, temperature=0.9)
+    kernels = bench.by_kernels._kernels
+    assert kernels is not None
+    for model in range(3):
+        bench.scores._latest[model] = None
+    most = torch.full((len(bench.pending),), 1 - 2.0**-24)
+    num_rejected = 0
+    for _ in range(50):
+        rows = torch.randn(bench.scores._store._rows[0].shape, generator=bench.random).bfloat16()
+        for model in range(3):
+            bench.scores._store._rows[model][:] = rows
+        lengths = [LENGTH] * NUM_WINDOWS
+        found = kernels.verify(bench.pending, bench.tokens, lengths, "token", (most, most))
+        rejected = found[found[:, 0] < LENGTH]
+        num_rejected += len(rejected)
+        assert INVALID not in rejected[:, 1].tolist()
+    assert num_rejected > 10
+
+
 @pytest.mark.parametrize("verification", ["token", "block"])
 def test_what_was_looked_up_is_never_recovered(verification: str) -> None:
     bench = Bench(COMBINATIONS["contrastive"], 5, verification=verification)
