@@ -125,6 +125,28 @@ def test_an_abort_gives_the_wide_ring_back() -> None:
     assert wide[0] == wide[1] != -1
 
 
+def test_the_wide_ring_is_one_sequences_at_a_time() -> None:
+    """It is free once its prompt is scored, and not again when that sequence ends."""
+    engine = make_engine(make_lms(2), max_step_tokens=16)
+    decoding = make_decoding("cos", COMBINATIONS["weighted"])
+    params = SamplingParams(max_tokens=9, prompt_logprobs=0)
+    first, second, third = (Sequence.start(f"s{i}", [i] * 50, params, decoding) for i in range(3))
+    engine.add(first)
+    engine.step()
+    wide = first.prompt_slot
+    assert wide not in (-1, first.slot)
+    while first.scores_prompt:
+        engine.step()
+    engine.add(second)
+    engine.step()
+    assert second.prompt_slot == wide
+    engine.abort(first.id)
+    engine.add(third)
+    engine.step()
+    assert third.prompt_slot == third.slot
+    assert second.prompt_slot == wide
+
+
 def test_a_broken_prompt_fails_its_own_sequence_only() -> None:
     class Broken(TableLM):
         def logits(self, prefix):
