@@ -48,18 +48,20 @@ def make_sequences(decoding_name: str, count: int) -> list[Sequence]:
 
 
 @cache
-def run_alone(decoding_name: str, count: int) -> list[tuple[int, ...]]:
+def run_alone(decoding_name: str, count: int) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """Texts, and forwards that decoded them by model."""
     num_models = len(DECODINGS[decoding_name].gamma)
-    texts = []
+    texts, forwards = [], []
     for sequence in make_sequences(decoding_name, count):
         deltas = run(make_engine(make_lms(num_models)), [sequence])
         texts.append(generated(deltas[sequence.id]))
-    return texts
+        forwards.append(sequence.stats.forwards)
+    return texts, forwards
 
 
 @pytest.mark.parametrize("name", DECODINGS)
 def test_batch_chunking_and_preemption_change_nothing(name: str) -> None:
-    alone = run_alone(name, 16)
+    alone, forwards = run_alone(name, 16)
     preempted: list[int] = []
 
     def observe(stats: StepStats) -> None:
@@ -72,6 +74,8 @@ def test_batch_chunking_and_preemption_change_nothing(name: str) -> None:
     sequences = make_sequences(name, 16)
     deltas = run(engine, sequences, engine.scheduler.check_integrity)
     assert [generated(deltas[s.id]) for s in sequences] == alone
+    if name != "mixture":  # which reads prompts in steps that decode
+        assert [s.stats.forwards for s in sequences] == forwards, "no recomputation is decoding"
     assert sum(preempted) > 0
     assert sum(s.stats.num_preemptions for s in sequences) == sum(preempted)
 
@@ -91,7 +95,7 @@ def test_a_wide_batch_changes_nothing(name: str) -> None:
     engine = make_engine(make_lms(len(DECODINGS[name].gamma)))
     sequences = make_sequences(name, 16)
     deltas = run(engine, sequences, engine.scheduler.check_integrity)
-    assert [generated(deltas[s.id]) for s in sequences] == run_alone(name, 16)
+    assert [generated(deltas[s.id]) for s in sequences] == run_alone(name, 16)[0]
 
 
 @pytest.mark.parametrize("name", ["cos", "three"])
