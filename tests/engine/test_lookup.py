@@ -293,6 +293,7 @@ def test_all_that_is_asked_is_counted() -> None:
     verdicts = [ok for step in steps for _, _, ok in step.verified_by_offset]
     assert sum(verdicts) == sequence.stats.num_lookup_accepted
     assert sum(step.num_proposed for step in steps) == 0
+    assert sequence.stats.verified == [0, 0], "no model's"
 
 
 @pytest.mark.parametrize("strategy", ["standard", "single"])
