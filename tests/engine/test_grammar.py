@@ -260,6 +260,13 @@ def test_a_matcher_follows_wherever_it_is_led(seed: int) -> None:
     assert matcher.error is None
 
 
+def test_masks_of_no_more_positions_are_kept_than_can_be_pending() -> None:
+    [matcher] = matchers(1)
+    for count in range(200):
+        matcher.mask([TOKENS.index("c")] * count)
+    assert len(matcher._masks) == 64
+
+
 def test_the_end_of_text_is_needed() -> None:
     with pytest.raises(GrammarError, match="no end-of-text token"):
         make_grammars(frozenset()).matchers("regex", "a", 1)
