@@ -110,6 +110,10 @@ def test_nobody_is_left_out_of_full_steps_for_long() -> None:
     while sequences[0].num_generated < 100:
         engine.step()
     assert min(sequence.num_generated for sequence in sequences) >= 60
+    assert engine.scheduler._left_out
+    for sequence in sequences:
+        engine.abort(sequence.id)
+    assert not engine.scheduler._left_out
 
 
 def test_pieces_smaller_than_a_page_still_end() -> None:
