@@ -146,3 +146,17 @@ def test_forwards_that_defer_take_turns_with_others(desk: Desk, deferred_last: b
     desk.forward([(sequence, 4)], defer=deferred_last)
     desk.check([(sequence, 4)])
     desk.check([(sequence, 3), (sequence, 4)])
+
+
+@pytest.mark.parametrize("deferred_last", [True, False])
+def test_a_place_that_is_scored_anew_forgets_how_it_was_scored_before(
+    desk: Desk, deferred_last: bool
+) -> None:
+    """Once more has been forwarded, which leaves both in the store."""
+    sequence, other = start(desk, 1), start(desk)
+    desk.forward([(sequence, 3), (sequence, 4)], defer=not deferred_last)
+    desk.forward([(other, 3)])
+    sequence.recover(3)
+    desk.forward([(sequence, 4)], defer=deferred_last)
+    desk.forward([(other, 3)])
+    desk.check([(sequence, 4), (other, 3)])
