@@ -3,7 +3,7 @@ from __future__ import annotations
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
-from server.decoding.strategies import SharedCoins, Strategies
+from server.decoding.strategies import SharedCoins, Strategies, used_models
 from tests.support.engines import make_decoding
 
 
@@ -17,3 +17,13 @@ def test_a_strategy_is_of_its_own_parameters() -> None:
             sequence = Sequence.start("s", [1], SamplingParams(), decoding)
             assert strategies.of(sequence).target(sequence, 1) == combination
             del sequence, decoding
+
+
+def test_models_that_only_propose_are_used_too() -> None:
+    last = Combination.weighted([0.0, 0.0, 1.0])
+    for strategy, gamma, expected in (
+        ("standard", (3, 1, 1), {2}),
+        ("speculative", (3, 1, 1), {0, 2}),
+        ("cos", (0, 2, 1), {1, 2}),
+    ):
+        assert used_models(make_decoding(strategy, last, gamma)) == expected
