@@ -663,6 +663,17 @@ def test_what_is_no_distribution_gives_no_token(
     assert INVALID not in fine.tolist()
 
 
+@pytest.mark.parametrize("verification", ["token", "block"])
+def test_a_proposal_from_what_is_no_distribution_ends_its_window(verification: str) -> None:
+    """All first tokens are model 0's, and the target is model 1's."""
+    bench = Bench(COMBINATIONS["one"], 40, verification=verification)
+    bench.scores._latest[0] = None
+    bench.scores._store._rows[0][:] = torch.nan
+    found = bench.verify(bench.by_kernels)
+    assert found.tolist() == [[0, INVALID]] * NUM_WINDOWS
+    assert torch.equal(found, bench.verify(bench.by_torch))
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("name", ["weighted", "one", "linear"])
 def test_no_change_makes_a_forbidden_token_possible(name: str, temperature: float) -> None:
