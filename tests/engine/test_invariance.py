@@ -90,6 +90,27 @@ def test_the_youngest_may_preempt_itself_while_others_want_another_model() -> No
         assert sum(s.stats.num_preemptions for s in sequences) > 0
 
 
+def test_who_was_preempted_goes_on_with_the_same_coins() -> None:
+    """To take others where values are known would be a choice by them."""
+    decoding = make_decoding("mixture", WEIGHTED, gamma=4, kappa=1, shared_coins=True)
+    engine = make_engine(make_lms(2))
+    _, victim = sequences = [
+        Sequence.start(f"s{i}", [i], SamplingParams(max_tokens=40, seed=i), decoding)
+        for i in range(2)
+    ]
+    for sequence in sequences:
+        engine.add(sequence)
+    engine.step()
+    while engine._strategies.shared_coins.is_fresh(victim) or not victim.num_generated:
+        engine.step()
+    before = victim.coin_base
+    engine.scheduler._preempt(victim)
+    engine.step()
+    assert victim in engine.scheduler.running
+    assert victim.coin_base == before
+    assert victim.is_resuming
+
+
 @pytest.mark.parametrize("name", DECODINGS)
 def test_a_wide_batch_changes_nothing(name: str) -> None:
     engine = make_engine(make_lms(len(DECODINGS[name].gamma)))
