@@ -536,22 +536,28 @@ def test_adjusted_draws_are_of_the_target(
     assert_same_decisions(by_block)
 
 
+LISTED = torch.cat([torch.arange(1, 12, 3), 16 + shortlist_of(1200)[shortlist_of(1200) < 1484]])
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize(
     ("options", "has_grammar"),
-    [*ADJUSTED, pytest.param({"allowed_token_ids": (0, 3, 12)}, False, id="none listed")],
+    [
+        *ADJUSTED,
+        pytest.param({"allowed_token_ids": (0, 3, 12)}, False, id="none listed"),
+        pytest.param({"bad_words": tuple((t,) for t in LISTED.tolist())}, False, id="all banned"),
+    ],
 )
 def test_adjusted_tokens_from_a_shortlist(
     options: Mapping[str, Any], has_grammar: bool, temperature: float
 ) -> None:
     """Which allows none of the tokens, all of them, or some."""
-    ids = torch.cat([torch.arange(1, 12, 3), 16 + shortlist_of(1200)[shortlist_of(1200) < 1484]])
     bench = Bench(
         COMBINATIONS["contrastive"],
         1500,
         temperature=temperature,
         options=options,
-        shortlist=ids,
+        shortlist=LISTED,
         has_grammar=has_grammar,
     )
     way = bench.by_kernels.way(bench.sequences[0])
