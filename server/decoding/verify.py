@@ -40,10 +40,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from server.cache.on_device import reading_waits, tensor_on
 
 Rule = Literal["coupled", "block", "token"]
+
+_PART = 128  # of a row; published vocabularies are multiples of it
 
 INVALID = -1  # sampled from a row that is no distribution: NaN or without mass
 
@@ -78,6 +81,9 @@ def verdicts(decisions: Sequence[Sequence[int]], lengths: Sequence[int]) -> list
 def sample(probs: Tensor, uniforms: Tensor) -> Tensor:
     """Draw one token from each row by inverse CDF.
 
+    First a part of the row, then a token in it: running sums of a whole row take a GPU one pass
+    after the other, and lose more to rounding.
+
     Args:
         probs: float32 [R, V], not negative, not necessarily normalised.
         uniforms: float32 [R] in [0, 1).
@@ -85,15 +91,23 @@ def sample(probs: Tensor, uniforms: Tensor) -> Tensor:
     Returns:
         int64 [R] token ids, INVALID for rows that are no distribution.
     """
-    cumulative = _cumulative(probs)
-    total = cumulative[:, -1:]
-    # Strictly below the total, so that a token without mass at the end of a row is never chosen.
-    threshold = torch.minimum(
-        uniforms[:, None] * total, torch.nextafter(total, torch.zeros_like(total))
-    )
-    picked = torch.searchsorted(cumulative, threshold, right=True)
+    if missing := -probs.shape[1] % _PART:
+        probs = pad(probs, (0, missing))
+    parts = probs.reshape(len(probs), -1, _PART)
+    sums = _cumulative(parts.sum(-1))
+    total = sums[:, -1:]
+    threshold = _below(uniforms[:, None] * total, total)
+    part = torch.searchsorted(sums, threshold, right=True).clamp_max(sums.shape[1] - 1)
+    before = torch.where(part > 0, sums.gather(1, (part - 1).clamp_min(0)), 0.0)
+    within = _cumulative(parts.gather(1, part[:, :, None].expand(-1, -1, _PART))[:, 0])
+    picked = torch.searchsorted(within, _below(threshold - before, within[:, -1:]), right=True)
     valid = torch.isfinite(total) & (total > 0)
-    return torch.where(valid, picked, INVALID).flatten()
+    return torch.where(valid, part * _PART + picked, INVALID).flatten()
+
+
+def _below(threshold: Tensor, total: Tensor) -> Tensor:
+    """Strictly below the total, so that no token without mass at the end is ever chosen."""
+    return torch.minimum(threshold, torch.nextafter(total, torch.zeros_like(total)))
 
 
 def _cumulative(probs: Tensor) -> Tensor:

@@ -111,6 +111,19 @@ def test_picks_of_like_distributions_mostly_agree() -> None:
     assert overlap / (2 - overlap) < agreed <= overlap + 0.02
 
 
+def test_draws_from_rows_of_many_parts() -> None:
+    """Of 128 tokens each; some have no mass, and the last is not whole."""
+    rng = np.random.default_rng(4)
+    for size in (127, 128, 129, 500, 1000):
+        probs = rng.random((60, size)) * (rng.random((60, size)) > 0.9)
+        probs[:, 128:384] = 0
+        probs[np.arange(60), rng.integers(min(size, 128), size=60)] += 0.01
+        uniforms = rng.random(60, dtype=np.float32)
+        drawn = sample(torch.from_numpy(probs).float(), torch.from_numpy(uniforms))
+        rows = probs.astype(np.float32).astype(np.float64)
+        assert drawn.tolist() == [oracle_sample(*row) for row in zip(rows, uniforms, strict=True)]
+
+
 def test_a_broken_row_has_no_pick() -> None:
     rows = torch.tensor([[0.0, 0.0], [torch.nan, 1.0], [0.0, 1.0]])
     assert pick(rows, torch.ones(3, 2)).tolist() == [INVALID, INVALID, 1]
