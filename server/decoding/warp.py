@@ -98,7 +98,7 @@ class Warp:
         if self._banned is not None or self._last_ends is not None:
             logits = logits.clone()
             if self._banned is not None:
-                logits[self._banned.places] = -torch.inf
+                logits[self._banned.places] = self._banned.added
             if self._last_ends is not None:
                 _forbid_ends(logits, self._last_ends)
         return logits
@@ -204,7 +204,8 @@ class _Cells:
 
     Attributes:
         places: rows and tokens, int64 [N] each.
-        divisors, added: float32 [N]; see `decoding.score_changes`.
+        divisors, added: float32 [N]; see `decoding.score_changes`. What is forbidden is added
+            -inf, and assigned these: a GPU would be waited for to bring it a number of the host's.
     """
 
     places: tuple[Tensor, Tensor]
@@ -229,7 +230,7 @@ def _cells(
 def _forbid_ends(logits: Tensor, ends: _Cells) -> None:
     """Of rows [R, V] that leave something else; in place."""
     kept = logits[ends.places]
-    logits[ends.places] = -torch.inf
+    logits[ends.places] = ends.added
     is_dead = logits.amax(-1) == -torch.inf
     logits[ends.places] = kept.masked_fill(~is_dead[ends.places[0]], -torch.inf)
 

@@ -186,14 +186,17 @@ def test_only_reading_tokens_waits(load):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_a_cycle_waits_once(load):
+@pytest.mark.parametrize("asked", [{"top_p": 0.9}, {"min_tokens": NUM_TOKENS, "temperature": 0.8}])
+def test_a_cycle_waits_once(load, asked):
     """Steps that leave their tokens unread do not, by torch's own check of waiting."""
     loaded = load("cuda", max_sequences=MAX_SEQUENCES)
     tokenizer = loaded.tokenizer.backend_tokenizer
-    engine = Engine(loaded.runners, tokenizer, frozenset(), EngineLimits(max_sequences=8))
+    engine = Engine(loaded.runners, tokenizer, frozenset({3}), EngineLimits(max_sequences=8))
     decoding = make_decoding("cos", Combination.contrastive(2, 0.1), (4, 0), verification="token")
     for i in range(3):
-        params = SamplingParams(max_tokens=NUM_TOKENS, seed=i, ignore_eos=True, top_p=0.9)
+        params = SamplingParams(
+            max_tokens=NUM_TOKENS, seed=i, ignore_eos="min_tokens" not in asked, **asked
+        )
         engine.add(Sequence.start(str(i), [5 + i, 9], params, decoding))
     num_ahead = 0
     while engine.has_work:

@@ -34,6 +34,17 @@ def test_nothing_is_done_before_it_is_waited_for(gpus):
     assert gpus.num_waits == waits + 2
 
 
+def test_numbers_of_the_host_are_waited_for_where_places_are_tensors(gpus):
+    there, places = torch.ones(3, device="cuda"), tensor_on(CUDA, [0, 2])
+    waits = gpus.num_waits
+    there[1:2] = 5.0
+    there[places] = there.new_full((), 6.0)
+    assert gpus.num_waits == waits
+    there[places] = 7.0
+    assert gpus.num_waits == waits + 1
+    assert there.tolist() == [7.0, 5.0, 7.0]
+
+
 def test_copies_to_the_host_come_when_it_waits():
     late = torch.ones(2, device="cuda").to("cpu", non_blocking=True)
     assert math.isnan(late[0])

@@ -29,7 +29,8 @@ _WAITING = {
     aten.nonzero.default,
     aten.repeat_interleave.Tensor,
 }
-_INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
+_ASSIGNING = {aten.index_put.default, aten.index_put_.default}
+_INDEXING = {aten.index.Tensor, *_ASSIGNING}
 _EMPTY = {
     aten.empty.memory_format,
     aten.empty_like.default,
@@ -233,6 +234,8 @@ class Gpus(TorchDispatchMode):
 
     def _on_gpu(self, func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         stream = self.stream_of(device)
+        if func in _ASSIGNING and not isinstance(args[2], DeviceTensor):
+            self.wait(device)  # torch copies the number there, from memory that is not pinned
         if func in _WAITING or (func in _INDEXING and _is_masked(args[1])):
             self.wait(device)
         elif written := _written(func, args, kwargs):
