@@ -67,19 +67,16 @@ class Warp:
         self._banned = _cells(adjusted, self._bans, device)
         self._last_ends = _cells(adjusted, self._ends_amid_form, device)
         temperature = [1.0 if p.is_greedy else p.temperature for p in params]
-        self._is_tempered = any(t != 1.0 for t in temperature)
-        self._temperature = tensor_on(device, temperature)[:, None]
+        self._temperature = _column(temperature, 1.0, device)
         self._min_p = _column([0.0 if p.is_greedy else p.min_p for p in params], 0.0, device)
         top_k = [0 if p.is_greedy else p.top_k for p in params]
         self._top_k = _column(top_k, 0, device)
         self._top_p = _column([1.0 if p.is_greedy else p.top_p for p in params], 1.0, device)
-        truncated = [not p.is_greedy and (p.top_k > 0 or p.top_p < 1) for p in params]
-        self._is_truncated = tensor_on(device, truncated)[:, None]
 
     def __call__(self, logits: Tensor) -> Tensor:
         """float32 [R, V] -> warped logits [R, V]; the argument is left alone."""
         logits = self.forbid(self._adjust(logits))
-        if self._is_tempered:
+        if self._temperature is not None:
             logits = logits / self._temperature
         if self._min_p is not None:
             floor = logits.amax(-1, keepdim=True) + self._min_p.log()
@@ -137,10 +134,10 @@ class Warp:
         """
         vocab_size = logits.shape[-1]
         width = min(_HEAD, vocab_size)
-        top_k, top_p, is_truncated = self._top_k, self._top_p, self._is_truncated
+        top_k, top_p = self._top_k, self._top_p
         if top_k is not None:
             top_k = top_k.masked_fill(top_k >= vocab_size, 0)
-            is_truncated = top_k > 0 if top_p is None else (top_k > 0) | (top_p < 1)
+        is_truncated = _is_truncated(top_k, top_p)
         ordered = logits.topk(width).values
         keep = _keep(logits, ordered, top_k, top_p)
         threshold = torch.where(is_truncated, _last(ordered, keep), -torch.inf)
@@ -164,6 +161,14 @@ def depends_on_tokens(sequence: Sequence) -> bool:
     """Do warps of a position look at the tokens before it? Then these have to be known."""
     params = sequence.params
     return params.has_penalties or bool(params.bad_words) or sequence.matcher is not None
+
+
+def _is_truncated(top_k: Tensor | None, top_p: Tensor | None) -> Tensor:
+    """Which rows are, [R, 1]; one of the two is given."""
+    if top_k is None:
+        assert top_p is not None
+        return top_p < 1
+    return top_k > 0 if top_p is None else (top_k > 0) | (top_p < 1)
 
 
 def _last(ordered: Tensor, keep: Tensor) -> Tensor:

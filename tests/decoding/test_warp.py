@@ -60,6 +60,31 @@ def test_rows_equal_the_plain_loops(vocab_size: int) -> None:
         assert ((probs[row].numpy() > 0) == (expected > 0)).all()
 
 
+@pytest.mark.parametrize(
+    ("options", "sent"),
+    [
+        ({}, 0),
+        ({"temperature": 0.0, "top_p": 0.5}, 0),
+        ({"temperature": 0.5}, 1),
+        ({"top_p": 0.5}, 1),
+        ({"temperature": 0.5, "top_k": 3}, 2),
+    ],
+)
+def test_a_device_is_sent_what_rows_use(
+    options: dict[str, Any], sent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU each of them is a pinned copy and an event."""
+    copies: list[Any] = []
+
+    def tensor_on(device: torch.device, values: Any) -> torch.Tensor:
+        copies.append(values)
+        return torch.tensor(values, device=device)
+
+    monkeypatch.setattr(warp, "tensor_on", tensor_on)
+    Warp([place([1], [2], **options), place([1], [2])], EOS, CPU)(torch.zeros(2, 5))
+    assert len(copies) == sent
+
+
 def test_pending_tokens_count_for_penalties() -> None:
     sequence, _ = place([1], [2], frequency_penalty=1.0)
     sequence.propose(2, Proposal(0))
