@@ -261,7 +261,8 @@ class ForwardPlan:
     Attributes:
         token_ids, position_ids: [1, T] int64.
         slots: [T] int64, where each token's KV goes.
-        keep: [num_kept] int64, packed rows whose logits are wanted, in the batch's order.
+        keep: [num_kept] int64, packed rows whose logits are wanted, in the batch's order; None: all
+            as they are.
         groups: cover the packed rows in order.
         num_positions: all of position_ids are below it.
     """
@@ -269,9 +270,19 @@ class ForwardPlan:
     token_ids: Tensor
     position_ids: Tensor
     slots: Tensor
-    keep: Tensor
+    keep: Tensor | None
     groups: tuple[Group, ...]
     num_positions: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[1]
+
+    def kept_rows(self) -> Tensor:
+        """`keep`, written out where it is None."""
+        if self.keep is None:
+            return torch.arange(self.num_rows, device=self.token_ids.device)
+        return self.keep
 
 
 def make_plan(

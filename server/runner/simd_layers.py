@@ -128,31 +128,34 @@ class SimdLayers:
     def states(self, plan: ForwardPlan, store: KVStore) -> Tensor:
         """[num_kept, hidden_size] of the model's type, normed; KV goes to the store."""
         size = self._embedding.shape[1]
-        return self._run(plan, store, torch.empty(len(plan.keep), size, dtype=self._dtype), False)
+        return self._run(plan, store, size, self._dtype, False)
 
     def logits(self, plan: ForwardPlan, store: KVStore) -> Tensor:
         """float32 [num_kept, rows of the head]; KV goes to the store."""
         assert self._head is not None
-        return self._run(plan, store, torch.empty(len(plan.keep), self._head.out_features), True)
+        return self._run(plan, store, self._head.out_features, torch.float32, True)
 
-    def _run(self, plan: ForwardPlan, store: KVStore, output: Tensor, with_head: bool) -> Tensor:
-        """Fill `output`."""
+    def _run(
+        self, plan: ForwardPlan, store: KVStore, size: int, dtype: torch.dtype, with_head: bool
+    ) -> Tensor:
+        """[num_kept, size]."""
         if store is not self._store:
             self._programs.clear()
             self._store = store
         if with_head not in self._programs:
             self._programs[with_head] = self._write_program(store, with_head)
-        num_rows = plan.token_ids.shape[1]
-        self._make_room(num_rows, plan.num_positions)
+        keep = plan.kept_rows()
+        output = torch.empty(len(keep), size, dtype=dtype)
+        self._make_room(plan.num_rows, plan.num_positions)
         groups = simd_attention.describe(plan.groups)
         scratch_size = self._scratch_size(plan)
         self._programs[with_head].run(
-            rows=num_rows,
-            kept=len(plan.keep),
+            rows=plan.num_rows,
+            kept=len(keep),
             ids=plan.token_ids.data_ptr(),
             positions=plan.position_ids.data_ptr(),
             slots=plan.slots.data_ptr(),
-            keep=plan.keep.data_ptr(),
+            keep=keep.data_ptr(),
             groups=groups.ctypes.data,
             num_groups=len(plan.groups),
             scratch=self._buffer("scratch", torch.get_num_threads() * scratch_size),

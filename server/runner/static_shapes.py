@@ -249,7 +249,7 @@ class StaticBuffers:
             token_ids=ids.view(1, rows),
             position_ids=positions.view(1, rows),
             slots=slots.view(rows),
-            keep=torch.arange(rows, device=self.device),
+            keep=None,
             groups=(group,),
             num_positions=self.width * self.page_size,
         )

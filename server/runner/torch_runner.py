@@ -40,7 +40,7 @@ class TransformersBody:
             input_ids=plan.token_ids,
             position_ids=plan.position_ids,
             use_cache=False,
-            logits_to_keep=plan.keep,
+            logits_to_keep=0 if plan.keep is None else plan.keep,  # 0: all
         )
         logits: Tensor = output.logits[0]
         return logits
@@ -145,7 +145,7 @@ class TorchRunner:
 
     @torch.inference_mode()
     def run(self, plan: ForwardPlan) -> Tensor:
-        """A prepared forward: logits [len(plan.keep), vocab_size]."""
+        """A prepared forward: logits [num_kept, vocab_size]."""
         return self._logits(plan)
 
     def _logits(self, plan: ForwardPlan) -> Tensor:

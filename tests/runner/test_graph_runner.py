@@ -1,16 +1,20 @@
 """Padded forwards give what unpadded ones give, whatever they stand beside."""
 
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from server.cache.kv_store import KVStore
+from server.runner.attention_choice import choose_attention
 from server.runner.base import Batch, Span
 from server.runner.graph_runner import GraphRunner
+from server.runner.llama_body import LlamaBody
 from server.runner.static_shapes import Shape, Shapes, StaticBuffers
 from server.runner.torch_runner import TorchRunner
+from server.simd import support
 from tests.runner.test_torch_runner import (
     MAX_LENGTH,
     NUM_SEQUENCES,
@@ -20,6 +24,9 @@ from tests.runner.test_torch_runner import (
 )
 from tests.support.tiny_models import VOCAB_SIZE, make_model
 
+needs_kernels = pytest.mark.skipif(
+    support.missing() is not None, reason=f"the CPU's kernels cannot run: {support.missing()}"
+)
 SHAPES = Shapes.of(NUM_SEQUENCES, 6, 512, 5)
 
 
@@ -56,6 +63,24 @@ def test_padded_equals_eager(family, page_size):
         if len(plain):
             assert_close(ours, plain)
     assert 5 < num_padded < 25
+
+
+@pytest.mark.parametrize("kernels", [False, pytest.param(True, marks=needs_kernels)])
+def test_all_rows_are_those_that_are_named(kernels):
+    """A padded plan keeps every row and does not say which."""
+    model = make_model("llama")
+    body = LlamaBody(model, packed=kernels, kernels=kernels)
+    short = choose_attention("auto", torch.device("cpu"), pytest.fail, cpu_kernels=kernels)
+    store = KVStore(5, 4)
+    runner = TorchRunner("tiny", model, VOCAB_SIZE, 16, store, body, short_attention=short)
+    buffers = StaticBuffers(Shape(2, 2), 4, 4, torch.device("cpu"))
+    buffers.fill(Batch((Span([1], 0, [5, 6], 2), Span([2], 0, [7, 8], 2))))
+    plan = buffers.plan()
+    assert plan.keep is None
+    logits = runner.run(plan)
+    assert torch.equal(logits, runner.run(replace(plan, keep=plan.kept_rows())))
+    some = torch.tensor([3, 0])
+    assert_close(runner.run(replace(plan, keep=some)), logits[some])
 
 
 def test_padding_touches_no_other_page_but_the_first():
