@@ -206,7 +206,7 @@ class LlamaBody:
         return pack_linear(linear, self.packing, self._kernels)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `operations.rotate`."""
+        """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `operations.Rotation`."""
         angles = positions[:, None, None] * self._frequencies
         cos, sin = angles.cos() * self._rope_scale, angles.sin() * self._rope_scale
         signed = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)

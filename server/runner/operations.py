@@ -58,7 +58,7 @@ class Rotation(Protocol):
         Args:
             x: [T, heads of queries, keys and values, dim], which may be changed.
             cos: [T, 1, dim].
-            sin: [T, 1, dim], negative in the first half: see `rotate`.
+            sin: [T, 1, dim], negative in the first half.
         """
         ...
 
@@ -104,25 +104,32 @@ class TorchOperations:
         x += y
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + dim / 2) of x [T, heads, dim]."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
-
-
 class _Rotation:
+    """Of the pairs (i, i + dim / 2) of each head.
+
+    A GPU copies what is not contiguous before it is rolled or normed. So values are as well, in
+    the same kernels, and what comes of that is dropped.
+    """
+
     def __init__(self, heads: Heads) -> None:
         self._queries_and_keys = (heads.num_heads, heads.num_kv_heads)
-        self._rotated_and_values = (heads.num_heads + heads.num_kv_heads, heads.num_kv_heads)
-        self._norm = None if heads.norm is None else _norm(heads.norm, heads.eps)
+        self._num_rotated = heads.num_heads + heads.num_kv_heads
+        self._norm = None if heads.norm is None else _norm(_with_values(heads), heads.eps)
         self._dtype = heads.dtype
 
     def __call__(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        rotated, values = x.split_with_sizes(self._rotated_and_values, 1)
-        if self._norm is not None:
-            rotated = self._norm(rotated)
-        rotated = rotate(rotated, cos, sin).to(self._dtype)
-        queries, keys = rotated.split_with_sizes(self._queries_and_keys, 1)
-        return queries, keys, values.to(self._dtype)
+        normed = x if self._norm is None else self._norm(x)
+        rolled = normed.roll(x.shape[-1] // 2, -1)
+        count = self._num_rotated
+        rotated = torch.addcmul(normed[:, :count] * cos, rolled[:, :count], sin)
+        queries, keys = rotated.to(self._dtype).split_with_sizes(self._queries_and_keys, 1)
+        return queries, keys, x[:, count:].to(self._dtype)
+
+
+def _with_values(heads: Heads) -> Tensor:
+    """Weights of norms, with ones for values: [num_heads + 2 * num_kv_heads, dim]."""
+    assert heads.norm is not None
+    return torch.cat((heads.norm, heads.norm.new_ones(heads.num_kv_heads, heads.dim)))
 
 
 def _norm(weight: Tensor, eps: float) -> Norm:

@@ -100,7 +100,7 @@ class SimdLayers:
             norm: behind them.
             dtype: the model's.
             embedding: [V, hidden_size] of any float type.
-            rope: positions [N] -> cosines and signed sines, as `operations.rotate` takes them.
+            rope: positions [N] -> cosines and signed sines, as `operations.Rotation` takes them.
             head: where it is one of kernels.
         """
         self._layers = layers
