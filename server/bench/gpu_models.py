@@ -147,7 +147,7 @@ class Member:
     def fast(self) -> TorchRunner:
         """The forward written out, with the kernels; takes the weights over."""
         assert is_llama_shaped(self._model)
-        self._body = LlamaBody(self._model, packed=False)
+        self._body = LlamaBody(self._model, packed=False, max_length=self._load.max_length)
         return self._runner(self._body, self._kernels)
 
     @contextmanager

@@ -49,7 +49,6 @@ class GraphRunner:
         self._runner = runner
         self._shapes = shapes
         self._capture = capture
-        self._width = -(-runner.max_length // runner.page_size)
         self._slots: dict[Shape, _Slot] = {}
         self._output = torch.empty(0, device=runner.device, dtype=runner.dtype)
         self._enabled = True
@@ -191,7 +190,7 @@ class GraphRunner:
     def _slot(self, shape: Shape) -> _Slot:
         if shape not in self._slots:
             self._slots[shape] = _Slot(
-                StaticBuffers(shape, self._width, self.page_size, self.device)
+                StaticBuffers(shape, self.max_length, self.page_size, self.device)
             )
         return self._slots[shape]
 

@@ -41,6 +41,8 @@ _MLP = {"gate_proj", "up_proj", "down_proj"}
 # Rows that compiling is tried with beside a single one: like no size of a model, or the compiler
 # would take the two for one.
 _TRIED_ROWS = 7
+# Positions whose angles are computed in one piece, which takes several times what is kept of them.
+_AT_ONCE = 4096
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -99,6 +101,7 @@ class LlamaBody:
         packed: bool,
         shortlist: Tensor | None = None,
         kernels: bool = False,
+        max_length: int = 0,
     ) -> None:
         """Takes the weights over: `model` (which `is_llama_shaped`) cannot run afterwards.
 
@@ -108,6 +111,8 @@ class LlamaBody:
                 kernels; a bfloat16 model's states, norms and activations are float32 then.
             shortlist: token ids [n] whose rows of the head are kept a second time.
             kernels: use those of `server.simd` for what is `packed`; they can run here.
+            max_length: what attention rotates by is kept for positions below it, and computed anew
+                in forwards beyond.
         """
         parts: Any = model
         body: Any = model.base_model
@@ -143,6 +148,8 @@ class LlamaBody:
         )
         body.embed_tokens = parts.lm_head = None
         self.at_once = self._all_at_once(head, model.dtype) if self._kernels else None
+        # A program keeps its own.
+        self._angles = self._kept_angles(max_length if self.at_once is None else 0)
 
     def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
         """Logits [num_kept, rows of the head] of the model's type, or float32."""
@@ -155,7 +162,7 @@ class LlamaBody:
         if self.at_once is not None and self.at_once.takes(attention):
             return self.at_once.states(plan, attention.store)
         x: Tensor = self._embed(plan.token_ids[0]).to(self._types.states)
-        rope = self._rope(plan.position_ids[0])
+        rope = self._angles_of(plan)
         last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             # Of other rows than the kept ones, the last layer has to leave keys and values only.
@@ -204,6 +211,19 @@ class LlamaBody:
 
     def _packed(self, linear: nn.Linear) -> nn.Module:
         return pack_linear(linear, self.packing, self._kernels)
+
+    def _kept_angles(self, count: int) -> tuple[Tensor, Tensor]:
+        """`_rope` of the first positions."""
+        positions = torch.arange(count, device=self._frequencies.device)
+        cos, sin = zip(*map(self._rope, positions.split(_AT_ONCE)), strict=True)
+        return torch.cat(cos), torch.cat(sin)
+
+    def _angles_of(self, plan: ForwardPlan) -> tuple[Tensor, Tensor]:
+        """`_rope` of its positions: two kernels of a GPU where they are kept, else ten."""
+        positions, (cos, sin) = plan.position_ids[0], self._angles
+        if plan.num_positions > len(cos):
+            return self._rope(positions)
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
     def _rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Positions [T] -> cosines, signed sines [T, 1, head_dim] for `operations.Rotation`."""

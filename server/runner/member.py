@@ -86,7 +86,7 @@ class MemberLoader:
         size = model.get_memory_footprint()
         # What runs in kernels is nothing that could be compiled further.
         kernels = self._has_kernels and not self._compiles
-        body = LlamaBody(model, self._packs, self._shortlist, kernels)
+        body = LlamaBody(model, self._packs, self._shortlist, kernels, self._max_length)
         runner = self._runner(model, body, size - body.packing.saved)
         try:
             # A CPU's kernels are for attention and the rest alike: both are tried again without.

@@ -161,11 +161,11 @@ class StaticBuffers:
 
     Attributes:
         shape: of the forwards.
-        width: pages of a table row, enough for the longest sequence.
+        max_length: of sequences, in tokens.
     """
 
     shape: Shape
-    width: int
+    max_length: int
     page_size: int
     device: torch.device
     _hosts: deque[_HostBuffer] = field(default_factory=deque, init=False)
@@ -176,8 +176,13 @@ class StaticBuffers:
         self.fill(Batch(()))
 
     @property
+    def _width(self) -> int:
+        """Pages of a table row."""
+        return -(-self.max_length // self.page_size)
+
+    @property
     def _size(self) -> int:
-        return 4 * self.shape.num_rows + self.shape.batch * (2 + self.width)
+        return 4 * self.shape.num_rows + self.shape.batch * (2 + self._width)
 
     def _host(self) -> _HostBuffer:
         """One that the device does not read any more; they become free in the order of use."""
@@ -192,7 +197,7 @@ class StaticBuffers:
     def _new_host(self) -> _HostBuffer:
         pinned = self.device.type == "cuda"
         memory = torch.zeros(self._size, dtype=torch.int64, pin_memory=pinned)
-        views = [view.numpy() for view in _cut(memory, self.shape, self.width)]
+        views = [view.numpy() for view in _cut(memory, self.shape, self._width)]
         return _HostBuffer(memory, views, torch.cuda.Event() if pinned else None)
 
     def fill(self, batch: Batch) -> Tensor:
@@ -223,7 +228,7 @@ class StaticBuffers:
         self._device.copy_(host.memory, non_blocking=True)
         if host.copied is not None:
             host.copied.record(torch.cuda.current_stream(self.device))
-        views = _cut(self._device, self.shape, self.width)
+        views = _cut(self._device, self.shape, self._width)
         if batch.drafted is not None:
             views[0].copy_(known_ids(views[0], batch.drafted))
         return views[3].view(-1)[: len(kept)]
@@ -235,7 +240,7 @@ class StaticBuffers:
         portable attention derives from them does not, so ask anew for every forward.
         """
         ids, positions, slots, _, starts, lengths, table = _cut(
-            self._device, self.shape, self.width
+            self._device, self.shape, self._width
         )
         rows = self.shape.num_rows
         group = StaticGroup(
@@ -251,7 +256,7 @@ class StaticBuffers:
             slots=slots.view(rows),
             keep=None,
             groups=(group,),
-            num_positions=self.width * self.page_size,
+            num_positions=self.max_length,
         )
 
 

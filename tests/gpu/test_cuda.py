@@ -50,7 +50,7 @@ def _exact_products():
 
 def make_runner(family, *, kernels, fast=False, page_size=4, device=CUDA):
     model = make_model(family).to(device)
-    body = LlamaBody(model, packed=False) if fast else None
+    body = LlamaBody(model, packed=False, max_length=MAX_LENGTH) if fast else None
     short = choose_attention("triton", device, pytest.fail) if kernels else None
     store = KVStore(1 + NUM_SEQUENCES * MAX_LENGTH, page_size)
     return TorchRunner("tiny", model, VOCAB_SIZE, MAX_LENGTH, store, body, short_attention=short)
@@ -97,7 +97,7 @@ def test_graphs_in_sixteen_bits_equal_eager():
     model = make_model("llama").to(CUDA, torch.bfloat16)
     short = choose_attention("triton", CUDA, pytest.fail)
     store = KVStore(40, 4)
-    body = LlamaBody(model, packed=False)
+    body = LlamaBody(model, packed=False, max_length=MAX_LENGTH)
     runner = TorchRunner("tiny", model, VOCAB_SIZE, MAX_LENGTH, store, body, short_attention=short)
     graphs = captured(runner)
     for count in (1, 2, 3):

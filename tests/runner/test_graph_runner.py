@@ -73,7 +73,7 @@ def test_all_rows_are_those_that_are_named(kernels):
     short = choose_attention("auto", torch.device("cpu"), pytest.fail, cpu_kernels=kernels)
     store = KVStore(5, 4)
     runner = TorchRunner("tiny", model, VOCAB_SIZE, 16, store, body, short_attention=short)
-    buffers = StaticBuffers(Shape(2, 2), 4, 4, torch.device("cpu"))
+    buffers = StaticBuffers(Shape(2, 2), 16, 4, torch.device("cpu"))
     buffers.fill(Batch((Span([1], 0, [5, 6], 2), Span([2], 0, [7, 8], 2))))
     plan = buffers.plan()
     assert plan.keep is None
@@ -128,7 +128,7 @@ def test_a_span_of_nan_leaves_the_others_alone():
 
 
 def test_buffers_hold_the_batch_and_padding():
-    buffers = StaticBuffers(Shape(4, 3), 4, 4, torch.device("cpu"))
+    buffers = StaticBuffers(Shape(4, 3), 16, 4, torch.device("cpu"))
     buffers.fill(Batch((Span([9, 8, 7, 6], 11, [1, 2, 3], 3),) * 4))
     keep = buffers.fill(Batch((Span([2, 5], 4, [7], 1), Span([3], 0, [4, 6], 1))))
     plan = buffers.plan()
@@ -145,7 +145,7 @@ def test_buffers_hold_the_batch_and_padding():
 
 def test_plan_sees_later_batches():
     """What a captured graph relies on: the tensors of a plan stay where they are."""
-    buffers = StaticBuffers(Shape(1, 2), 2, 4, torch.device("cpu"))
+    buffers = StaticBuffers(Shape(1, 2), 8, 4, torch.device("cpu"))
     plan = buffers.plan()
     buffers.fill(Batch((Span([3], 1, [5, 6], 2),)))
     assert plan.token_ids.tolist() == [[5, 6]]

@@ -202,6 +202,22 @@ def test_pinned_rope_is_used():
     assert_close(runners[1].forward(batch), runners[0].forward(batch))
 
 
+@pytest.mark.parametrize(("family", "settings"), SHAPES)
+@torch.inference_mode()
+def test_kept_angles_are_those_that_are_computed(family, settings):
+    """To the last bit, as far as they are kept and beyond."""
+    kept, anew = (
+        make_runner(model, LlamaBody(model, packed=False, max_length=max_length))
+        for max_length in (20, 0)
+        for model in [randomised(family, **settings).bfloat16()]
+    )
+    rng = random.Random(0)
+    tables = make_tables(rng, 4, in_order=False)
+    for num_past, count in ((0, 9), (9, 1), (10, 10), (20, 1), (21, 3)):
+        batch = Batch((Span(tables[0], num_past, rng.sample(range(90), count), count),))
+        assert torch.equal(kept.forward(batch), anew.forward(batch))
+
+
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(FAST)))
 def test_other_families_are_left_to_transformers(family):
     assert not is_llama_shaped(make_model(family))
