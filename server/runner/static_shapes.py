@@ -31,6 +31,8 @@ from server.runner.plan import (
 )
 
 _QUERY_LENGTHS = (1, 2, 3, 5, 9, MAX_GROUPED_TOKENS)
+# Between those, for batches whose padding to the next of those is not free.
+_FINER_LENGTHS = (4, 6, 7)
 # A forward of fewer rows takes a GPU as long as reading the weights does.
 _FREE_ROWS = 128
 # Of larger ones, no more than this multiple of the tokens fed.
@@ -56,13 +58,18 @@ class Shapes:
     """The sizes a step is padded to.
 
     Attributes:
-        batches, lengths: ascending.
+        batches: ascending.
+        lengths: of each of the batches, ascending; all end with the same.
         max_step_tokens: the most tokens a step has.
     """
 
     batches: tuple[int, ...]
-    lengths: tuple[int, ...]
+    lengths: tuple[tuple[int, ...], ...]
     max_step_tokens: int
+
+    @property
+    def longest(self) -> int:
+        return self.lengths[-1][-1]
 
     @staticmethod
     def of(max_sequences: int, longest: int, max_step_tokens: int, usual: int) -> Shapes:
@@ -76,19 +83,19 @@ class Shapes:
             batches |= {size, size * 3 // 2}
             size *= 2
         longest = min(longest, MAX_GROUPED_TOKENS)
-        lengths = {length for length in (*_QUERY_LENGTHS, usual) if length < longest} | {longest}
-        fitting = sorted(batch for batch in batches if batch <= max_sequences)
-        return Shapes(tuple(fitting), tuple(sorted(lengths)), max_step_tokens)
+        coarse = {length for length in (*_QUERY_LENGTHS, usual) if length < longest} | {longest}
+        fitting = tuple(sorted(batch for batch in batches if batch <= max_sequences))
+        lengths = tuple(_lengths(batch, sorted(coarse)) for batch in fitting)
+        return Shapes(fitting, lengths, max_step_tokens)
 
     def find(self, batch: Batch) -> Shape | None:
         """The smallest shape that holds `batch`; None where no shape does, or padding costs."""
         longest = max(len(span.token_ids) for span in batch.spans)
-        if len(batch.spans) > self.batches[-1] or longest > self.lengths[-1]:
+        if len(batch.spans) > self.batches[-1] or longest > self.longest:
             return None
-        shape = Shape(
-            self.batches[bisect_left(self.batches, len(batch.spans))],
-            self.lengths[bisect_left(self.lengths, longest)],
-        )
+        place = bisect_left(self.batches, len(batch.spans))
+        lengths = self.lengths[place]
+        shape = Shape(self.batches[place], lengths[bisect_left(lengths, longest)])
         if shape.num_rows > max(_FREE_ROWS, _MOST_PADDING * batch.num_tokens):
             return None
         return shape
@@ -98,12 +105,22 @@ class Shapes:
         found = []
         for i, batch in enumerate(self.batches):
             least_spans = self.batches[i - 1] + 1 if i else 1
-            for j, length in enumerate(self.lengths):
-                least_tokens = self.lengths[j - 1] + 1 if j else 1
+            for j, length in enumerate(self.lengths[i]):
+                least_tokens = self.lengths[i][j - 1] + 1 if j else 1
                 # One span of the longest kind is enough to need the shape.
                 if least_spans - 1 + least_tokens <= self.max_step_tokens:
                     found.append(Shape(batch, length))
         return sorted(found, key=lambda shape: (shape.num_rows, shape.batch), reverse=True)
+
+
+def _lengths(batch: int, coarse: list[int]) -> tuple[int, ...]:
+    """Of shapes of `batch` spans: `coarse`, ascending, and such as are worth a graph."""
+    finer = [
+        length
+        for length in _FINER_LENGTHS
+        if length < coarse[-1] and batch * coarse[bisect_left(coarse, length)] > _FREE_ROWS
+    ]
+    return tuple(sorted({*coarse, *finer}))
 
 
 @dataclass(slots=True)

@@ -160,7 +160,8 @@ def spans_of(*lengths):
 def test_shapes_are_the_smallest_that_fit():
     shapes = Shapes.of(64, 10, 512, 7)
     assert shapes.batches == (1, 2, 4, 8, 16, 24, 32, 48, 64)
-    assert shapes.lengths == (1, 2, 3, 5, 7, 9, 10)
+    assert shapes.lengths[0] == (1, 2, 3, 5, 7, 9, 10)
+    assert shapes.longest == 10
     assert shapes.find(spans_of(1)) == Shape(1, 1)
     assert shapes.find(spans_of(4, 1, 6)) == Shape(4, 7)
     assert shapes.find(spans_of(*[5] * 33)) == Shape(48, 5)
@@ -169,6 +170,19 @@ def test_shapes_are_the_smallest_that_fit():
     # Sixty-four rows of ten for 73 tokens would cost more than they spare.
     assert shapes.find(spans_of(10, *[1] * 63)) is None
     assert shapes.find(spans_of(3, *[1] * 15)) == Shape(16, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "finer"), [(8, set()), (16, {6, 7}), (24, {6, 7}), (32, {4, 6, 7}), (64, {4, 6, 7})]
+)
+def test_lengths_are_finer_where_padding_costs(batch, finer):
+    """A forward of up to 128 rows takes as long as reading the weights."""
+    shapes = Shapes.of(64, 10, 2048, 5)
+    assert set(shapes.lengths[shapes.batches.index(batch)]) == {1, 2, 3, 5, 9, 10} | finer
+    for length in range(1, 11):
+        found = shapes.find(spans_of(*[length] * batch))
+        assert found in shapes.all()
+        assert found.num_rows <= max(128, batch * length * 4 // 3)
 
 
 def test_shapes_cover_every_step_that_fits_them():
