@@ -134,6 +134,7 @@ class GraphRunner:
             # A capture that fails leaves its own stream behind as the current one.
             with torch.cuda.stream(torch.cuda.current_stream(self.device)):
                 self._capture_all(shapes)
+                self._compile_kernels()
             found = self._difference()
         except Exception as error:  # not capturable, out of memory, a kernel too large
             self._give_up(report, str(error).split("\n")[0])
@@ -186,6 +187,24 @@ class GraphRunner:
                 self._compute(slot)
             slot.graph = graph
         torch.cuda.synchronize(self.device)
+
+    def _compile_kernels(self) -> None:
+        """Those that no graph has, once the model has run: requests would wait for them.
+
+        Of texts too short for what graphs do; and of spans longer than any shape, as ends of
+        prompts are.
+        """
+        longest = self._runner.longest_attended()
+        beyond = {longest} if longest > self._shapes.longest else set()
+        for num_tokens in sorted({*self._shapes.lengths[0], *beyond}):
+            self._run_alone(num_tokens, num_tokens)
+        for num_tokens in beyond:
+            self._run_alone(num_tokens, max(num_tokens, self.max_length))
+
+    def _run_alone(self, num_tokens: int, length: int) -> None:
+        """The last tokens of a text of `length`, all of it in page 0."""
+        pages = [0] * -(-length // self.page_size)
+        self._runner.forward(Batch((Span(pages, length - num_tokens, [0] * num_tokens, 0),)))
 
     def _slot(self, shape: Shape) -> _Slot:
         if shape not in self._slots:

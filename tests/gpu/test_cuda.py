@@ -1,6 +1,6 @@
 """Captured graphs, kernels, and the engine on top of both, on a GPU or on a pretended one.
 
-    python -m pytest -m gpu
+    python -m pytest -m gpu tests/gpu
 
 `tests/runner/test_triton_attention.py` compares the kernels themselves.
 """
@@ -91,6 +91,39 @@ def test_kernels_and_graphs_equal_the_cpu(family, fast, page_size):
             limit = 1e-4 * float(plain.abs().max()) if len(plain) else 0.0
             torch.testing.assert_close(ours, plain, rtol=0, atol=limit, msg=name)
     assert num_replayed > num_rounds // 6
+
+
+def test_nothing_is_compiled_once_graphs_are_captured(monkeypatch):
+    """Every number of tokens that the kernels attend, of few sequences and many, short and long."""
+    from server.runner import triton_attention
+
+    launched = set()
+
+    class Noted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **constants):
+                launched.add((self.kernel, *sorted(constants.items())))
+                self.kernel[grid](*args, **constants)
+
+            return launch
+
+    for name in ("_attend_split", "_combine_splits"):
+        monkeypatch.setattr(triton_attention, name, Noted(getattr(triton_attention, name)))
+    monkeypatch.setattr(triton_attention, "_LEAST_KEYS", MAX_LENGTH // 4)
+    runner = make_runner("llama", kernels=True, fast=True)
+    captured(runner)
+    compiled = set(launched)
+    assert {("IS_SPLIT", True), ("IS_SPLIT", False)} <= {part for each in compiled for part in each}
+    for num_tokens in range(1, runner.longest_attended() + 1):
+        for length in (num_tokens, MAX_LENGTH):
+            for count in (1, NUM_SEQUENCES):
+                pages = range(1, 1 + MAX_LENGTH)
+                span = Span(pages, length - num_tokens, [5] * num_tokens, 0)
+                runner.forward(Batch((span,) * count))
+    assert launched == compiled
 
 
 def test_graphs_in_sixteen_bits_equal_eager():

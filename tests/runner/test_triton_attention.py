@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from server.cache.kv_store import KVStore
 from server.runner.style import Style
 from tests.support import attention_cases
 from tests.support.attention_cases import DEVICE, PLAIN, make_case, spoil_others
@@ -65,7 +64,7 @@ def test_every_query_length(num_tokens):
     assert_same(make_case(num_tokens, lengths, 16, 4, 2, 64, torch.float32))
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8, 16])
+@pytest.mark.parametrize("splits", [1, 2, 3, 8, 13, 16])
 def test_splits(splits, monkeypatch):
     """More splits than tiles leave some of them empty."""
     monkeypatch.setattr(kernels, "num_splits", lambda *_: splits)
@@ -132,9 +131,8 @@ def test_rows_too_large_for_shared_memory_are_left_to_the_portable_path():
 
 
 def test_few_sequences_are_split_and_many_are_not():
-    store = KVStore(2, 16)
-    queries = torch.zeros(1, 8, 128, dtype=torch.bfloat16)
-    splits = [kernels.num_splits(batch * 8, 512, store, queries) for batch in (1, 8, 32, 64)]
-    assert splits == [16, 4, 1, 1]
-    assert kernels.num_splits(8, 32, store, queries) == 4
-    assert kernels.num_splits(8, 1, store, queries) == 1
+    cpu = torch.device("cpu")
+    splits = [kernels.num_splits(batch * 8, 8192, cpu) for batch in (1, 4, 8, 11, 16, 32, 64)]
+    assert splits == [16, 8, 4, 3, 2, 1, 1]
+    assert kernels.num_splits(8, 512, cpu) == 4
+    assert kernels.num_splits(8, 16, cpu) == 1

@@ -101,9 +101,9 @@ def main() -> None:
     triton_attention._attend_split = Recorder(triton_attention._attend_split, 90)
     triton_attention._combine_splits = Recorder(triton_attention._combine_splits, 90)
     launch(1, 1, 2048, Style(None, 0, None, None))
-    launch(16, 40, 256, Style(0.1, 64, 5.0, torch.zeros(8, dtype=torch.bfloat16)))
+    launch(16, 140, 256, Style(0.1, 64, 5.0, torch.zeros(8, dtype=torch.bfloat16)))
     # As many bytes of queries as are supported.
-    launch(16, 40, 256, Style(None, 0, None, None), 128, torch.float32)
+    launch(16, 140, 256, Style(None, 0, None, None), 128, torch.float32)
 
 
 if __name__ == "__main__":
