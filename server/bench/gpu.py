@@ -3,11 +3,11 @@
     python -m server.bench.gpu --out results/gpu.json
 
 In this order, so that what matters most is done if time runs out: the Triton kernels are compared
-with the portable attention, and nothing else happens if they differ; the time of attention;
-forwards of Llama-3.1-8B and Llama-3.2-1B in their published shapes with random weights, by
-transformers, by the forward written out, as CUDA graphs, and as those of compiled layers, against
-what reading the weights takes; their cycles without and with the engine; then the default pair's
-real texts, where its weights are there.
+with the portable attention, and nothing else happens if they differ; forwards of Llama-3.2-1B and
+Llama-3.1-8B in their published shapes with random weights, by transformers, by the forward written
+out and as CUDA graphs, against what reading the weights takes; their cycles without and with the
+engine; the default pair's real texts, where its weights are there; the time of attention; and the
+forwards as graphs of compiled layers.
 
 Random weights say how long a step takes, nothing about how often a proposal is accepted. Figures
 are written after every part. `--tiny` runs the same on small shapes, on any machine.
@@ -22,13 +22,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from server.bench.gpu_engine import time_engine_cycles, time_pair
-from server.bench.gpu_forward import Limits, time_cycles, time_forwards
+from server.bench.gpu_forward import Limits, time_compiled, time_cycles, time_forwards
 from server.bench.gpu_kernels import check_kernels, time_kernels
 from server.bench.gpu_models import Load, Member
 from server.bench.gpu_report import print_results
@@ -37,6 +38,7 @@ from server.bench.machine import describe_machine, describe_versions, git_hash
 from server.runner.attention import ShortAttention
 from server.runner.attention_choice import choose_attention
 from server.runner.base import ModelRunner
+from server.runner.torch_runner import TorchRunner
 
 # Prompt and text of the configured pair.
 PAIR_MAX_LENGTH = 1024
@@ -142,6 +144,92 @@ class Session:
         print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
 
 
+class RandomPair:
+    """Two models of random weights, in parts of a session."""
+
+    def __init__(
+        self,
+        session: Session,
+        device: torch.device,
+        dtype: torch.dtype,
+        scale: Scale,
+        kernels: ShortAttention | None,
+        limits: Limits,
+    ) -> None:
+        self._session = session
+        self._device = device
+        self._dtype = dtype
+        self._scale = scale
+        self._kernels = kernels
+        self._limits = limits
+        self._load = Load(max(scale.batches), scale.context, 64, scale.gamma + 1)
+        self._captures = device.type == "cuda" and kernels is not None
+        self._members: list[Member] = []
+        self._eager: list[TorchRunner] = []
+        self._graphs: list[ModelRunner] = []
+
+    def measure(self) -> None:
+        """Forwards of each model, and cycles of both."""
+        scale, session = self._scale, self._session
+        for name in scale.members:
+            session.part(f"forward {name}", partial(self._forwards, name))
+        if len(self._graphs) < len(scale.members):
+            session.results["left_out"].append("cycles: they need the forwards of both models")
+            return
+        pair = (self._graphs[0], self._graphs[1])
+        session.part(
+            "cycle", lambda: time_cycles(pair, self._floor, self._load, scale.batches, scale.gamma)
+        )
+        session.part(
+            "engine cycle",
+            lambda: time_engine_cycles(
+                pair, scale.batches, scale.context, scale.gamma, scale.engine_tokens
+            ),
+        )
+
+    def measure_compiled(self) -> None:
+        """Add to the forwards what they take with compiled layers, which takes long to compile."""
+        for member, runner in zip(self._members, self._eager, strict=True):
+            rows = self._session.results[f"forward {member.name}"]
+            self._session.part(
+                f"compiled {member.name}",
+                partial(
+                    time_compiled,
+                    rows,
+                    member,
+                    runner,
+                    self._load,
+                    self._captures,
+                    self._session.log,
+                ),
+            )
+
+    def _forwards(self, name: str) -> list[dict[str, Any]]:
+        scale = self._scale
+        member = Member(name, self._device, self._dtype, self._load, self._kernels)
+        lengths = (1, 2, scale.gamma + 1)
+        rows, eager, graphs = time_forwards(
+            member,
+            self._load,
+            scale.batches,
+            lengths,
+            self._limits,
+            self._captures,
+            self._session.log,
+        )
+        self._members.append(member)
+        self._eager.append(eager)
+        self._graphs.append(graphs)
+        return rows
+
+    def _floor(self, batch: int) -> float:
+        """Of a cycle."""
+        proposer, expert = self._members
+        gamma, context = self._scale.gamma, self._scale.context
+        steps = [(proposer, 2), *[(proposer, 1)] * (gamma - 1), (expert, gamma + 1)]
+        return sum(self._limits.floor_seconds(m, batch, n, context) for m, n in steps)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run, write and print; exits with 1 where the kernels are wrong or a part is missing."""
     options = _parse(argv)
@@ -156,16 +244,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     with torch.inference_mode():
         limits = _measure_limits(session, device, dtype, scale)
+        random_pair = RandomPair(session, device, dtype, scale, kernels, limits)
+        random_pair.measure()
+    if not options.config.is_file() or not options.models.is_dir():
+        session.results["left_out"].append(f"pair: {options.config} and {options.models} needed")
+    else:
+        _measure_pair(session, options.config, scale, options.device, options.attention)
+    with torch.inference_mode():
         if kernels is not None:
             shapes, bandwidth = list(scale.attention_shapes), limits.bandwidth
             session.part(
                 "attention", lambda: time_kernels(kernels, device, dtype, shapes, bandwidth)
             )
-        _measure_random_pair(session, device, dtype, scale, kernels, limits)
-    if not options.config.is_file() or not options.models.is_dir():
-        session.results["left_out"].append(f"pair: {options.config} and {options.models} needed")
-    else:
-        _measure_pair(session, options.config, scale, options.device, options.attention)
+        random_pair.measure_compiled()
     session.write()
     print_results(session.results)
     if options.plot is not None:
@@ -240,56 +331,6 @@ def _measure_limits(
         "operations_per_second": limits.operations,
     }
     return limits
-
-
-def _measure_random_pair(
-    session: Session,
-    device: torch.device,
-    dtype: torch.dtype,
-    scale: Scale,
-    kernels: ShortAttention | None,
-    limits: Limits,
-) -> None:
-    load = Load(max(scale.batches), scale.context, 64, scale.gamma + 1)
-    capture = device.type == "cuda" and kernels is not None
-    lengths = (1, 2, scale.gamma + 1)
-    members: list[Member] = []
-    runners: list[ModelRunner] = []
-
-    def forwards(name: str) -> list[dict[str, Any]]:
-        member = Member(name, device, dtype, load, kernels)
-        rows, runner = time_forwards(
-            member,
-            load,
-            scale.batches,
-            lengths,
-            limits,
-            capture,
-            session.may_go_on,
-            session.log,
-        )
-        members.append(member)
-        runners.append(runner)
-        return rows
-
-    def floor(batch: int) -> float:
-        proposer, expert = members
-        steps = [(proposer, 2), *[(proposer, 1)] * (scale.gamma - 1), (expert, scale.gamma + 1)]
-        return sum(limits.floor_seconds(m, batch, n, scale.context) for m, n in steps)
-
-    for name in scale.members:
-        session.part(f"forward {name}", lambda name=name: forwards(name))  # type: ignore[misc]
-    if len(runners) < len(scale.members):
-        session.results["left_out"].append("cycles: they need the forwards of both models")
-        return
-    pair = (runners[0], runners[1])
-    session.part("cycle", lambda: time_cycles(pair, floor, load, scale.batches, scale.gamma))
-    session.part(
-        "engine cycle",
-        lambda: time_engine_cycles(
-            pair, scale.batches, scale.context, scale.gamma, scale.engine_tokens
-        ),
-    )
 
 
 def _measure_pair(

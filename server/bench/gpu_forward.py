@@ -42,12 +42,9 @@ def time_forwards(
     lengths: Sequence[int],
     limits: Limits,
     capture: bool,
-    may_go_on: Callable[[], bool],
     report: Callable[[str], None],
-) -> tuple[list[dict[str, Any]], ModelRunner]:
-    """Seconds of a forward in each way, and the runner of the graphs that are not compiled.
-
-    What the compiled layers take is missing where they cannot be compiled or run.
+) -> tuple[list[dict[str, Any]], TorchRunner, ModelRunner]:
+    """Seconds of a forward in each way but the last, the runner written out, and of its graphs.
 
     Args:
         member: whose weights are taken over.
@@ -56,7 +53,6 @@ def time_forwards(
         lengths: tokens each sequence feeds.
         limits: of the device.
         capture: CUDA graphs; False: padded shapes alone.
-        may_go_on: there is time for compiled layers.
         report: takes one line for each phase.
     """
     plain = member.plain()
@@ -69,29 +65,39 @@ def time_forwards(
     graphs = member.graphs(fast, capture)
     graphs.warm_up(report)
     _time(rows, WAYS[2], graphs, load, report)
-    if may_go_on():
-        try:
-            _time_compiled(rows, member, fast, load, capture, report)
-        except Exception as error:  # compilers fail in many ways, and the rest is worth keeping
-            report(f"{member.name}: compiled layers fail: {error}")
-            for row in rows:
-                row["seconds"].pop(WAYS[3], None)
-    return rows, graphs
+    return rows, fast, graphs
 
 
-def _time_compiled(
+def time_compiled(
     rows: list[dict[str, Any]],
     member: Member,
     fast: TorchRunner,
     load: Load,
     capture: bool,
     report: Callable[[str], None],
-) -> None:
-    with member.compiled(report) as is_compiled:
-        if is_compiled:
-            compiled = member.graphs(fast, capture)
-            compiled.warm_up(report)
-            _time(rows, WAYS[3], compiled, load, report)
+) -> bool:
+    """Add the last way to `rows` of `time_forwards`; False where layers cannot be compiled or run.
+
+    Args:
+        rows: of `member`.
+        member: whose layers are compiled for as long as this takes.
+        fast: its forward written out.
+        load: see `time_forwards`.
+        capture: see there.
+        report: see there.
+    """
+    try:
+        with member.compiled(report) as is_compiled:
+            if is_compiled:
+                compiled = member.graphs(fast, capture)
+                compiled.warm_up(report)
+                _time(rows, WAYS[3], compiled, load, report)
+            return is_compiled
+    except Exception as error:  # compilers fail in many ways, and the rest is worth keeping
+        report(f"{member.name}: compiled layers fail: {error}")
+        for row in rows:
+            row["seconds"].pop(WAYS[3], None)
+        return False
 
 
 def time_cycles(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from server.bench.gpu_timing import median_seconds
+from server.bench.gpu_timing import median_launch_seconds
 from server.cache.kv_store import KVStore
 from server.runner.attention import ShortAttention, attend_group
 from server.runner.base import Batch, Span
@@ -89,7 +89,7 @@ def time_kernels(
     for batch, length, num_tokens in shapes:
         group, queries, store = _case(num_tokens, [length] * batch, (32, 8), 128, dtype, device)
         ours, plain = (
-            median_seconds(partial(attend, group, queries, store, 0, _PLAIN), device)
+            median_launch_seconds(partial(attend, group, queries, store, 0, _PLAIN), device)
             for attend in (kernels.attend_group, attend_group)
         )
         size = 2 * batch * length * 8 * 128 * queries.element_size()

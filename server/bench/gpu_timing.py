@@ -9,6 +9,10 @@ from statistics import median
 import torch
 
 _WARM_UPS = 3
+# Of what takes a GPU less time than the host takes to launch it.
+_LAUNCHES = 20
+# Clock cycles that a GPU is kept waiting meanwhile, some ten milliseconds.
+_HEAD_START = 20_000_000
 
 
 def synchronize(device: torch.device) -> None:
@@ -28,6 +32,34 @@ def median_seconds(work: Callable[[], object], device: torch.device, rounds: int
         work()
         synchronize(device)
         times.append(time.perf_counter() - started)
+    return median(times)
+
+
+def median_launch_seconds(
+    work: Callable[[], object], device: torch.device, rounds: int = 15
+) -> float:
+    """Time on the device of one `work` of several, all of which are enqueued when it begins.
+
+    What they read may come from its cache: all of them read the same.
+    """
+    if device.type != "cuda":
+        return median_seconds(work, device, rounds)
+    for _ in range(_WARM_UPS):
+        work()
+    start, end = (
+        torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        for _ in range(2)
+    )
+    times: list[float] = []
+    for _ in range(rounds):
+        synchronize(device)
+        torch.cuda._sleep(_HEAD_START)  # type: ignore[no-untyped-call]
+        start.record()
+        for _ in range(_LAUNCHES):
+            work()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / _LAUNCHES)
     return median(times)
 
 

@@ -36,6 +36,11 @@ def test_every_part_is_measured(arguments, monkeypatch, capsys):
     gpu.main([*options, "--models", str(directory), *plot])
     results = json.loads((directory / "out.json").read_text())
     assert results["left_out"] == []
+    forwards, compiled_layers = (
+        [f"{part} {name}" for name in gpu.TINY.members] for part in ("forward", "compiled")
+    )
+    measured = ["cycle", "engine cycle", "pair"]
+    assert [*results["part_seconds"]] == [*forwards, *measured, *compiled_layers]
     for name in gpu.TINY.members:
         rows = results[f"forward {name}"]
         assert len(rows) == 6

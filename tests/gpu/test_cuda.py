@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 
+from server.bench.gpu_timing import median_launch_seconds
 from server.cache.kv_store import KVStore
 from server.cache.score_store import ScoreStore
 from server.core.combination import Combination
@@ -244,6 +245,13 @@ def test_a_cycle_waits_once(load, asked):
         num_ahead += engine.is_ahead
         assert num_waits <= (not engine.is_ahead)
     assert num_ahead > NUM_TOKENS // 2
+
+
+def test_launches_are_timed_on_the_device(gpus, monkeypatch):
+    if gpus is not None:
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    numbers = torch.ones(4, device=CUDA)
+    assert 0 < median_launch_seconds(lambda: numbers.add_(1), CUDA) < 1e-2
 
 
 @needs_gpu
