@@ -138,7 +138,7 @@ def test_graphs_in_sixteen_bits_equal_eager():
         batch = Batch(tuple(Span([1 + i, 11 + i], 0, [5, 6 + i, 7], 3) for i in range(count)))
         eager = runner.forward(batch).float()
         replayed = graphs.forward(batch).float()
-        torch.testing.assert_close(replayed, eager, rtol=0, atol=2e-2 * float(eager.abs().max()))
+        torch.testing.assert_close(replayed, eager, rtol=0, atol=5e-2 * float(eager.abs().max()))
 
 
 def texts(loaded, strategy, temperature):
