@@ -90,6 +90,21 @@ def test_the_youngest_may_preempt_itself_while_others_want_another_model() -> No
         assert sum(s.stats.num_preemptions for s in sequences) > 0
 
 
+def test_the_youngest_make_room_and_come_back_first() -> None:
+    """So whoever runs came before all that wait, those that were preempted among them."""
+    engine = make_engine(make_lms(2), num_pages=24, max_step_tokens=11)
+    sequences = make_sequences("cos", 16)
+    came = {sequence: place for place, sequence in enumerate(sequences)}
+    for sequence in sequences:
+        engine.add(sequence)
+    while engine.has_work:
+        engine.step()
+        running, waiting = engine.scheduler.running, engine.scheduler.waiting
+        order = [came[sequence] for sequence in (*running, *waiting)]
+        assert order == sorted(order)
+    assert sum(sequence.stats.num_preemptions for sequence in sequences) > 0
+
+
 def test_who_was_preempted_goes_on_with_the_same_coins() -> None:
     """To take others where values are known would be a choice by them."""
     decoding = make_decoding("mixture", WEIGHTED, gamma=4, kappa=1, shared_coins=True)
