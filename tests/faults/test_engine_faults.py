@@ -24,6 +24,7 @@ from server.engine.decider import Decider
 from server.engine.detokenizer import TextStream
 from server.engine.drafted_ids import DraftedIds
 from server.engine.engine import Engine, EngineLimits
+from server.engine.scheduler import StepPlan
 from server.runner.base import Batch
 from tests.support.engines import generated, make_decoding, run
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
@@ -212,6 +213,16 @@ def test_forwards_that_do_not_fit_are_made_smaller(strategy: str, error: Excepti
     assert not any(sequence.stats.num_preemptions for sequence in sequences)
 
 
+def test_steps_stay_as_large_as_what_is_never_split() -> None:
+    """However often prompts did not fit: a whole proposal is scored at once."""
+    engine, _ = make_engine(max_step_tokens=64, max_gamma=3)
+    (sequence, *_) = make_sequences()
+    for count in (64, 24, 12, 6):
+        assert engine.scheduler.shrink(StepPlan(0, (sequence,), (count,), ()))
+    assert engine.scheduler._token_limit == 3 + 2
+    assert not engine.scheduler.shrink(StepPlan(0, (sequence,), (5,), ()))
+
+
 def test_prompts_that_do_not_fit_take_nobody_out_of_the_batch() -> None:
     """Their tokens were too many: smaller pieces follow, and who decodes goes on."""
     engine, runners = make_engine(max_step_tokens=128, max_prefill_tokens=64)
@@ -310,6 +321,20 @@ def test_steps_grow_again_after_pressure(monkeypatch: pytest.MonkeyPatch) -> Non
     assert min(widths) <= 3
     assert max(widths[len(widths) // 2 :]) == 6
     check_clean(engine)
+
+
+def test_steps_grow_after_some_that_went_well_and_not_beyond_what_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(scheduler, "_SMOOTH_STEPS", 2)
+    engine, _ = make_engine(max_step_tokens=64, max_gamma=3)
+    (sequence, *_) = make_sequences()
+    for count in (48, 24):
+        engine.scheduler.relax()
+        assert engine.scheduler.shrink(StepPlan(0, (sequence,), (count,), ()))
+    for limit in (12, 24, 24, 48, 48, 64, 64, 64):
+        engine.scheduler.relax()
+        assert engine.scheduler._token_limit == limit
 
 
 def test_pages_that_run_out_preempt_and_lose_nothing() -> None:
