@@ -154,3 +154,39 @@ def test_a_prompt_does_not_wait_for_a_model_that_only_it_needs() -> None:
             engine.step()
         num_steps.append(len(steps))
     assert num_steps[1] <= 2 * num_steps[0]
+
+
+@pytest.mark.parametrize("strategy", ["speculative", "cos"])
+def test_a_prompt_is_read_in_steps_that_decode(strategy: str) -> None:
+    """A cycle comes to every model soon: a step for prompts alone would delay it for nothing."""
+    steps: list[StepStats] = []
+    engine = make_engine(steps)
+    decoding = make_decoding(strategy, WEIGHTED, gamma=MAX_GAMMA)
+    engine.add(Sequence.start("busy", [1], SamplingParams(max_tokens=400, seed=1), decoding))
+    for _ in range(20):
+        engine.step()
+    other = make_decoding("single", Combination.only(2, 1))
+    late = Sequence.start("late", [1, 2] * 200, SamplingParams(max_tokens=1), other)
+    engine.add(late)
+    steps.clear()
+    while not late.is_finished:
+        engine.step()
+    assert len(steps) > 10
+    assert all(step.num_decoding for step in steps)
+
+
+def test_a_prompt_is_read_by_whichever_model_runs() -> None:
+    """Not by one model after the other."""
+    steps: list[StepStats] = []
+    engine = make_engine(steps)
+    busy = make_decoding("single", Combination.only(2, 1))
+    engine.add(Sequence.start("busy", [1], SamplingParams(max_tokens=400), busy))
+    for _ in range(20):
+        engine.step()
+    decoding = make_decoding("standard", WEIGHTED)
+    late = Sequence.start("late", [1, 2] * 48, SamplingParams(max_tokens=1), decoding)
+    engine.add(late)
+    steps.clear()
+    while not late.is_finished:
+        engine.step()
+    assert all(step.num_prefill_tokens for step in steps[:-1])
