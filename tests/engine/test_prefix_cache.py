@@ -10,6 +10,7 @@ import pytest
 
 from server.cache.page_pool import PagePool
 from server.cache.page_table import PageTable
+from server.cache.prefix_keys import PrefixKeys
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence, Status
@@ -134,6 +135,36 @@ def test_salts_and_refusals_find_nothing() -> None:
     assert num_cached(steps) == [12, 12]
 
 
+def test_what_is_found_after_a_preemption_is_no_part_of_what_a_request_was_spared() -> None:
+    """It finds what it has computed itself."""
+    steps: list[StepStats] = []
+    engine = new_engine("cos", steps)
+    sequence = start("s", SYSTEM)
+    engine.add(sequence)
+    while not sequence.num_generated:
+        engine.step()
+    engine.scheduler._preempt(sequence)
+    while engine.has_work:
+        engine.step()
+    assert num_cached(steps) == [12, 12]
+    assert sequence.stats.cached == [0, 0]
+
+
+def test_what_one_of_its_models_had_to_read_was_not_spared_a_request() -> None:
+    engine = new_engine()
+    decoding = make_decoding("single", EXPERT_ONLY)
+    for id, each, spared in (
+        ("first", decoding, [0, 0]),
+        ("alone", decoding, [0, 12]),
+        ("both", DECODINGS["cos"], [0, 12]),
+        ("again", DECODINGS["cos"], [12, 12]),
+    ):
+        sequence = Sequence.start(id, SYSTEM, SamplingParams(max_tokens=3, seed=5), each)
+        deltas = run(engine, [sequence])[id]
+        assert sequence.stats.cached == spared
+        assert deltas[-1].num_cached == (0 if id == "both" else max(spared))
+
+
 def test_only_verified_tokens_are_published() -> None:
     """A wrong proposal never becomes somebody's prefix: every text equals its text alone."""
     rng = random.Random(2)
@@ -144,6 +175,24 @@ def test_only_verified_tokens_are_published() -> None:
         shared = text(engine, start(f"s{number}", prompt, seed=seed))
         assert shared == text(new_engine("cos", prefix_cache=False), start("s", prompt, seed=seed))
     assert engine.scheduler.pages.num_idle()[0] > 0
+
+
+def test_nobody_finds_a_page_before_its_tokens_are_verified() -> None:
+    """Though a model has filled it with what it proposed."""
+    engine = new_engine("cos")
+    sequence = start("s", SYSTEM, max_tokens=40)
+    pages = engine.scheduler.pages
+    num_filled = 0
+    engine.add(sequence)
+    while engine.has_work:
+        engine.step()
+        for model, pool in enumerate(pages._pools):
+            other = PageTable(pool, PrefixKeys(pool.page_size))
+            found = other.adopt(sequence.token_ids, 0, len(sequence))
+            other.release()
+            assert found <= sequence.num_verified
+            num_filled += sequence.num_seen[model] // 4 > sequence.num_verified // 4
+    assert num_filled > 0
 
 
 @pytest.mark.parametrize("name", ["cos", "three", "mixture", "plain"])
