@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from server.core.combination import Combination
@@ -15,13 +16,14 @@ from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.decoding.profile import Chain
 from server.decoding.strategies import SharedCoins, Strategies
-from server.engine import distributions
+from server.engine import advance, distributions
 from server.engine.choices import make_choices
 from server.engine.controller import Controller
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
+from server.engine.predictor import Predictor
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
-from tests.support.exact import Z_LIMIT, chi_square_z, exact_law
+from tests.support.exact import Z_LIMIT, chi_square_z, exact_law, target
 from tests.support.table_lm import TableLM
 
 PROMPT = [0, 2, 1]
@@ -229,6 +231,48 @@ def test_law_under_the_real_controller(mixture: bool) -> None:
     assert chi_square_z(samples, exact_law(lms, WEIGHTED, params[0], PROMPT)) < Z_LIMIT
 
 
+def test_who_was_preempted_takes_up_no_choice_before_its_next_token() -> None:
+    """As at its first one: while it is read, others would look at coins that it joined at."""
+    lms = [TableLM(seed=11 + k) for k in range(2)]
+    engine, chooser = capricious(lms, auto(WEIGHTED, mixture=True), by_history=False)
+    params = SamplingParams(max_tokens=40, seed=1)
+    sequence = Sequence.start("s", PROMPT, params, auto(WEIGHTED, mixture=True))
+    engine.add(sequence)
+    while sequence.num_generated < 3 or sequence.num_pending:
+        engine.step()
+    engine.scheduler._preempt(sequence)
+    schedule = sequence.schedule
+    chooser._choices = tuple(each for each in chooser._choices if each != schedule)
+    engine.step()
+    assert sequence.is_resuming
+    assert sequence.schedule == schedule
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_who_proposes_nothing_is_judged_by_what_would_have_been_accepted(
+    temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(advance, "_PROBE_PERIOD", 1)
+    monkeypatch.setattr(advance, "_PROBE_STEPS", 1)
+    judged: list[tuple[int, list[int], float]] = []
+
+    class Plain(Whimsical):
+        def add(self, sequence: Sequence, model: int, accepted: float) -> None:
+            judged.append((model, list(sequence.token_ids), accepted))
+
+    lms = [TableLM(seed=11 + k) for k in range(2)]
+    engine = make_engine(lms)
+    engine._strategies.chooser = Plain((make_decoding("standard", CONTRASTIVE),), False)
+    params = SamplingParams(max_tokens=30, seed=3, temperature=temperature)
+    decode(engine, PROMPT, [params], auto(CONTRASTIVE))
+    assert {model for model, _, _ in judged} == {0, 1}
+    for model, (*before, _), accepted in judged:
+        made = before[len(PROMPT) :]
+        wanted = target(lms, CONTRASTIVE, params, PROMPT, made)
+        own = target(lms, Combination.only(2, model), params, PROMPT, made)
+        assert accepted == pytest.approx(np.minimum(own, wanted).sum(), abs=1e-5)
+
+
 def test_of_many_combinations_few_choose_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """What one choice takes is taken between two tokens of everybody."""
     decided: list[list[Combination]] = []
@@ -316,6 +360,53 @@ def test_what_is_chosen_is_of_the_combination_that_was_asked_for() -> None:
             sequence = Sequence.start("s", [1], SamplingParams(), decoding)
             assert subject.choose(sequence).combination == decoding.combination
             del sequence, decoding
+
+
+def test_greedy_seeded_and_other_texts_are_learnt_apart() -> None:
+    """What is proposed is accepted by another rule for each."""
+    subject = controller(make_costs((0.01, 0, 0), (0.1, 0, 0)))
+    kinds = {
+        0.9: SamplingParams(temperature=0.0),
+        0.1: SamplingParams(is_seeded=True),
+        0.5: SamplingParams(),
+    }
+    sequences = {
+        rate: Sequence.start("s", [1], params, auto(CONTRASTIVE)) for rate, params in kinds.items()
+    }
+    for _ in range(400):
+        for rate, sequence in sequences.items():
+            subject.add(sequence, 0, rate)
+    for rate, sequence in sequences.items():
+        assert subject._mean_rates([sequence])[0] == pytest.approx(rate, abs=0.02)
+    assert len({id(subject._group(sequence)) for sequence in sequences.values()}) == 3
+
+
+def test_acceptance_is_that_of_all_texts_at_hand() -> None:
+    subject = controller(make_costs((0.01, 0, 0), (0.1, 0, 0)))
+    good, bad = (Sequence.start(id, [1], SamplingParams(), auto(CONTRASTIVE)) for id in "gb")
+    good.stats.accepted[0] = good.stats.verified[0] = bad.stats.verified[0] = 200
+    (high, _), (low, _) = subject._mean_rates([good]), subject._mean_rates([bad])
+    assert high > 0.9
+    assert low < 0.1
+    assert subject._mean_rates([good, bad])[0] == pytest.approx((high + low) / 2)
+
+
+def test_of_half_batches_each_is_a_batch() -> None:
+    costs = make_costs((0.01, 0, 0), (0.1, 0, 0))
+    subject = Controller(costs, Strategies(SharedCoins(0)), 8, (0, 1), half_batches=True)
+    sequence = Sequence.start("s", [1], SamplingParams(), auto(CONTRASTIVE))
+    sequence.schedule = subject.choose(sequence)
+    for _ in range(16):
+        subject.observe(StepStats(0, 15, 15, 15), [sequence], 15)
+    assert subject._batch == 8
+
+
+def test_a_model_of_a_mixture_runs_as_often_as_its_coin_says() -> None:
+    """However many tokens it then has to catch up with."""
+    predictor = Predictor(make_costs((1.0, 0, 0), (2.0, 0, 0)), Strategies(SharedCoins(0)))
+    decoding = make_decoding("mixture", Combination.weighted([0.05, 0.95]), shared_coins=True)
+    seconds = predictor.token_seconds(decoding, (0.8, 0.8), 1)
+    assert seconds == pytest.approx(0.05 * 1.0 + 0.95 * 2.0)
 
 
 def test_it_speculates_where_that_pays_and_not_where_it_does_not() -> None:
