@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from torch import Tensor
@@ -137,6 +139,18 @@ def test_the_first_token_of_a_text_is_not_decoding() -> None:
     decoding = make_decoding("cos", BOTH)
     deliveries = [Delivery(decoding, 3, has_first=True), Delivery(decoding, 1, has_first=False)]
     assert costs.estimate(deliveries, 1) == pytest.approx(3 * 3.5)
+
+
+def test_all_that_a_step_decides_has_its_price() -> None:
+    costs = CostTable(Timings((1, 4), ((0.1, 0.1),), (0.0, 0.0), (0.01, 0.04)))
+
+    def price(**decided: Any) -> float:
+        return costs.price(StepStats(0, 4, 4, 4, **decided))
+
+    assert price() == pytest.approx(0.1)
+    assert price(num_drawn=4) == pytest.approx(0.1 + 0.04)
+    assert price(tails=[3, 1]) == pytest.approx(0.1 + 0.04 * 1.5)
+    assert price(num_proposed=4) == pytest.approx(0.1 + 0.04 * 0.7)
 
 
 def test_prompts_beside_decoding_do_not_make_it_look_faster() -> None:

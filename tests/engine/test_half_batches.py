@@ -378,6 +378,15 @@ def test_what_half_batches_gain(costs: CostTable, strategy: str, gain: float) ->
     assert whole <= predictor.halved_seconds(decoding, (0.8, 0.8), 16, (0, 0)) * (1 + 1e-9)
 
 
+def test_no_half_is_done_before_all_has_been_done_for_it() -> None:
+    """Three devices for two halves: none of them is always busy."""
+    predictor = Predictor(make_costs(*[(0.0, 0.0, 1.0)] * 3), Strategies(SharedCoins(0)))
+    decoding = make_decoding("standard", Combination.weighted([0.3, 0.3, 0.4]))
+    rates = (0.8,) * 3
+    halved = predictor.halved_seconds(decoding, rates, 16, (0, 1, 2))
+    assert predictor.token_seconds(decoding, rates, 16) / halved == pytest.approx(2)
+
+
 @pytest.mark.parametrize("costs", [BY_ROWS, BY_FORWARDS])
 def test_they_are_on_where_they_pay(costs: CostTable) -> None:
     predictor = Predictor(costs, Strategies(SharedCoins(0)))
