@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,6 +158,37 @@ def spans_of(*lengths):
     return Batch(tuple(Span([1], 0, [0] * length, 1) for length in lengths))
 
 
+def test_the_host_waits_before_it_writes_over_what_is_still_to_be_read(monkeypatch):
+    waited: list[object] = []
+
+    class Event:
+        def query(self):
+            return False
+
+        def synchronize(self):
+            waited.append(self)
+
+        def record(self, stream):
+            """The device is never done."""
+
+    make_host = StaticBuffers._new_host
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+
+    def make_pinned(buffers):
+        host = make_host(buffers)
+        event: Any = Event()
+        host.copied = event
+        return host
+
+    monkeypatch.setattr(StaticBuffers, "_new_host", make_pinned)
+    buffers = StaticBuffers(Shape(1, 1), 16, 4, torch.device("cpu"))
+    for _ in range(20):
+        buffers.fill(spans_of(1))
+    # The first of them was filled with padding alone.
+    assert len(buffers._hosts) == 16
+    assert waited == [host.copied for host in buffers._hosts][-5:]
+
+
 def test_shapes_are_the_smallest_that_fit():
     shapes = Shapes.of(64, 10, 512, 7)
     assert shapes.batches == (1, 2, 4, 8, 16, 24, 32, 48, 64)
@@ -198,9 +230,14 @@ def test_shapes_cover_every_step_that_fits_them():
             assert shape in every
 
 
-def test_no_shape_beyond_the_token_budget():
+def test_shapes_are_those_that_the_token_budget_has_steps_of():
     shapes = Shapes.of(64, 10, 12, 5)
-    assert all(shape.batch <= 16 for shape in shapes.all())
+    steps = [
+        (length, *[1] * (count - 1))
+        for count in range(1, 13)
+        for length in range(1, min(11, 14 - count))
+    ]
+    assert {shapes.find(spans_of(*lengths)) for lengths in steps} == set(shapes.all())
 
 
 def test_without_cuda_nothing_is_captured():
