@@ -63,11 +63,20 @@ def test_a_step(metrics: Metrics) -> None:
             overlaps=True,
             num_proposed=2,
             num_bonus=1,
-            verified_by_offset=[(0, 0, True), (0, 1, True), (0, 0, False), (1, 2, True)],
+            verified_by_offset=[
+                *[(0, 0, True)] * 2,
+                (0, 1, True),
+                (0, 0, False),
+                (1, 2, True),
+            ],
             num_recovered=1,
             num_drawn=2,
             tails=[3, 1],
-            deliveries=[Delivery(COS, 5, has_first=True), Delivery(STANDARD, 1, has_first=False)],
+            deliveries=[
+                Delivery(COS, 3, has_first=True),
+                Delivery(COS, 2, has_first=False),
+                Delivery(STANDARD, 1, has_first=False),
+            ],
             baseline_seconds=1.5,
             num_discarded=1,
             num_preempted=1,
@@ -75,11 +84,11 @@ def test_a_step(metrics: Metrics) -> None:
         )
     )
     assert value(metrics, "cos_spec_draft_tokens_total", proposer="m1") == 2
-    assert value(metrics, "cos_spec_accepted_tokens_total", proposer="m0") == 2
+    assert value(metrics, "cos_spec_accepted_tokens_total", proposer="m0") == 3
     assert value(metrics, "cos_spec_accepted_tokens_total", proposer="m1") == 1
     first = {"proposer": "m0", "position": "0"}
-    assert value(metrics, "cos_spec_verified_tokens_per_position_total", **first) == 2
-    assert value(metrics, "cos_spec_accepted_tokens_per_position_total", **first) == 1
+    assert value(metrics, "cos_spec_verified_tokens_per_position_total", **first) == 3
+    assert value(metrics, "cos_spec_accepted_tokens_per_position_total", **first) == 2
     assert value(metrics, "cos_spec_bonus_tokens_total", model="m1") == 1
     assert value(metrics, "cos_spec_recovered_tokens_total") == 1
     assert value(metrics, "cos_spec_drawn_tokens_total") == 2
@@ -104,6 +113,26 @@ def test_a_step(metrics: Metrics) -> None:
     assert value(metrics, "cos_combine_seconds_total") == 0.125
     assert value(metrics, "cos_overlapping_steps_total") == 1
     assert value(metrics, "cos_batch_size_sum") == 3
+
+
+def test_what_auto_moves_texts_to(metrics: Metrics) -> None:
+    """Lengths of strategies that propose, and of no others."""
+    lengths = make_decoding("cos", Combination.weighted((0.5, 0.5)), gamma=(4, 0))
+    mixture = make_decoding("mixture", Combination.weighted((0.5, 0.5)), gamma=3)
+    metrics.observe_step(StepStats(model=0, chosen=[lengths, STANDARD, mixture, mixture]))
+    for strategy, count in (("cos", 1), ("standard", 1), ("mixture", 2), ("speculative", 0)):
+        assert value(metrics, "cos_auto_choices_total", strategy=strategy) == count
+    for proposer, length in (("m0", 4), ("m1", 0)):
+        assert value(metrics, "cos_auto_gamma_count", proposer=proposer) == 1
+        assert value(metrics, "cos_auto_gamma_sum", proposer=proposer) == length
+
+
+def test_a_mixture_proposes_where_it_drafts_through_coins_of_others(metrics: Metrics) -> None:
+    for kappa, count in ((0, 0), (1, 1)):
+        decoding = make_decoding("mixture", Combination.weighted((0.5, 0.5)), 3, kappa)
+        deliveries = [Delivery(decoding, 1, has_first=True)]
+        metrics.observe_step(StepStats(model=0, deliveries=deliveries))
+        assert value(metrics, "cos_spec_gamma_count") == count
 
 
 def test_prompt_lookup_is_a_proposer(metrics: Metrics) -> None:
@@ -139,15 +168,19 @@ def test_tokens_that_come_together_share_their_time(metrics: Metrics) -> None:
         assert value(metrics, "cos_requests_waiting") == 1
         observed.tokens(0, 0)
         assert value(metrics, "cos_time_to_first_token_seconds_count") == 0
+        started = time.perf_counter()
         observed.tokens(0, 2)
         assert value(metrics, "cos_requests_waiting") == 0
         assert value(metrics, "cos_requests_running") == 1
+        time.sleep(0.01)
         observed.tokens(0, 4)
+        seconds = time.perf_counter() - started
         observed.tokens(1, 1)
         observed.finish("stop")
     assert value(metrics, "cos_requests_running") == 0
     assert value(metrics, "cos_time_to_first_token_seconds_count") == 1
     assert value(metrics, "cos_inter_token_seconds_count") == 4
+    assert 0.01 <= value(metrics, "cos_inter_token_seconds_sum") <= seconds
     assert value(metrics, "cos_prompt_tokens_total") == 5
     assert value(metrics, "cos_request_generation_tokens_sum") == 7
     finished = "cos_requests_finished_total"
