@@ -98,8 +98,11 @@ def test_law_under_warps(name: str, warp: str) -> None:
     check_law([[0, 2], None], COMBINATIONS[name], "cos", WARPS[warp])
 
 
-@pytest.mark.parametrize("name", ["weighted-2", "contrastive-2"])
-def test_tokens_are_the_same_without_kernels(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "zero_share"), [("weighted-2", 0.0), ("weighted-2", 0.6), ("contrastive-2", 0.0)]
+)
+def test_tokens_are_the_same_without_kernels(name: str, zero_share: float) -> None:
+    """Also where a model gives nothing to its shortlist."""
     warps = [*WARPS.values(), {}, {"is_seeded": True}]
     params = [
         SamplingParams(max_tokens=4, seed=seed, **warps[seed % len(warps)]) for seed in range(400)
@@ -108,7 +111,8 @@ def test_tokens_are_the_same_without_kernels(name: str) -> None:
     texts = []
     for kernels in KERNELS:
         shortlists = [[0, 2], None]
-        engine = make_engine(make_lms(2), shortlists=shortlists, cpu_kernels=kernels)
+        lms = make_lms(2, zero_share=zero_share)
+        engine = make_engine(lms, shortlists=shortlists, cpu_kernels=kernels)
         texts.append(decode(engine, PROMPT, params, decoding))
         assert deferred(engine.runners[0]).num_deferred > 0
     assert texts[0] == texts[1]
