@@ -153,6 +153,13 @@ def test_all_that_a_step_decides_has_its_price() -> None:
     assert price(num_proposed=4) == pytest.approx(0.1 + 0.04 * 0.7)
 
 
+def test_prompts_are_charged_their_share_of_what_is_no_forward() -> None:
+    costs = CostTable(Timings((1, 4), ((0.1, 0.1),), (0.0, 0.0), (0.0, 0.0)))
+    stats = StepStats(0, num_sequences=4, num_decoding=1, num_tokens=31, num_prefill_tokens=30)
+    stats.forward_seconds, stats.step_seconds = 0.5, 0.9
+    assert costs.prefill_seconds(stats) == pytest.approx(0.5 - 0.1 + 0.4 * 3 / 4)
+
+
 def test_prompts_beside_decoding_do_not_make_it_look_faster() -> None:
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01), max_sequences=8)
     engine.costs = calibrate(engine, BOTH)

@@ -12,8 +12,9 @@ from server.config import EngineConfig
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
-from server.core.stats import StepStats
+from server.core.stats import Delivery, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
+from server.engine import shadow
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
@@ -242,6 +243,16 @@ def test_the_controller_goes_on_beside_it() -> None:
     run(engine, sequences)
     assert any(step.shadow is not None and step.shadow.outcome for step in steps)
     assert all(len(sequence.stats.strategies) > 1 for sequence in sequences)
+
+
+def test_who_ends_in_a_step_decoded_in_it_too() -> None:
+    """What a round takes is not known where its last tokens needed other models."""
+    alone = make_decoding("standard", Combination.only(2, 1))
+    both = make_decoding("standard", Combination.weighted([0.5, 0.5]))
+    (sequence,) = texts(both, 1)
+    for ended, key in ((both, ((0, 1), 2)), (alone, None)):
+        stats = StepStats(1, deliveries=[Delivery(ended, 1, has_first=False)])
+        assert shadow._key(stats, [sequence], 2) == key
 
 
 def test_off_is_off() -> None:
