@@ -130,6 +130,25 @@ def test_law_of_token_verification(
 
 
 @pytest.mark.parametrize(
+    ("strategy", "verification", "options", "rule"),
+    [
+        ("cos", "block", {}, "block"),
+        ("cos", "token", {}, "token"),
+        ("mixture", "block", {}, "token"),
+        ("cos", "block", {"is_seeded": True}, "coupled"),
+        ("cos", "token", {"temperature": 0.0}, "coupled"),
+    ],
+)
+def test_tokens_are_verified_as_was_asked_for(
+    strategy: str, verification: str, options: dict[str, Any], rule: str
+) -> None:
+    """Their law does not tell: it is the same by every rule."""
+    decoding = make_decoding(strategy, COMBINATIONS["weighted-2"], verification=verification)
+    sequence = Sequence.start("s", [0], SamplingParams(**options), decoding)
+    assert make_engine(make_lms(2))._advancer._decider.way(sequence).rule == rule
+
+
+@pytest.mark.parametrize(
     ("strategy", "gamma"),
     [
         ("speculative", (6, 6)),
