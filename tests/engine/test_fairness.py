@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from server.core.combination import Combination
-from server.core.sampling_params import SamplingParams
+from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.engine import Engine, EngineLimits
@@ -132,61 +132,47 @@ def test_pieces_smaller_than_a_page_still_end() -> None:
     assert not busy.is_finished
 
 
+def steps_of_reading(
+    prompt: list[int], decoding: DecodingParams, busy: DecodingParams, num_busy: int = 1
+) -> list[StepStats]:
+    """From when a prompt comes, beside texts that are being written, to its first token."""
+    steps: list[StepStats] = []
+    engine = make_engine(steps)
+    for i in range(num_busy):
+        params = SamplingParams(max_tokens=400, seed=i)
+        engine.add(Sequence.start(f"busy-{i}", [i], params, busy))
+    for _ in range(20):
+        engine.step()
+    late = Sequence.start("late", prompt, SamplingParams(max_tokens=1), decoding)
+    engine.add(late)
+    steps.clear()
+    while not late.is_finished:
+        engine.step()
+    return steps
+
+
 def test_a_prompt_does_not_wait_for_a_model_that_only_it_needs() -> None:
     """Beside texts that another model writes alone, as beside texts that need both."""
-    num_steps = []
-    for busy in (
-        make_decoding("standard", WEIGHTED),
-        make_decoding("single", Combination.only(2, 0)),
-    ):
-        steps: list[StepStats] = []
-        engine = make_engine(steps)
-        for i in range(NUM_SHORT):
-            params = SamplingParams(max_tokens=400, seed=i)
-            engine.add(Sequence.start(f"busy-{i}", [i], params, busy))
-        for _ in range(20):
-            engine.step()
-        decoding = make_decoding("standard", WEIGHTED)
-        late = Sequence.start("late", [1, 2] * 48, SamplingParams(max_tokens=1), decoding)
-        engine.add(late)
-        steps.clear()
-        while not late.is_finished:
-            engine.step()
-        num_steps.append(len(steps))
+    both, first = make_decoding("standard", WEIGHTED), Combination.only(2, 0)
+    num_steps = [
+        len(steps_of_reading([1, 2] * 48, both, busy, NUM_SHORT))
+        for busy in (both, make_decoding("single", first))
+    ]
     assert num_steps[1] <= 2 * num_steps[0]
 
 
 @pytest.mark.parametrize("strategy", ["speculative", "cos"])
 def test_a_prompt_is_read_in_steps_that_decode(strategy: str) -> None:
     """A cycle comes to every model soon: a step for prompts alone would delay it for nothing."""
-    steps: list[StepStats] = []
-    engine = make_engine(steps)
-    decoding = make_decoding(strategy, WEIGHTED, gamma=MAX_GAMMA)
-    engine.add(Sequence.start("busy", [1], SamplingParams(max_tokens=400, seed=1), decoding))
-    for _ in range(20):
-        engine.step()
-    other = make_decoding("single", Combination.only(2, 1))
-    late = Sequence.start("late", [1, 2] * 200, SamplingParams(max_tokens=1), other)
-    engine.add(late)
-    steps.clear()
-    while not late.is_finished:
-        engine.step()
+    busy = make_decoding(strategy, WEIGHTED, gamma=MAX_GAMMA)
+    last = make_decoding("single", Combination.only(2, 1))
+    steps = steps_of_reading([1, 2] * 200, last, busy)
     assert len(steps) > 10
     assert all(step.num_decoding for step in steps)
 
 
 def test_a_prompt_is_read_by_whichever_model_runs() -> None:
     """Not by one model after the other."""
-    steps: list[StepStats] = []
-    engine = make_engine(steps)
-    busy = make_decoding("single", Combination.only(2, 1))
-    engine.add(Sequence.start("busy", [1], SamplingParams(max_tokens=400), busy))
-    for _ in range(20):
-        engine.step()
-    decoding = make_decoding("standard", WEIGHTED)
-    late = Sequence.start("late", [1, 2] * 48, SamplingParams(max_tokens=1), decoding)
-    engine.add(late)
-    steps.clear()
-    while not late.is_finished:
-        engine.step()
+    last = make_decoding("single", Combination.only(2, 1))
+    steps = steps_of_reading([1, 2] * 48, make_decoding("standard", WEIGHTED), last)
     assert all(step.num_prefill_tokens for step in steps[:-1])
