@@ -53,10 +53,7 @@ def time_engine_cycles(
     for size in batches:
         row: dict[str, Any] = {"batch": size, "gamma": gamma}
         for strategy in ("standard", "cos"):
-            prompts = [
-                [(7919 * i + 31 * j + 1) % members[0].vocab_size for j in range(context)]
-                for i in range(size)
-            ]
+            prompts = make_prompts(size, context, members[0].vocab_size)
             decoding = make_decoding(strategy, gamma)
             # The first decoding step belongs to the prompt's last token; hence one token more.
             result = _decode(members, Numbers(), prompts, decoding, 0.0, num_tokens + 1, True)
@@ -117,7 +114,13 @@ def _pair_row(
     return row
 
 
+def make_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Of models that have no tokenizer."""
+    return [[(7919 * i + 31 * j + 1) % vocab_size for j in range(length)] for i in range(count)]
+
+
 def make_decoding(strategy: str, gamma: int) -> DecodingParams:
+    """Of two models, contrasted; the first proposes `gamma` tokens."""
     lengths = proposal_lengths(gamma, 2)
     combination = Combination.contrastive(2, _MU)
     return DecodingParams(strategy, combination, lengths, 0, False)  # type: ignore[arg-type]
@@ -140,6 +143,22 @@ def _decode(
     steps: list[StepStats] = []
     limits = EngineLimits(max_sequences=len(prompts), max_step_tokens=_STEP_TOKENS)
     engine = Engine(runners, decoder, frozenset(), limits, on_step=steps.append)
+    add_texts(engine, prompts, decoding, temperature, num_tokens, is_read)
+    while engine.has_work:
+        engine.step()
+    last = max(i for i, step in enumerate(steps) if step.num_prefill_tokens)
+    return _summary(steps[last + 1 :], len(runners) - 1)
+
+
+def add_texts(
+    engine: Engine,
+    prompts: Row[list[int]],
+    decoding: DecodingParams,
+    temperature: float,
+    num_tokens: int,
+    is_read: bool,
+) -> None:
+    """Let `engine` write `num_tokens` for each prompt; for `is_read` see `_decode`."""
     for i, prompt in enumerate(prompts):
         params = SamplingParams(
             max_tokens=num_tokens,
@@ -150,12 +169,8 @@ def _decode(
         )
         sequence = Sequence.start(str(i), prompt, params, decoding)
         if is_read:
-            sequence.num_seen = [len(prompt) - 1] * len(runners)
+            sequence.num_seen = [len(prompt) - 1] * engine.num_models
         engine.add(sequence)
-    while engine.has_work:
-        engine.step()
-    last = max(i for i, step in enumerate(steps) if step.num_prefill_tokens)
-    return _summary(steps[last + 1 :], len(runners) - 1)
 
 
 def _summary(steps: list[StepStats], expert: int) -> dict[str, Any]:

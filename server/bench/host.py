@@ -23,10 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from server.bench.gpu_engine import Numbers, make_decoding
+from server.bench.gpu_engine import Numbers, add_texts, make_decoding, make_prompts
 from server.bench.machine import describe_machine, describe_versions
-from server.core.sampling_params import DecodingParams, SamplingParams
-from server.core.sequence import Sequence
+from server.core.sampling_params import DecodingParams
 from server.core.stats import StepStats
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
@@ -87,18 +86,8 @@ def time_steps(
         max_sequences=batch, max_step_tokens=2048, runs_ahead=True, cpu_kernels="off"
     )
     engine = Engine(_models(batch), Numbers(), frozenset(), limits, on_step=steps.append)
-    for index in range(batch):
-        prompt = [(7919 * index + 31 * j + 1) % _VOCAB_SIZE for j in range(_CONTEXT)]
-        params = SamplingParams(
-            max_tokens=num_tokens,
-            temperature=temperature,
-            seed=index,
-            ignore_eos=True,
-            prefix_cache=False,  # nobody may find pages that were never written
-        )
-        sequence = Sequence.start(str(index), prompt, params, decoding)
-        sequence.num_seen = [_CONTEXT - 1] * engine.num_models  # the prompt counts as read
-        engine.add(sequence)
+    prompts = make_prompts(batch, _CONTEXT, _VOCAB_SIZE)
+    add_texts(engine, prompts, decoding, temperature, num_tokens, is_read=True)
     seconds: list[float] = []
     engine.step()
     while len(engine.scheduler.running) == batch:

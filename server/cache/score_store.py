@@ -104,6 +104,7 @@ class ScoreStore:
 
     def index(self, slot: int, position: int) -> int:
         """Row of (slot, position) in the tensor of any model."""
+        # As `num_positions`, without another call: asked of every row several times in a step.
         if slot == self._wide_slot:
             return slot * self.capacity + position % self._wide_capacity
         return slot * self.capacity + position % self.capacity

@@ -46,7 +46,7 @@ from server.cache.on_device import reading_waits, tensor_on
 
 Rule = Literal["coupled", "block", "token"]
 
-_PART = 128  # of a row; published vocabularies are multiples of it
+_PART = 128  # of a row; a vocabulary that is no multiple of it is copied
 
 INVALID = -1  # sampled from a row that is no distribution: NaN or without mass
 

@@ -297,13 +297,11 @@ class Scheduler:
                 self.pages.adopt(sequence, model)
         if sequence.is_resuming:
             model = _resuming(sequence)[0]
-            num_tokens = sequence.num_unseen(model)
         else:
             model = self._strategies.of(sequence).next_model(sequence)
-            num_tokens = sequence.num_unseen(model)
-            if num_tokens > self._short:
+            if sequence.num_unseen(model) > self._short:
                 self.pages.adopt(sequence, model)
-                num_tokens = sequence.num_unseen(model)
+        num_tokens = sequence.num_unseen(model)
         assert num_tokens > 0, f"{sequence.id} wants model {model}, which has seen everything"
         return _Want(sequence, model, num_tokens)
 
