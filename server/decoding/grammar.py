@@ -46,9 +46,16 @@ class GrammarError(ValueError):
 class GrammarMatcher:
     """The grammar of one sequence; see `core.matcher.Matcher`."""
 
-    def __init__(self, template: LLMatcher, eos_token_ids: frozenset[int], vocab_size: int) -> None:
-        """`template` has consumed nothing, and never will: it is copied."""
+    def __init__(
+        self,
+        template: LLMatcher,
+        tokenizer: LLTokenizer,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+    ) -> None:
+        """`template`, of `tokenizer`, has consumed nothing, and never will: it is copied."""
         self._template = template
+        self._tokenizer = tokenizer
         self._matcher = template.deep_copy()
         self._eos = eos_token_ids
         self._num_bytes = -(-vocab_size // 8)
@@ -124,10 +131,28 @@ class GrammarMatcher:
     def _compute(self) -> bytes:
         if self.error is None and self._end is not None:
             return self._final
-        mask = b"" if self.error else self._matcher.compute_bitmask()[: self._num_bytes]
+        mask = b"" if self.error else self._spelt(self._matcher.compute_bitmask())
         if self._matcher.is_error():
             self._fail()
-        return bytes(self._num_bytes) if self.error else mask
+        return bytes(self._num_bytes) if self.error else mask[: self._num_bytes]
+
+    def _spelt(self, mask: bytes) -> bytes:
+        """Where only one text may follow and special tokens read like it, its usual tokens.
+
+        llguidance tokenises such a text with them, allows the first, and then does not take it: to
+        a grammar a special token is none of the characters that it is called by.
+        """
+        bits = int.from_bytes(mask, "little")
+        if bits.bit_count() != 1:
+            return mask
+        token_id = bits.bit_length() - 1
+        if not self._tokenizer.is_special_token(token_id) or self._matcher.validate_tokens(
+            [token_id]
+        ):
+            return mask
+        text = self._matcher.compute_ff_bytes().decode(errors="ignore")
+        first = self._tokenizer.greedy_tokenize(text)[:1]
+        return _bits(frozenset(first), len(mask))
 
     def _fail(self) -> None:
         self._failed_at = len(self._followed)
@@ -182,7 +207,10 @@ class Grammars:
         return self._copies(self._recall(kind, source) or self._read(kind, source), count)
 
     def _copies(self, template: LLMatcher, count: int) -> list[GrammarMatcher]:
-        return [GrammarMatcher(template, self._eos, self._vocab_size) for _ in range(count)]
+        tokenizer = self._get_tokenizer()
+        return [
+            GrammarMatcher(template, tokenizer, self._eos, self._vocab_size) for _ in range(count)
+        ]
 
     def _recall(self, kind: Kind, source: str) -> LLMatcher | None:
         with self._lock:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
+from tokenizers import AddedToken
 
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
@@ -32,7 +33,7 @@ from tests.engine.test_exactness import (
 from tests.support.engines import generated, make_decoding, make_engine, run
 from tests.support.exact import Z_LIMIT, Law, chi_square_z, softmax
 from tests.support.table_lm import TableLM
-from tests.support.tiny_models import make_tokenizer
+from tests.support.tiny_models import TURN_END, make_tokenizer
 
 TOKENS = ["a", "b", "ab", "c", ""]  # the last one ends the text
 EOS = 4
@@ -439,3 +440,25 @@ def test_choices_are_taken_literally() -> None:
     assert matcher.end([2]) == 1
     assert matcher.end([0]) is None
     assert math.isclose(matcher.mask([1])[0], 0)  # no token is the line break
+
+
+@pytest.mark.parametrize("is_special", [False, True])
+def test_texts_may_read_like_special_tokens(is_special: bool) -> None:
+    """They are written with other tokens, and can be followed to their ends."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([AddedToken("<think>", special=is_special)], special_tokens=is_special)
+    [mark] = tokenizer.encode("<think>", add_special_tokens=False)
+    size, end = len(tokenizer), tokenizer.convert_tokens_to_ids(TURN_END)
+    serialised = tokenizer.backend_tokenizer.to_str()
+    grammars = Grammars(
+        lambda ends: LLTokenizer(serialised, n_vocab=size, eos_token=ends), frozenset({end}), size
+    )
+    [matcher] = grammars.matchers("choice", json.dumps([f"a <think> of {TURN_END}"]), 1)
+    generated: list[int] = []
+    while matcher.end(generated) is None:
+        bits = int.from_bytes(matcher.mask(generated), "little")
+        assert bits.bit_count() == 1, "one text has one spelling"
+        generated.append(bits.bit_length() - 1)
+    assert matcher.error is None
+    assert mark not in generated
+    assert tokenizer.decode(generated, skip_special_tokens=False) == f"a <think> of {TURN_END}"
