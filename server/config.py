@@ -15,6 +15,11 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 LOOKUP_NAME = "prompt_lookup"
 
 
+def _off_is_a_word(value: object) -> object:
+    """YAML reads a bare `off` as false, and `on` as true."""
+    return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+
+
 class Section(BaseModel):
     """Frozen, strict about keys."""
 
@@ -259,13 +264,9 @@ class EngineConfig(Section):
         "a GPU, if anywhere; 16-bit weights on a CPU are not compiled.",
     )
 
-    @field_validator(
+    _words = field_validator(
         "cpu_kernels", "cuda_graphs", "compile", "run_ahead", "half_batches", mode="before"
-    )
-    @classmethod
-    def _off_is_a_word(cls, value: object) -> object:
-        """YAML reads a bare `off` as false, and `on` as true."""
-        return {False: "off", True: "on"}[value] if isinstance(value, bool) else value
+    )(_off_is_a_word)
 
     @field_validator("kv_memory")
     @classmethod
@@ -339,6 +340,11 @@ class HttpConfig(Section):
     template_seconds: float = Field(
         10.0, gt=0, description="Time the chat template gets to render one conversation."
     )
+    tool_call_parser: Literal["auto", "off", "hermes", "llama3_json"] = Field(
+        "auto",
+        description="How the last model writes calls of tools; auto asks its chat template, and "
+        "with off, or where it does not say, calls stay text.",
+    )
     allow_priority: bool = Field(
         False, description="Let requests choose their place in the queue by priority."
     )
@@ -369,6 +375,8 @@ class HttpConfig(Section):
     drain_seconds: float = Field(
         30.0, ge=0, description="Time running requests get to finish at shutdown."
     )
+
+    _words = field_validator("tool_call_parser", mode="before")(_off_is_a_word)
 
 
 class TracingConfig(Section):

@@ -38,9 +38,6 @@ Scalar = Annotated[
 ]
 
 
-ToolChoice = Annotated[str | dict[str, Any], any_of("a string or an object")]
-
-
 class TextPart(Body):
     """One text among the parts of a message."""
 
@@ -94,6 +91,25 @@ class Tool(Body):
 
     type: Literal["function"] = Field(description="No other kind is known.")
     function: Function
+
+
+class FunctionName(Body):
+    """One of the tools' functions."""
+
+    name: str = Field(min_length=1, max_length=256)
+
+
+class NamedTool(Body):
+    """The one function that the reply has to call."""
+
+    type: Literal["function"] = Field(description="No other kind is known.")
+    function: FunctionName
+
+
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | NamedTool,
+    any_of('none, auto, required or {"type": "function", "function": {"name": ...}}'),
+]
 
 
 class Message(Body):
@@ -159,10 +175,12 @@ class Conversation(Body):
         None, description="Variables that the chat template reads; plain values only."
     )
     tools: Annotated[Items[Tool] | None, at_most(MAX_TOOLS)] = Field(
-        None, description="For templates that read them; calls come back as text."
+        None, description="That the reply may call; for templates that read them."
     )
     tool_choice: ToolChoice | None = Field(
-        None, description="none leaves the tools out, auto is the default; others are refused."
+        None,
+        description="auto, the default, leaves calls to the model; none leaves the tools out; "
+        "required, or a function's name, makes the reply calls and nothing else.",
     )
     add_special_tokens: bool | None = Field(
         None, description="Add the tokenizer's own to the rendered text; false if null."
@@ -181,6 +199,9 @@ class ChatCompletionRequest(GenerationRequest, Conversation):
     logprobs: bool | None = Field(None, description="Report log-probabilities.")
     top_logprobs: int | None = Field(
         None, ge=0, description="Alternatives for each token; needs logprobs."
+    )
+    parallel_tool_calls: bool | None = Field(
+        None, description="Several calls in one reply; true if null."
     )
 
     @property
@@ -226,12 +247,28 @@ class ChatLogprobs(BaseModel):
     refusal: None
 
 
+class ReplyFunction(BaseModel):
+    """What a reply calls."""
+
+    name: str
+    arguments: str = Field(description="JSON as the model wrote it: it may be invalid.")
+
+
+class ReplyToolCall(BaseModel):
+    """One call of a reply."""
+
+    id: str
+    type: Literal["function"]
+    function: ReplyFunction
+
+
 class ChatMessage(BaseModel):
     """The reply."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None = Field(description="null where the reply is calls and nothing else.")
     refusal: None
+    tool_calls: list[ReplyToolCall] | None = Field(None, description="Where there are any.")
 
 
 class ChatChoice(BaseModel):
@@ -240,7 +277,7 @@ class ChatChoice(BaseModel):
     index: int
     message: ChatMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
     stop_reason: str | int | None
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     provenance: list[TokenProvenance] | None = Field(
@@ -257,11 +294,28 @@ class ChatCompletion(ReplyBody):
     prompt_logprobs: PromptLogprobs | None = Field(None, description="Where asked for.")
 
 
+class FunctionDelta(BaseModel):
+    """A piece of what a reply calls."""
+
+    name: str | None = Field(None, description="With a call's first piece.")
+    arguments: str = Field(description="What follows in the arguments' JSON.")
+
+
+class ToolCallDelta(BaseModel):
+    """A piece of one call."""
+
+    index: int = Field(description="Of the call in its reply.")
+    id: str | None = Field(None, description="With a call's first piece, as type.")
+    type: Literal["function"] | None = None
+    function: FunctionDelta
+
+
 class Delta(BaseModel):
     """A piece of a reply; the first one of a choice has its role."""
 
     role: Literal["assistant"] | None = None
-    content: str
+    content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChunkChoice(BaseModel):
@@ -270,7 +324,7 @@ class ChunkChoice(BaseModel):
     index: int
     delta: Delta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
     stop_reason: str | int | None = None
     token_ids: list[int] | None = Field(None, description="With return_token_ids.")
     provenance: list[TokenProvenance] | None = Field(

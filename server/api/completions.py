@@ -51,7 +51,9 @@ class CompletionWriter(Writer):
     def whole(self, choices: Row[Piece]) -> Completion:
         return self._body([self._choice(choice) for choice in choices])
 
-    def chunk(self, piece: Piece) -> Completion:
+    def chunk(self, piece: Piece) -> Completion | None:
+        if not piece.text and not self._tells_more(piece):
+            return None
         return self._body([self._choice(piece)])
 
     def usage_chunk(self) -> Completion:

@@ -21,7 +21,7 @@ from server.api.limits import (
 )
 from server.api.protocol import GenerationRequest
 from server.api.service import Service
-from server.api.structure import make_matchers
+from server.api.structure import Structure, find_structure, make_matchers
 from server.api.unsupported import check_supported
 from server.core.matcher import Matcher
 from server.core.sampling_params import DecodingParams, SamplingParams
@@ -78,7 +78,11 @@ class Generation:
 
 
 async def make_generation(
-    request: GenerationRequest, service: Service, id_prefix: str, read_prompts: ReadPrompts
+    request: GenerationRequest,
+    service: Service,
+    id_prefix: str,
+    read_prompts: ReadPrompts,
+    structure: Structure | None = None,
 ) -> Generation:
     """Check everything, tokenise, fan out.
 
@@ -87,6 +91,7 @@ async def make_generation(
         service: must be ready.
         id_prefix: of the reply's id.
         read_prompts: called once everything else has passed.
+        structure: of the texts; the request's own if None.
 
     Raises:
         RequestError: the request cannot be served as it is.
@@ -107,7 +112,8 @@ async def make_generation(
         check_prompt(prompt.token_ids, service.engine.max_length, prompt.field)
     num_tokens = sum(len(prompt.token_ids) for prompt in prompts)
     check_prompt_scores(request, num_tokens, service.config.http)
-    matchers = await make_matchers(request, service, len(prompts) * (request.n or 1))
+    structure = structure or find_structure(request)
+    matchers = await make_matchers(structure, service, len(prompts) * (request.n or 1))
     unique = secrets.token_hex(12)
     sequences = _fan_out(request, prompts, bad_words, decoding, service, unique)
     return Generation(

@@ -58,8 +58,8 @@ class Writer(ABC):
         """The body of a reply that is no stream, but for usage and report."""
 
     @abstractmethod
-    def chunk(self, piece: Piece) -> ReplyBody:
-        """One event of a stream."""
+    def chunk(self, piece: Piece) -> ReplyBody | None:
+        """One event of a stream; None where the piece has nothing to tell yet."""
 
     @abstractmethod
     def usage_chunk(self) -> ReplyBody:
@@ -69,11 +69,10 @@ class Writer(ABC):
         """Events before the first piece."""
         return ()
 
-    def is_silent(self, piece: Piece) -> bool:
-        """Whether a piece has nothing to tell yet: its text is held back."""
-        shows_ids = bool(self.request.return_token_ids and piece.token_ids)
-        tells = piece.text or piece.finish_reason or piece.logprobs or piece.provenance or shows_ids
-        return not tells
+    def _tells_more(self, piece: Piece) -> bool:
+        """Whether a piece has something to tell even if its text is held back."""
+        shows_ids = self.request.return_token_ids and piece.token_ids
+        return bool(piece.finish_reason or piece.logprobs or piece.provenance or shows_ids)
 
     def _provenance(self, entries: Iterable[Provenance]) -> list[TokenProvenance]:
         return [
@@ -236,8 +235,8 @@ class _Events:
         for delta in batch:
             piece = self._reply.take(delta)
             for each in [piece] if self._scores is None else self._scores.share(piece):
-                if not self._writer.is_silent(each):
-                    encoded.append(self._encode(self._writer.chunk(each)))
+                if (chunk := self._writer.chunk(each)) is not None:
+                    encoded.append(self._encode(chunk))
         return b"".join(encoded)
 
     def usage(self) -> bytes:

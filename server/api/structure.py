@@ -25,7 +25,7 @@ class Structure:
 
 
 async def make_matchers(
-    request: GenerationRequest, service: Service, count: int
+    structure: Structure | None, service: Service, count: int
 ) -> list[GrammarMatcher] | list[None]:
     """One for each choice; None where the text is free.
 
@@ -33,7 +33,6 @@ async def make_matchers(
         RequestError: it is no grammar, or beyond this server's limits.
         ThreadsBusy: others were being read all the time.
     """
-    structure = find_structure(request)
     if structure is None:
         return [None] * count
     http, field = service.config.http, structure.field

@@ -1,8 +1,6 @@
-"""Tools and calls of tools, handed to chat templates that know them.
+"""Tools and earlier calls of tools, handed to chat templates that know them.
 
-The template writes the tools into the prompt, and the model writes its calls as it was taught to:
-they come back in the reply's text, which is not parsed. A template that never reads tools would
-drop them silently, so there they are refused.
+A template that never reads tools would drop them silently, so there they are refused.
 """
 
 from __future__ import annotations
@@ -12,16 +10,14 @@ from typing import Any
 
 from pydantic_core import from_json
 
-from server.api.chat_protocol import Conversation, Message, ToolCall
+from server.api.chat_protocol import Conversation, Message, NamedTool, Tool, ToolCall
 from server.errors import RequestError, UnsupportedParameter
 
 
 def check_tools(conversation: Conversation, mentioned: Set[str]) -> None:
     """Raises RequestError where the template, which mentions these names, cannot take them."""
-    if conversation.tool_choice not in (None, "none", "auto"):
-        reason = "must be none or auto: the model alone decides what it writes"
-        raise UnsupportedParameter("tool_choice", reason)
-    if offered_tools(conversation) and "tools" not in mentioned:
+    forced_tools(conversation)
+    if callable_tools(conversation) and "tools" not in mentioned:
         raise _unknown("tools")
     for index, message in enumerate(conversation.messages):
         where = f"messages.{index}"
@@ -34,11 +30,38 @@ def check_tools(conversation: Conversation, mentioned: Set[str]) -> None:
             )
 
 
+def callable_tools(conversation: Conversation) -> list[Tool]:
+    """Those that the reply may call; none under tool_choice none."""
+    return [] if conversation.tool_choice == "none" else conversation.tools or []
+
+
+def forced_tools(conversation: Conversation) -> list[Tool]:
+    """Those of which the reply has to call one; none where it need not.
+
+    Raises:
+        RequestError: the conversation has no such tools.
+    """
+    choice, tools = conversation.tool_choice, conversation.tools or []
+    if choice in (None, "none", "auto"):
+        return []
+    if not tools:
+        raise RequestError("tool_choice needs tools", param="tool_choice")
+    if not isinstance(choice, NamedTool):
+        return tools
+    name = choice.function.name
+    named = [tool for tool in tools if tool.function.name == name]
+    if not named:
+        raise RequestError(
+            f"tool_choice.function.name: {name[:64]!r} is none of the tools",
+            param="tool_choice.function.name",
+        )
+    return named[:1]
+
+
 def offered_tools(conversation: Conversation) -> list[dict[str, Any]] | None:
-    """What the template gets; nothing under tool_choice none."""
-    if conversation.tool_choice == "none" or not conversation.tools:
-        return None
-    return [tool.model_dump(exclude_unset=True) for tool in conversation.tools]
+    """What the template gets."""
+    tools = callable_tools(conversation)
+    return [tool.model_dump(exclude_unset=True) for tool in tools] or None
 
 
 def template_message(message: Message, role: str) -> dict[str, Any]:

@@ -26,7 +26,6 @@ REFUSED: dict[str, tuple[object, ...]] = {
     "ebnf": (),
     "grammar": (),
     "stop_regex": (),
-    "parallel_tool_calls": (True,),
     "functions": ([],),
     "function_call": ("none",),
     "stream_interval": (1,),
@@ -77,6 +76,7 @@ REFUSED_IN_COMPLETIONS: dict[str, tuple[object, ...]] = {
     "max_completion_tokens": (),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True,),
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of `vocab_size` tokens: 256 bytes, merges, three special tokens, ChatML."""
+def make_tokenizer(
+    vocab_size: int = VOCAB_SIZE, marks: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of `vocab_size` tokens: 256 bytes, merges, three special tokens, ChatML.
+
+    `marks` are special tokens, too.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = list(itertools.islice(_merges(), vocab_size - len(alphabet) - 3))
+    merges = list(itertools.islice(_merges(), vocab_size - len(alphabet) - 3 - len(marks)))
     tokens = [*alphabet, *(left + right for left, right in merges)]
     vocab = {token: index for index, token in enumerate(tokens)}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=merges))
@@ -87,7 +92,7 @@ def make_tokenizer(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
         tokenizer_object=backend,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
-        extra_special_tokens=[TURN_START],
+        extra_special_tokens=[TURN_START, *marks],
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -162,7 +167,12 @@ def make_triple(path: Path, family: str = "llama", **settings: Any) -> tuple[Pat
 
 
 def make_members(
-    path: Path, count: int, family: str = "llama", noise: float = 0.05, **settings: Any
+    path: Path,
+    count: int,
+    family: str = "llama",
+    noise: float = 0.05,
+    marks: Sequence[str] = (),
+    **settings: Any,
 ) -> tuple[Path, ...]:
     """Directories path/member-0, path/member-1, ...: one random model with different noise on it.
 
@@ -171,9 +181,10 @@ def make_members(
         count: number of members.
         family: key of FAMILIES.
         noise: relative size of the noise; 0 gives equal models, large values unrelated ones.
+        marks: special tokens besides the usual ones.
         settings: entries of the models' config.
     """
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(marks=marks)
     directories = []
     for member in range(count):
         model = make_model(family, 0, eos_token_id=tokenizer.eos_token_id, **settings)
