@@ -32,7 +32,7 @@ from server.bench.plan import Block, make_jobs
 from server.bench.prompts import load_prompts
 from server.bench.session import first_model
 from server.bench.settings import Settings
-from server.bench.strategy_spec import StrategySpec, parse_concurrency
+from server.bench.strategy_spec import StrategySpec, parse_concurrency, parse_object
 from server.errors import ConfigError, CosError
 
 _WARMUP = -1
@@ -164,6 +164,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--concurrency", default="1,4,16", help="requests in flight (%(default)s)")
     add("--rounds", type=int, default=4, help="in which servers take turns (%(default)s)")
     add("--temperature", type=float, default=0.0, help="0 is greedy (%(default)s)")
+    add("--body", metavar="JSON", help="further fields of every request")
     add("--out", type=Path, help="write results as JSON")
     return parser.parse_args(argv)
 
@@ -184,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=0,
             ignore_eos=True,
             warmup=1,
+            body=parse_object(options.body, "--body") or {},
         )
         points = asyncio.run(compare(urls, settings))
     except CosError as error:

@@ -192,6 +192,7 @@ ACCEPTANCE = (
             ("accepted", rate("cos_spec_accepted_tokens_total")),
             ("recovered", rate("cos_spec_recovered_tokens_total")),
             ("drawn", rate("cos_spec_drawn_tokens_total")),
+            ("forced", rate("cos_forced_tokens_total")),
             ("cut off by an end", f"-{rate('cos_spec_discarded_tokens_total')}"),
         ),
         "Verified tokens per second, and below zero those of them that no client got.",

@@ -317,7 +317,8 @@ class TokenProvenance(BaseModel):
     )
     outcome: TokenOutcome = Field(
         description="The proposal was accepted; was a bonus, and accepted; was rejected, and "
-        "another token recovered; or there was none, and the token was drawn."
+        "another token recovered; there was none, and the token was drawn; or the form allowed no "
+        "other, and it was forced."
     )
 
 
@@ -357,6 +358,7 @@ class CosReport(BaseModel):
     forwards: list[int] = Field(description="Forwards that decoded, by model.")
     recovered: int = Field(description="Tokens resampled after a rejection.")
     drawn: int = Field(description="Tokens drawn with nothing proposed.")
+    forced: int = Field(description="Tokens that were the only ones a form allowed.")
     bonus: int = Field(description="Tokens proposed right after scoring other models' proposals.")
     discarded: int = Field(description="Verified tokens cut off by the end of the text.")
     preemptions: int

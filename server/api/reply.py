@@ -134,6 +134,7 @@ class Reply:
             forwards=[sum(each.forwards[k] for each in stats) for k in by_model],
             recovered=sum(each.num_recovered for each in stats),
             drawn=sum(each.num_drawn for each in stats),
+            forced=sum(each.num_forced for each in stats),
             bonus=sum(each.num_bonus for each in stats),
             discarded=sum(each.num_discarded for each in stats),
             preemptions=sum(each.num_preemptions for each in stats),

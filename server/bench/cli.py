@@ -14,7 +14,7 @@ from server.bench.prompts import BUNDLED, load_prompts
 from server.bench.report import make_document, markdown_table, read_summaries, terminal_tables
 from server.bench.session import Target, measure
 from server.bench.settings import Settings
-from server.bench.strategy_spec import parse_combination, parse_concurrency, parse_strategies
+from server.bench.strategy_spec import parse_concurrency, parse_object, parse_strategies
 from server.bench.summary import summarise
 from server.errors import ConfigError, CosError
 
@@ -51,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "are accepted more often",
     )
     add("--combination", metavar="JSON", help="combination to ask for instead of the server's")
+    add(
+        "--body",
+        metavar="JSON",
+        help="further fields of every request, as in "
+        """'{"response_format": {"type": "json_object"}}'""",
+    )
     add("--rounds", type=_positive, default=4, help="interleaved blocks (%(default)s)")
     add("--warmup", type=int, default=1, help="uncounted waves before each point (%(default)s)")
     add(
@@ -122,9 +128,10 @@ def make_settings(args: argparse.Namespace) -> Settings:
     if args.warmup < 0:
         raise ConfigError(f"--warmup {args.warmup}: must not be negative")
     sources = args.prompts or [BUNDLED[0]]
+    combination = parse_object(args.combination, "--combination")
     return Settings(
         prompt_sets=tuple(load_prompts(source) for source in dict.fromkeys(sources)),
-        strategies=parse_strategies(args.strategies, parse_combination(args.combination)),
+        strategies=parse_strategies(args.strategies, combination),
         concurrency=concurrency,
         num_prompts=args.num_prompts,
         rounds=args.rounds,
@@ -134,6 +141,7 @@ def make_settings(args: argparse.Namespace) -> Settings:
         ignore_eos=args.ignore_eos,
         warmup=args.warmup,
         send_seeds=args.seeds,
+        body=parse_object(args.body, "--body") or {},
     )
 
 

@@ -58,6 +58,7 @@ class BenchClient:
             "stream_options": {"include_usage": True, "continuous_usage_stats": True},
             "cos": block.strategy.override,
             "cache_salt": self._salt(block),
+            **self._settings.body,
         }
 
     def _salt(self, block: Block) -> str:

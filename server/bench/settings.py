@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from server.bench.prompts import PromptSet
 from server.bench.strategy_spec import StrategySpec
@@ -22,6 +23,7 @@ class Settings:
         send_seeds: send those seeds; without one the server draws its own, and may share coins.
         warmup: waves of `concurrency` short requests that each strategy of a point sends first
             and that are not counted.
+        body: further fields of every request, as response_format.
     """
 
     prompt_sets: tuple[PromptSet, ...]
@@ -35,3 +37,4 @@ class Settings:
     ignore_eos: bool
     warmup: int
     send_seeds: bool = True
+    body: dict[str, Any] = field(default_factory=dict)

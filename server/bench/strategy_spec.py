@@ -59,17 +59,17 @@ def _scalar(text: str) -> Any:
         return text
 
 
-def parse_combination(text: str | None) -> dict[str, Any] | None:
-    """The JSON object of `--combination`. Raises ConfigError."""
+def parse_object(text: str | None, option: str) -> dict[str, Any] | None:
+    """The JSON object of an option. Raises ConfigError."""
     if text is None:
         return None
     try:
-        combination = json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"--combination: not valid JSON: {error}") from error
-    if not isinstance(combination, dict):
-        raise ConfigError("--combination: expected a JSON object")
-    return combination
+        raise ConfigError(f"{option}: not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{option}: expected a JSON object")
+    return value
 
 
 def parse_concurrency(text: str) -> tuple[int, ...]:

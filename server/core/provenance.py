@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-TokenOutcome = Literal["accepted", "bonus", "recovered", "drawn"]
+TokenOutcome = Literal["accepted", "bonus", "recovered", "drawn", "forced"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,8 @@ class Provenance:
     Attributes:
         model: index of who proposed there, LOOKUP for prompt lookup; None where nobody did.
         outcome: the proposal was accepted; it was a bonus, and accepted; it was rejected, and
-            this token drawn instead; or there was none, and the token was drawn.
+            this token drawn instead; there was none, and the token was drawn; or it was the only
+            one that the form allowed.
     """
 
     model: int | None

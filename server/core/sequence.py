@@ -43,6 +43,7 @@ class SequenceStats:
     strategies: dict[str, int] = field(default_factory=dict)  # delivered tokens by strategy
     num_recovered: int = 0
     num_drawn: int = 0
+    num_forced: int = 0  # by a grammar that left no choice
     num_bonus: int = 0
     num_looked_up: int = 0  # proposed by prompt lookup
     num_lookup_accepted: int = 0
@@ -318,6 +319,15 @@ class Sequence:
         self.token_ids.append(token_id)
         self.num_verified += 1
         self.stats.num_drawn += 1
+
+    def force(self, token_id: int) -> None:
+        """Append a verified token that is the only possible one; nothing may be pending."""
+        assert self.num_pending == 0
+        if self.provenance is not None:
+            self.provenance.append(Provenance(None, "forced"))
+        self.token_ids.append(token_id)
+        self.num_verified += 1
+        self.stats.num_forced += 1
 
     def take_provenance(self) -> list[Provenance]:
         """Of the tokens verified since it was last taken; empty where it is not asked for."""

@@ -27,11 +27,12 @@ class Delivery:
     decoding: DecodingParams
     num_tokens: int
     has_first: bool
+    num_forced: int = 0
 
     @property
     def num_decoded(self) -> int:
-        """Without the first token of the text: that one comes with the prompt."""
-        return self.num_tokens - self.has_first
+        """Without the first token of the text, which comes with the prompt, and forced ones."""
+        return self.num_tokens - self.has_first - self.num_forced
 
 
 @dataclass(slots=True)
@@ -78,6 +79,7 @@ class StepStats:
         tails: tokens that were pending where a verification began, one entry for each.
         chosen: what was chosen anew for sequences that leave it open, one entry for each.
         num_recovered, num_drawn: tokens taken after a rejection, and with nothing proposed.
+        num_forced: tokens taken because a form allowed no other.
         deliveries: what clients got.
         prefill_seconds: what prompts added to the step; None if that is unknown.
         baseline_seconds: what standard decoding of it would have taken; None if that is unknown.
@@ -109,6 +111,7 @@ class StepStats:
     chosen: list[DecodingParams] = field(default_factory=list)
     num_recovered: int = 0
     num_drawn: int = 0
+    num_forced: int = 0
     deliveries: list[Delivery] = field(default_factory=list)
     prefill_seconds: float | None = None
     baseline_seconds: float | None = None

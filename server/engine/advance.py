@@ -3,6 +3,7 @@
     feed model k the tokens it has not seen
     verify, in order, each pending token whose scorers have now all scored it
     where nothing is pending and all scorers have scored the next position, draw from r
+    where nothing is pending and a grammar allows one token only, take it
     where nothing is pending, prompt lookup may propose some tokens
     where the tail survived and the strategy allows it, model k proposes the next token
 
@@ -43,6 +44,7 @@ from server.engine.decider import Decider, Way, find_kernels
 from server.engine.distributions import Distributions, grouped
 from server.engine.drafted_ids import DraftedIds
 from server.engine.faults import free_cached_memory, is_out_of_memory
+from server.engine.forcing import force
 from server.engine.guesser import Guesser
 from server.engine.laps import Laps, Timer
 from server.engine.logprobs import Decided, Logprobs
@@ -69,6 +71,7 @@ class Outcome:
 
     Attributes:
         num_verified: tokens newly verified, for each sequence that got any.
+        num_forced: those of them, the last ones, that a grammar left no choice about.
         logprobs: one entry for each of them, where the request asked.
         prompt_logprobs: of further tokens of prompts, where the request asked.
         failed: sequences whose scores are no distribution.
@@ -82,6 +85,7 @@ class Outcome:
     stats: StepStats
     laps: Laps
     num_verified: dict[Sequence, int] = field(default_factory=dict)
+    num_forced: dict[Sequence, int] = field(default_factory=dict)
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     failed: set[Sequence] = field(default_factory=set)
@@ -141,6 +145,8 @@ class Advancer:
         self._decider = Decider(self._distributions, kernels)
         self._logprobs = Logprobs(self._distributions)
         self._guesser = Guesser(strategies)
+        # As long as a draft: steps, and graphs, are made for so many tokens of a sequence.
+        self._most_forced = scores.capacity - len(runners)
         self._num_draws = self._num_probes = 0  # draws since the last probe
         self._device = self._scores.device
         self.places = device_places([runner.device for runner in runners])
@@ -179,6 +185,7 @@ class Advancer:
         for sequence, start in flight.num_verified.items():
             if sequence.num_verified > start:
                 outcome.num_verified[sequence] = sequence.num_verified - start
+        outcome.stats.num_forced = sum(outcome.num_forced.values())
         self._report(flight.num_verified, outcome)
         outcome.laps.head_seconds = self._scores.head_seconds
         self.timer.mark_decided(outcome.laps)
@@ -208,6 +215,8 @@ class Advancer:
         first = (s for s in deciding if s.coin_base is not None or not self._may_draw(s))
         self._settle(first, outcome)
         self._draw(sequences, outcome)
+        healthy = (s for s in deciding if s not in outcome.failed)
+        force(healthy, self._most_forced, outcome.num_forced)
         looking = [sequence for sequence in sequences if sequence not in outcome.failed]
         self._guesser.look_up(looking, outcome.stats)
         self._propose(flight, deciding, verified)

@@ -370,9 +370,10 @@ class Engine:
                 self._release(sequence, sequence.num_verified)
             elif count := outcome.num_verified.get(sequence, 0):
                 logprobs = outcome.logprobs.get(sequence, [])
+                num_forced = outcome.num_forced.get(sequence, 0)
                 try:
                     delta = self._outputs.deliver(
-                        sequence, schedule, count, logprobs, outcome.stats
+                        sequence, schedule, count, num_forced, logprobs, outcome.stats
                     )
                     if delta.finish_reason is not None:
                         start = sequence.num_verified - count

@@ -46,6 +46,7 @@ class Outputs:
         sequence: Sequence,
         schedule: DecodingParams,
         count: int,
+        num_forced: int,
         logprobs: list[TokenLogprob],
         stats: StepStats,
     ) -> TokenDelta:
@@ -55,6 +56,7 @@ class Outputs:
             sequence: whose tokens they are.
             schedule: how they were decoded.
             count: of the tokens.
+            num_forced: how many of them, the last ones, were forced.
             logprobs: of each of them, or none.
             stats: of the step that verified them.
         """
@@ -64,7 +66,8 @@ class Outputs:
         kept = end.num_tokens if end is not None else count
         used = schedule.strategy
         sequence.stats.strategies[used] = sequence.stats.strategies.get(used, 0) + kept
-        stats.deliveries.append(Delivery(schedule, kept, start == sequence.num_prompt))
+        is_first, num_decided = start == sequence.num_prompt, count - num_forced
+        stats.deliveries.append(Delivery(schedule, kept, is_first, max(0, kept - num_decided)))
         stats.num_discarded += count - kept
         return TokenDelta(
             sequence_id=sequence.id,

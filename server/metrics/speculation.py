@@ -48,6 +48,10 @@ class SpeculationMetrics:
         )
         self.recovered = counter("cos_spec_recovered_tokens", "Tokens taken after a rejection.")
         self.drawn = counter("cos_spec_drawn_tokens", "Tokens taken with nothing proposed.")
+        self.forced = counter(
+            "cos_forced_tokens",
+            "Tokens taken because a form allowed no other; no model decided them.",
+        )
         self.discarded = counter(
             "cos_spec_discarded_tokens", "Verified tokens cut off by the end of the text."
         )
@@ -123,6 +127,7 @@ class SpeculationMetrics:
                     self.chosen_gamma.labels(model).observe(length)
         self.recovered.inc(stats.num_recovered)
         self.drawn.inc(stats.num_drawn)
+        self.forced.inc(stats.num_forced)
         self.discarded.inc(stats.num_discarded)
 
     def _observe_proposed(self, stats: StepStats) -> None:

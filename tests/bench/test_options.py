@@ -8,7 +8,7 @@ import pytest
 
 from server.bench.cli import add_arguments, make_settings
 from server.bench.prompts import BUNDLED, load_prompts
-from server.bench.strategy_spec import parse_combination, parse_concurrency, parse_strategies
+from server.bench.strategy_spec import parse_concurrency, parse_object, parse_strategies
 from server.errors import ConfigError
 
 
@@ -32,7 +32,7 @@ def test_strategies_become_overrides_of_a_request():
 
 
 def test_a_combination_goes_into_every_strategy():
-    combination = parse_combination('{"method": "contrastive", "mu": 0.5}')
+    combination = parse_object('{"method": "contrastive", "mu": 0.5}', "--combination")
     specs = parse_strategies("standard,cos", combination)
     assert all(spec.override["combination"] == combination for spec in specs)
 
@@ -50,9 +50,10 @@ def test_wrong_concurrency_is_refused(text):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", "3"])
-def test_wrong_combinations_are_refused(text):
-    with pytest.raises(ConfigError, match="--combination"):
-        parse_combination(text)
+@pytest.mark.parametrize("option", ["--combination", "--body"])
+def test_wrong_objects_are_refused(text, option):
+    with pytest.raises(ConfigError, match=option):
+        make_settings(parse(option, text))
 
 
 @pytest.mark.parametrize("name", BUNDLED)

@@ -68,6 +68,15 @@ def test_seeds_may_be_left_out():
     assert not any("seed" in body for body in fake.requests)
 
 
+def test_further_fields_are_sent():
+    fake, form = FakeServer(), {"type": "json_object"}
+    with serve(fake) as url:
+        body = json.dumps({"response_format": form, "ignore_eos": False})
+        assert bench("--base-url", url, *SMALL, "--body", body) == 0
+    assert all(body["response_format"] == form for body in fake.requests)
+    assert not any(body["ignore_eos"] for body in fake.requests)
+
+
 def test_no_estimate_from_a_server_without_metrics(tmp_path):
     out = tmp_path / "result.json"
     with serve(FakeServer(has_metrics=False)) as url:
