@@ -66,14 +66,14 @@ class PagedAttention:
         store: KV memory of the model.
         short: attends the groups it supports; None: all attention is torch's.
         plan: of the forward in progress; set before it, None outside.
-        refused: has `short` left a group of few tokens to torch?
+        declined: has `short` left a group of few tokens to torch?
     """
 
     def __init__(self, store: KVStore, short: ShortAttention | None = None) -> None:
         self.store = store
         self.short = short
         self.plan: ForwardPlan | None = None
-        self.refused = False
+        self.declined = False
 
     def attach(self, model: PreTrainedModel) -> None:
         """Make `model` attend through this object."""
@@ -102,7 +102,7 @@ class PagedAttention:
     def _attend_group(self, group: Group, queries: Tensor, layer: int, style: Style) -> Tensor:
         if self.short and self.short.supports(group, queries, self.store, layer, style):
             return self.short.attend_group(group, queries, self.store, layer, style)
-        self.refused |= self.short is not None and group.num_tokens <= MAX_GROUPED_TOKENS
+        self.declined |= self.short is not None and group.num_tokens <= MAX_GROUPED_TOKENS
         return attend_group(group, queries, self.store, layer, style)
 
 

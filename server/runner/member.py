@@ -1,4 +1,21 @@
-"""Loads one member: read it, make the fastest runner of it, prove that runner right."""
+"""Loads one member: read it, make the fastest runner of it, prove that runner right.
+
+Whatever makes a forward faster may be missing on a machine, fail there, or give other logits. So
+there is a ladder for each part, tried from the top; a step down is one line of the log:
+
+    forward     written out for Llama's shape, in the CPU's kernels     `_in_kernels`
+                the same in torch's operations, on any device           `_in_operations`
+                transformers', its weights laid out for the CPU         `_packed`
+                transformers', its weights as they are                  `_as_it_is`
+    attention   kernels: Triton's, or the CPU's                         `_check_attention`
+                torch's operations
+    layers      compiled, where the forward is written out              `_compile`
+                as they are
+    few tokens  CUDA graphs                                             `GraphRunner.warm_up`
+                without
+
+Where the configuration insists on something, a ConfigError takes the place of the step down.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +40,7 @@ from server.runner.torch_runner import Body, TorchRunner
 
 
 class MemberLoader:
-    """Makes the runner of one member, over a little store for the self-check."""
+    """Makes the runner of one member, once, over a little store for the self-check."""
 
     def __init__(
         self,
@@ -34,7 +51,20 @@ class MemberLoader:
         report: Callable[[str], None],
         engine: EngineConfig,
     ) -> None:
-        """`report` takes one line for each phase; of `engine`, attention and compile are read."""
+        """Chooses device, types and kernels; nothing is read but the shortlist.
+
+        Args:
+            source: where the member is read from.
+            member: its section of the configuration.
+            max_length: of sequences, in tokens.
+            vocab_size: of the shared vocabulary.
+            report: takes one line for each phase.
+            engine: read for attention, cpu_kernels and compile.
+
+        Raises:
+            ConfigError: there is no such device, kernels that the configuration insists on cannot
+                run here, or the shortlist cannot be read.
+        """
         self._source = source
         self._name = member.name
         self._max_length = max_length
@@ -43,13 +73,16 @@ class MemberLoader:
         self._device = _device(member)
         self._dtype = _dtype(member, self._device)
         self._shortlist = find_shortlist(member.name, member.shortlist, source.path, vocab_size)
-        self._must_shorten = member.shortlist not in (None, AUTO)
+        self._insists_on_shortlist = member.shortlist not in (None, AUTO)
         self._packs = _packs(member, self._device)
         self._has_kernels = has_cpu_kernels(engine.cpu_kernels, self._device, self._say)
-        self._insists_on_cpu_kernels = engine.cpu_kernels == "on"
-        self._short = choose_attention(engine.attention, self._device, self._say, self._has_kernels)
-        self._insists = engine.attention == "triton"
+        self._insists_on_kernels = engine.cpu_kernels == "on"
+        self._attention = choose_attention(
+            engine.attention, self._device, self._say, self._has_kernels
+        )
+        self._insists_on_triton = engine.attention == "triton"
         self._compiles = engine.compile == "layers"
+        self._unspent: PreTrainedModel | None = None  # read, and its weights not taken over yet
 
     def load(self, fast: bool) -> TorchRunner:
         """A runner that passed the self-check.
@@ -60,48 +93,99 @@ class MemberLoader:
         Raises:
             ConfigError: the member cannot be read, or gives wrong logits here.
         """
-        model = self._read()
+        self._unspent = model = self._read()
         started = time.perf_counter()
         reference = self_check.reference_logits(model, self._vocab_size)
-        runner = None
-        if fast and not (self._device.type == "cpu" and is_llama_shaped(model)):
+        may_write_out = fast and is_llama_shaped(model)
+        if fast and not (may_write_out and self._device.type == "cpu"):
             self._do_without_shortlist()
-        if fast and is_llama_shaped(model):
-            had_kernels = self._has_kernels
-            runner = self._try_fast(model, reference)
-            if runner is None and had_kernels:
-                runner = self._try_fast(self._read(), reference)
-            if runner is None:
-                self._do_without_shortlist()
-                model = self._read()  # the first one gave its weights away
+        del model  # or it would stay while it is read anew
+        runner = None
+        if may_write_out:
+            runner = self._in_kernels(reference) or self._in_operations(reference)
         if runner is None:
-            runner = self._load_generic(model, reference)
+            runner = self._packed(reference) or self._as_it_is(reference)
             if self._compiles:
-                self._report(f"{self._name}: only layers of Llama-shaped models are compiled")
-        self._report(f"{self._name}: self-check passed, {time.perf_counter() - started:.1f} s")
+                self._say("only layers of Llama-shaped models are compiled")
+        self._say(f"self-check passed, {time.perf_counter() - started:.1f} s")
         return runner
 
-    def _try_fast(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner | None:
-        """None where the written-out forward gives other logits."""
-        size = model.get_memory_footprint()
-        # What runs in kernels is nothing that could be compiled further.
-        kernels = self._has_kernels and not self._compiles
-        body = LlamaBody(model, self._packs, self._shortlist, kernels, self._max_length)
-        runner = self._runner(model, body, size - body.packing.saved)
-        try:
-            # A CPU's kernels are for attention and the rest alike: both are tried again without.
-            self._check(runner, reference, replace=not self._has_kernels)
-        except Exception as error:  # kernels may fail in any way
-            self._fall_back(error)
+    def _in_kernels(self, reference: list[Tensor]) -> TorchRunner | None:
+        """Written out, in the CPU's kernels; None where there are none, or they fail."""
+        if not self._has_kernels:
             return None
-        self._report_packing(body.packing)
-        if self._compiles:
-            self._compile(runner, body, reference)
-        if self._shortlist is not None:
-            runner.deferred = Shortlist(runner, body, self._shortlist)
-            count, size = len(self._shortlist), self._vocab_size
-            self._report(f"{self._name}: proposes from a shortlist of {count} of {size} tokens")
+        runner, body = self._written_out()
+        try:
+            # Attention's are of the same kind as all others: the next step does without any.
+            self._check(runner, reference)
+        except Exception as error:  # kernels may fail in any way
+            reason = _first_line(error)
+            if self._insists_on_kernels:
+                message = f"model {self._name}: engine.cpu_kernels: on, but they fail here: "
+                raise ConfigError(message + reason) from error
+            self._has_kernels = False
+            if not self._insists_on_triton:
+                self._attention = None
+            self._say(f"falling back to torch's operations: {reason}")
+            return None
+        return self._finished(runner, body, reference)
+
+    def _in_operations(self, reference: list[Tensor]) -> TorchRunner | None:
+        """Written out, in torch's operations; None where that gives other logits."""
+        runner, body = self._written_out()
+        try:
+            self._check_attention(runner, reference)
+        except ConfigError as error:
+            self._say(f"falling back to the forward of transformers: {_first_line(error)}")
+            self._do_without_shortlist()
+            return None
+        return self._finished(runner, body, reference)
+
+    def _packed(self, reference: list[Tensor]) -> TorchRunner | None:
+        """The forward of transformers over packed weights; None where none are, or it fails."""
+        if not self._packs:
+            return None
+        model = self._take_model()
+        size = model.get_memory_footprint()
+        try:
+            packing = pack_weights(model, self._has_kernels)
+            runner = self._runner(model, None, size - packing.saved)
+            self._check_attention(runner, reference)
+        except Exception as error:  # code of a model may look at its weights, in many ways
+            self._say(f"running with its weights as they are: {_first_line(error)}")
+            return None
+        self._report_packing(packing)
         return runner
+
+    def _as_it_is(self, reference: list[Tensor]) -> TorchRunner:
+        """The forward of transformers, which has to give what it gives without this server."""
+        model = self._take_model()
+        runner = self._runner(model, None, model.get_memory_footprint())
+        self._check_attention(runner, reference)
+        return runner
+
+    def _check(self, runner: TorchRunner, reference: list[Tensor]) -> None:
+        """The self-check. Raises where the logits are wrong, or a kernel fails."""
+        self_check.self_check(runner, reference)
+        if self._has_kernels and runner.kernels_declined:
+            # Spans are grouped for kernels or for torch, and for all layers alike.
+            self._say("its layers attend in ways that the kernels do not know: torch attends")
+            runner.drop_kernels()
+
+    def _check_attention(self, runner: TorchRunner, reference: list[Tensor]) -> None:
+        """`_check`; where kernels for attention fail or give other logits, torch attends."""
+        try:
+            self._check(runner, reference)
+        except Exception as error:  # a kernel may fail to compile in any way
+            if self._attention is None:
+                raise
+            reason = _first_line(error)
+            if self._insists_on_triton:
+                message = f"model {self._name}: engine.attention: triton fails here: {reason}"
+                raise ConfigError(message) from error
+            self._say(f"falling back to torch's attention: {reason}")
+            runner.drop_kernels()
+            _check_anew(runner, reference)
 
     def _compile(self, runner: TorchRunner, body: LlamaBody, reference: list[Tensor]) -> None:
         """The layers, unless that fails or gives other logits."""
@@ -111,94 +195,60 @@ class MemberLoader:
             _check_anew(runner, reference)
         except Exception as error:  # compilers fail in many ways
             body.drop_compiled()
-            reason = str(error).strip().split("\n")[0]
-            self._report(f"{self._name}: layers are not compiled: {reason}")
+            self._say(f"layers are not compiled: {_first_line(error)}")
             return
-        seconds = time.perf_counter() - started
-        self._report(f"{self._name}: compiled its layers, {seconds:.1f} s")
+        self._say(f"compiled its layers, {time.perf_counter() - started:.1f} s")
 
-    def _say(self, line: str) -> None:
-        self._report(f"{self._name}: {line}")
+    def _written_out(self) -> tuple[TorchRunner, LlamaBody]:
+        model = self._take_model()
+        size = model.get_memory_footprint()
+        # What runs in kernels is nothing that could be compiled further.
+        kernels = self._has_kernels and not self._compiles
+        body = LlamaBody(model, self._packs, self._shortlist, kernels, self._max_length)
+        return self._runner(model, body, size - body.packing.saved), body
 
-    def _fall_back(self, error: Exception) -> None:
-        """To torch's operations from kernels, and from these to the forward of transformers."""
-        reason = str(error).split("\n")[0]
-        if not self._has_kernels:
-            if not isinstance(error, ConfigError):
-                raise error
-            self._say(f"falling back to the forward of transformers: {reason}")
-            return
-        if self._insists_on_cpu_kernels:
-            message = f"model {self._name}: engine.cpu_kernels: on, but they fail here: {reason}"
-            raise ConfigError(message) from error
-        self._has_kernels = False
-        if not self._insists:
-            self._short = None
-        self._say(f"falling back to torch's operations: {reason}")
+    def _finished(
+        self, runner: TorchRunner, body: LlamaBody, reference: list[Tensor]
+    ) -> TorchRunner:
+        """With what a forward may have besides once it is written out and right."""
+        self._report_packing(body.packing)
+        if self._compiles:
+            self._compile(runner, body, reference)
+        if self._shortlist is not None:
+            runner.deferred = Shortlist(runner, body, self._shortlist)
+            count, size = len(self._shortlist), self._vocab_size
+            self._say(f"proposes from a shortlist of {count} of {size} tokens")
+        return runner
 
     def _do_without_shortlist(self) -> None:
         if self._shortlist is None:
             return
         problem = f"model {self._name}: only Llama-shaped models on a CPU may have a shortlist"
-        if self._must_shorten:
+        if self._insists_on_shortlist:
             raise ConfigError(problem)
         self._report(f"{problem}; it is not used")
         self._shortlist = None
 
-    def _load_generic(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
-        if self._packs:
-            try:
-                return self._load_packed(model, reference)
-            except Exception as error:  # code of a model may look at its weights, in many ways
-                reason = str(error).split("\n")[0]
-                self._report(f"{self._name}: running with its weights as they are: {reason}")
-                model = self._read()
-        runner = self._runner(model, None, model.get_memory_footprint())
-        self._check(runner, reference)
-        return runner
-
-    def _load_packed(self, model: PreTrainedModel, reference: list[Tensor]) -> TorchRunner:
-        size = model.get_memory_footprint()
-        packing = pack_weights(model, self._has_kernels)
-        runner = self._runner(model, None, size - packing.saved)
-        self._check(runner, reference)
-        self._report_packing(packing)
-        return runner
-
-    def _check(self, runner: TorchRunner, reference: list[Tensor], replace: bool = True) -> None:
-        """With the kernels; where these fail or give other logits, `replace` them by torch's."""
-        try:
-            self_check.self_check(runner, reference)
-        except Exception as error:  # a kernel may fail to compile in any way
-            if self._short is None or not replace:
-                raise
-            reason = str(error).split("\n")[0]
-            if self._insists:
-                message = f"model {self._name}: engine.attention: triton fails here: {reason}"
-                raise ConfigError(message) from error
-            self._report(f"{self._name}: falling back to torch's attention: {reason}")
-            runner.drop_kernels()
-            _check_anew(runner, reference)
-        if self._has_kernels and runner.refuses:
-            self._say("its layers attend in ways that the kernels do not know: torch attends")
-            runner.drop_kernels()
-
     def _runner(self, model: PreTrainedModel, body: Body | None, weight_bytes: int) -> TorchRunner:
-        store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
         return TorchRunner(
             self._name,
             model,
             self._vocab_size,
             self._max_length,
-            store,
+            _little_store(),
             body,
             weight_bytes,
-            self._short,
+            self._attention,
         )
+
+    def _take_model(self) -> PreTrainedModel:
+        """To be changed at will: read anew if a step of the ladder has had the one that was."""
+        model, self._unspent = self._unspent, None
+        return self._read() if model is None else model
 
     def _read(self) -> PreTrainedModel:
         """The model with its rotary frequencies pinned."""
-        self._report(f"{self._name}: loading {self._source.path}")
+        self._say(f"loading {self._source.path}")
         started = time.perf_counter()
         model = self._source.model(self._dtype, self._device)
         rows = model.get_input_embeddings().weight.shape[0]
@@ -208,9 +258,9 @@ class MemberLoader:
                 f"{self._vocab_size} tokens"
             )
         dtype = str(self._dtype).removeprefix("torch.")
-        self._report(
-            f"{self._name}: {model.num_parameters() / 1e6:.1f} M parameters, {dtype} on "
-            f"{self._device}, {time.perf_counter() - started:.1f} s"
+        self._say(
+            f"{model.num_parameters() / 1e6:.1f} M parameters, {dtype} on {self._device}, "
+            f"{time.perf_counter() - started:.1f} s"
         )
         pin_rope(self._name, model, self._max_length)
         return model
@@ -219,12 +269,25 @@ class MemberLoader:
         if self._packs:
             share = packing.packed / max(1, packing.considered)
             how = "kept in 16 bits" if self._dtype == torch.float32 else "multiplied as bfloat16"
-            self._report(f"{self._name}: {share:.0%} of linear weights {how}")
+            self._say(f"{share:.0%} of linear weights {how}")
+
+    def _say(self, line: str) -> None:
+        self._report(f"{self._name}: {line}")
 
 
 def _check_anew(runner: TorchRunner, reference: list[Tensor]) -> None:
-    runner.store = KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
+    """The self-check of a runner that has been forwarded before."""
+    runner.store = _little_store()
     self_check.self_check(runner, reference)
+
+
+def _little_store() -> KVStore:
+    """As much as the self-check needs; real ones are sized when all members are loaded."""
+    return KVStore(self_check.NUM_PAGES, self_check.PAGE_SIZE)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 def _device(member: ModelConfig) -> torch.device:

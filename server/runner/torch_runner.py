@@ -109,9 +109,9 @@ class TorchRunner:
         return self.device.type == "cpu" and self._attention.short is None
 
     @property
-    def refuses(self) -> bool:
-        """Have the kernels left groups of few tokens to torch's operations?"""
-        return self._attention.refused
+    def kernels_declined(self) -> bool:
+        """Have kernels left a group of few tokens to torch's operations?"""
+        return self._attention.declined
 
     def longest_attended(self) -> int:
         """Tokens of a span that kernels attend; the model has run."""
