@@ -9,13 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from server.cache.kv_store import KVStore
-from server.runner.base import Batch, DeferredScores, Span
+from server.runner.base import Batch, Span
 from server.runner.self_check import TOLERANCE, difference
 from server.runner.static_shapes import Shape, Shapes, StaticBuffers
 from server.runner.torch_runner import TorchRunner
@@ -25,97 +24,65 @@ _WARM_UPS = 2
 
 
 @dataclass(slots=True)
-class _Slot:
-    """Buffers of one shape, and the graph that reads them once it is captured."""
+class _Padded:
+    """Forwards of one shape: their buffers, and the graph that reads these once it is captured."""
 
     buffers: StaticBuffers
-    graph: torch.cuda.CUDAGraph | None = field(default=None)
+    graph: torch.cuda.CUDAGraph | None = None
 
 
 class GraphRunner:
     """A ModelRunner: steps that fit a shape are padded to it, all others pass through as they are.
 
-    Like the runner below it, not thread-safe.
+    Its attributes are those of the runner below, and like that it is not thread-safe.
     """
 
     def __init__(self, runner: TorchRunner, shapes: Shapes, capture: bool) -> None:
-        """`runner` has its final store; it is not forwarded by anyone else from now on.
+        """`runner` is not forwarded by anyone else from now on.
 
         Args:
-            runner: runs what fits no shape, and is what is captured.
+            runner: runs what fits no shape, and is what is captured; its store, kernels and
+                shortlist are those that it will serve with.
             shapes: to pad to.
             capture: as CUDA graphs, at `warm_up`; False: run padded forwards eagerly.
         """
+        # Copies will do: nothing of this changes any more.
+        self.name = runner.name
+        self.vocab_size = runner.vocab_size
+        self.max_length = runner.max_length
+        self.page_size = runner.page_size
+        self.num_pages = runner.num_pages
+        self.device = runner.device
+        self.dtype = runner.dtype
+        self.gathers = runner.gathers
+        self.deferred = runner.deferred  # these forwards are not padded
+        self.store = runner.store
+        self.weight_bytes = runner.weight_bytes
         self._runner = runner
         self._shapes = shapes
         self._capture = capture
-        self._slots: dict[Shape, _Slot] = {}
+        self._padded: dict[Shape, _Padded] = {}
         self._output = torch.empty(0, device=runner.device, dtype=runner.dtype)
         self._enabled = True
         self._pool: tuple[int, int] | None = None  # that captures take their memory from
 
     @property
-    def name(self) -> str:
-        return self._runner.name
-
-    @property
-    def vocab_size(self) -> int:
-        return self._runner.vocab_size
-
-    @property
-    def max_length(self) -> int:
-        return self._runner.max_length
-
-    @property
-    def page_size(self) -> int:
-        return self._runner.page_size
-
-    @property
-    def num_pages(self) -> int:
-        return self._runner.num_pages
-
-    @property
-    def device(self) -> torch.device:
-        return self._runner.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._runner.dtype
-
-    @property
-    def gathers(self) -> bool:
-        return self._runner.gathers
-
-    @property
-    def deferred(self) -> DeferredScores | None:
-        """Of the runner below: deferred forwards are not padded."""
-        return self._runner.deferred
-
-    @property
-    def store(self) -> KVStore:
-        return self._runner.store
-
-    @property
-    def weight_bytes(self) -> int:
-        return self._runner.weight_bytes
-
-    @property
     def num_graphs(self) -> int:
         """Captured so far."""
-        return sum(slot.graph is not None for slot in self._slots.values())
+        return sum(padded.graph is not None for padded in self._padded.values())
 
     @torch.inference_mode()
     def forward(self, batch: Batch) -> Tensor:
         """See ModelRunner.forward."""
         shape = self._shapes.find(batch) if self._enabled else None
-        if shape is None or (self._capture and shape not in self._slots):
+        if shape is None or (self._capture and shape not in self._padded):
             return self._runner.forward(batch)
-        slot = self._slot(shape)
-        keep = slot.buffers.fill(batch)
-        if slot.graph is not None:
-            slot.graph.replay()
+        padded = self._padded_to(shape)
+        keep = padded.buffers.fill(batch)
+        if padded.graph is not None:
+            padded.graph.replay()
         else:
-            self._compute(slot)
+            self._compute(padded)
         return self._output.index_select(0, keep)
 
     @torch.inference_mode()
@@ -148,7 +115,7 @@ class GraphRunner:
     def _give_up(self, report: Callable[[str], None], reason: str) -> None:
         self._enabled = False
         self._leave_pool()
-        self._slots.clear()
+        self._padded.clear()
         self._output = self._output.new_empty(0)
         report(f"{self.name}: running without CUDA graphs: {reason}")
 
@@ -172,20 +139,20 @@ class GraphRunner:
         stream = torch.cuda.Stream(self.device)
         self._reserve_output(max(shape.num_rows for shape in shapes))
         for shape in shapes:
-            slot = self._slot(shape)
+            padded = self._padded_to(shape)
             current = torch.cuda.current_stream(self.device)
             stream.wait_stream(current)
             with torch.cuda.stream(stream):
                 for _ in range(_WARM_UPS):
-                    self._compute(slot)
+                    self._compute(padded)
             current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             # The HTTP side of the process may touch CUDA meanwhile: only this thread is watched.
             with torch.cuda.graph(
                 graph, pool=pool, stream=stream, capture_error_mode="thread_local"
             ):
-                self._compute(slot)
-            slot.graph = graph
+                self._compute(padded)
+            padded.graph = graph
         torch.cuda.synchronize(self.device)
 
     def _compile_kernels(self) -> None:
@@ -206,17 +173,17 @@ class GraphRunner:
         pages = [0] * -(-length // self.page_size)
         self._runner.forward(Batch((Span(pages, length - num_tokens, [0] * num_tokens, 0),)))
 
-    def _slot(self, shape: Shape) -> _Slot:
-        if shape not in self._slots:
-            self._slots[shape] = _Slot(
+    def _padded_to(self, shape: Shape) -> _Padded:
+        if shape not in self._padded:
+            self._padded[shape] = _Padded(
                 StaticBuffers(shape, self.max_length, self.page_size, self.device)
             )
-        return self._slots[shape]
+        return self._padded[shape]
 
-    def _compute(self, slot: _Slot) -> None:
+    def _compute(self, padded: _Padded) -> None:
         """Logits of what the buffers hold, into the first rows of the output that all share."""
-        logits = self._runner.run(slot.buffers.plan())
-        if slot.graph is None and len(self._output) < len(logits):
+        logits = self._runner.run(padded.buffers.plan())
+        if padded.graph is None and len(self._output) < len(logits):
             self._reserve_output(len(logits))
         self._output[: len(logits)].copy_(logits)
 

@@ -182,25 +182,24 @@ def _check_half_batches(runners: Sequence[TorchRunner], config: ServerConfig) ->
 
 
 def _with_graphs(runner: TorchRunner, config: ServerConfig, report: _Reporter) -> LoadedRunner:
-    """`runner` for steps of few shapes, where that is wanted and possible."""
+    """`runner` for steps of few tokens in padded shapes, where that is wanted and possible."""
     wanted = config.engine.cuda_graphs
     # Torch's attention would gather the longest possible text for every sequence of a graph.
-    capture = runner.device.type == "cuda" and runner.attends_with_kernels
-    if wanted == "off" or (wanted == "auto" and not capture):
+    can_capture = runner.device.type == "cuda" and runner.attends_with_kernels
+    if wanted == "off" or (wanted == "auto" and not can_capture):
         return runner
-    decoding = config.decoding
-    gamma = max(proposal_lengths(decoding.gamma, len(config.models)))
-    longest = decoding.max_gamma + len(config.models)
-    if capture:
+    longest = config.decoding.max_gamma + len(config.models)
+    if can_capture:
         longest = min(longest, runner.longest_attended())
     if longest < 1:
         return runner
-    shapes = Shapes.of(
-        config.engine.max_sequences,
-        longest,
-        config.engine.max_step_tokens,
-        gamma + 1,
-    )
-    graphs = GraphRunner(runner, shapes, capture=wanted == "auto")
+    graphs = GraphRunner(runner, _shapes(config, longest), capture=wanted == "auto")
     graphs.warm_up(report)
     return graphs
+
+
+def _shapes(config: ServerConfig, longest: int) -> Shapes:
+    """Of steps of up to `longest` tokens each; those of scoring a whole proposal are not padded."""
+    gammas = proposal_lengths(config.decoding.gamma, len(config.models))
+    engine = config.engine
+    return Shapes.of(engine.max_sequences, longest, engine.max_step_tokens, max(gammas) + 1)
