@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.cache.kv_store import KVStore
-from server.runner.plan import MAX_GROUPED_TOKENS, ForwardPlan, Group, SharedKeys
+from server.runner.grouping import MAX_GROUPED_TOKENS
+from server.runner.plan import ForwardPlan, Group, SharedKeys
 from server.runner.style import Style
 
 NAME = "cos_paged"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby, takewhile
 
 import torch
 from torch import Tensor
@@ -16,13 +15,7 @@ from torch import Tensor
 from server.cache.drafted import known_ids
 from server.cache.on_device import tensor_on
 from server.runner.base import Batch, Span
-
-# Spans of more tokens are attended one by one: they fill the machine alone.
-MAX_GROUPED_TOKENS = 16
-# Measured on CPU: beyond this length, gathering into one tensor costs more than a call each.
-MAX_GATHERED_LENGTH = 256
-# Tokens in common from which attending them once for all pays for putting two parts together.
-MIN_SHARED_LENGTH = 128
+from server.runner.grouping import packing_order, taken_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,10 +282,7 @@ def make_plan(
     batch: Batch, page_size: int, device: torch.device, gathers: bool = False
 ) -> ForwardPlan:
     """Prepare a forward of `batch`; `gathers` as in ModelRunner."""
-    if gathers:
-        order = sorted(range(len(batch.spans)), key=lambda i: _place(batch.spans[i], page_size))
-    else:
-        order = sorted(range(len(batch.spans)), key=lambda i: len(batch.spans[i].token_ids))
+    order = packing_order(batch.spans, page_size, gathers)
     spans = [batch.spans[i] for i in order]
     token_ids: list[int] = []
     positions: list[int] = []
@@ -322,10 +312,9 @@ def num_attended(spans: Sequence[Span], page_size: int, gathers: bool) -> int:
     total = sum(span.num_past for span in spans)
     if not gathers or len(spans) < 2:
         return total
-    alike = sorted(spans, key=lambda span: _place(span, page_size))
-    for num_tokens, members in groupby(alike, key=lambda span: len(span.token_ids)):
-        for together, num_shared in _split(list(members), num_tokens, page_size, gathers):
-            total -= (len(together) - 1) * num_shared * page_size
+    alike = [spans[i] for i in packing_order(spans, page_size, gathers)]
+    for together, num_shared in taken_together(alike, page_size, gathers):
+        total -= (len(together) - 1) * num_shared * page_size
     return total
 
 
@@ -339,70 +328,11 @@ def _make_groups(
 ) -> list[SpanGroup]:
     groups: list[SpanGroup] = []
     first_row = 0
-    for num_tokens, alike in groupby(spans, key=lambda span: len(span.token_ids)):
-        for members, num_shared in _split(list(alike), num_tokens, page_size, gathers):
-            end_row = first_row + num_tokens * len(members)
-            lengths = [span.num_past + num_tokens for span in members]
-            pages = [span.pages for span in members]
-            rows = slice(first_row, end_row)
-            groups.append(
-                SpanGroup(rows, num_tokens, page_size, device, lengths, pages, num_shared)
-            )
-            first_row = end_row
+    for members, num_shared in taken_together(spans, page_size, gathers):
+        num_tokens = len(members[0].token_ids)
+        rows = slice(first_row, first_row + num_tokens * len(members))
+        lengths = [span.num_past + num_tokens for span in members]
+        pages = [span.pages for span in members]
+        groups.append(SpanGroup(rows, num_tokens, page_size, device, lengths, pages, num_shared))
+        first_row = rows.stop
     return groups
-
-
-def _split(
-    spans: list[Span], num_tokens: int, page_size: int, gathers: bool
-) -> list[tuple[list[Span], int]]:
-    """Spans that one attention call should take together, and how many first pages they share.
-
-    Of `spans` those that begin alike lie side by side.
-    """
-    if num_tokens > MAX_GROUPED_TOKENS:
-        return [([span], 0) for span in spans]
-    if not gathers or max(span.num_past for span in spans) + num_tokens <= MAX_GATHERED_LENGTH:
-        return [(spans, 0)]
-    parts: list[tuple[list[Span], int]] = []
-    for beginning, alike in groupby(spans, key=lambda span: _beginning(span, page_size)):
-        members = list(alike)
-        together = _sharing(members, num_tokens, page_size) if beginning else []
-        if together:
-            parts.append((together, _num_shared(together, page_size)))
-        taken = {id(span) for span in together}
-        parts += [([span], 0) for span in members if id(span) not in taken]
-    return parts
-
-
-def _sharing(spans: list[Span], num_tokens: int, page_size: int) -> list[Span]:
-    """Those of `spans` whose common beginning is better attended once for all."""
-    shared = _num_shared(spans, page_size) * page_size
-    limit = shared + MAX_GATHERED_LENGTH - num_tokens
-    together = [span for span in spans if span.num_past <= limit]
-    if len(together) < 2:
-        return []
-    own = max(span.num_past for span in together) + num_tokens - shared
-    # Keys not read again, against keys that are copied, the shorter texts' padding included.
-    return together if (len(together) - 1) * shared >= len(together) * own else []
-
-
-def _place(span: Span, page_size: int) -> tuple[int, int]:
-    """Spans of as many tokens side by side, and among them those that begin alike."""
-    return len(span.token_ids), _beginning(span, page_size)
-
-
-def _beginning(span: Span, page_size: int) -> int:
-    """Equal for spans that begin with the same MIN_SHARED_LENGTH tokens or more; 0 if shorter.
-
-    A page that two sequences hold follows the same tokens in both, if not always the same pages.
-    """
-    count = max(1, MIN_SHARED_LENGTH // page_size)
-    return span.pages[count - 1] if span.num_past >= count * page_size else 0
-
-
-def _num_shared(spans: list[Span], page_size: int) -> int:
-    """Pages that all begin with and have been read by all."""
-    limit = min(span.num_past for span in spans) // page_size
-    columns = zip(*(span.pages[:limit] for span in spans), strict=True)
-    same = takewhile(lambda pages: len(set(pages)) == 1, columns)
-    return sum(1 for _ in same)

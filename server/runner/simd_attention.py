@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from server.cache.kv_store import KVStore
+from server.runner.grouping import MAX_GROUPED_TOKENS
 from server.runner.operations import Heads
-from server.runner.plan import MAX_GROUPED_TOKENS, Group
+from server.runner.plan import Group
 from server.runner.style import Style
 from server.simd.attention import CHUNK, Kind, attending, scratch_bytes, writer
 from server.simd.functions import UNIT

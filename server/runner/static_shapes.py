@@ -21,8 +21,8 @@ from torch import Tensor
 
 from server.cache.drafted import known_ids
 from server.runner.base import Batch
+from server.runner.grouping import MAX_GROUPED_TOKENS
 from server.runner.plan import (
-    MAX_GROUPED_TOKENS,
     ForwardPlan,
     Group,
     KeySelection,

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from server.cache.kv_store import KVStore
-from server.runner.plan import MAX_GROUPED_TOKENS, Group
+from server.runner.grouping import MAX_GROUPED_TOKENS
+from server.runner.plan import Group
 from server.runner.style import Style
 
 # Query rows (tokens times heads of a group) of one program; more do not fit into its registers.

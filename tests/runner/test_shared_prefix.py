@@ -11,7 +11,7 @@ from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.engine.engine import Engine, EngineLimits
-from server.runner import attention, plan
+from server.runner import attention, grouping, plan
 from server.runner.base import Batch, Span
 from server.runner.loader import load_models
 from server.runner.style import Style
@@ -27,8 +27,8 @@ PLAIN = {"llama", "qwen2", "qwen3", "phi3", "gpt2", "opt"}  # full attention, no
 @pytest.fixture
 def calls(monkeypatch):
     """Short texts count as long; sizes of the groups that were attended in two parts."""
-    monkeypatch.setattr(plan, "MAX_GATHERED_LENGTH", 16)
-    monkeypatch.setattr(plan, "MIN_SHARED_LENGTH", 8)
+    monkeypatch.setattr(grouping, "MAX_GATHERED_LENGTH", 16)
+    monkeypatch.setattr(grouping, "MIN_SHARED_LENGTH", 8)
     seen = []
     original = attention._attend_shared
 
@@ -55,10 +55,11 @@ def test_logits_are_those_of_each_sequence_alone(family, in_order, calls):
     for tokens, table in zip(beginnings, pages, strict=True):
         runner.forward(Batch((Span(table, 0, tokens, 0),)))
     texts, spans = [], []
-    for number, which in enumerate([0, 1, 0, 2, 1, 0, 0]):
-        own = [rng.randrange(VOCAB_SIZE) for _ in range(number % 4 + 3)]
-        table = [*pages[which], *(free.pop(0) for _ in range(3))]
-        count = 3 if number in (2, 5) else 1
+    for number, which in enumerate([0, 0, 1, 0, 2, 1, 0, 0]):
+        # The first is too long to be together with those that begin like it.
+        own = [rng.randrange(VOCAB_SIZE) for _ in range(number % 4 + 3 if number else 22)]
+        table = [*pages[which], *(free.pop(0) for _ in range(6))]
+        count = 3 if number in (3, 6) else 1
         if len(own) > count:
             runner.forward(Batch((Span(table, SHARED, own[:-count], 0),)))
         texts.append(beginnings[which] + own)
@@ -98,7 +99,7 @@ def test_layers_of_other_kinds_attend_each_text_alone(style, value_dim, calls, m
     together, sizes = attend(spans, style, value_dim)
     assert sizes == [3]
     assert bool(calls) == (style == Style(None, 0, None, None) and value_dim == 8)
-    monkeypatch.setattr(plan, "MIN_SHARED_LENGTH", 1000)
+    monkeypatch.setattr(grouping, "MIN_SHARED_LENGTH", 1000)
     alone, sizes = attend(spans, style, value_dim)
     assert sizes == [1, 1, 1]
     torch.testing.assert_close(together, alone)
