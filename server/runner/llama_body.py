@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.runner.attention import PagedAttention
-from server.runner.operations import Heads, Norm, Operations, TorchOperations
+from server.runner.operations import Heads, LayerParts, Norm, Operations, TorchOperations
 from server.runner.packed_linear import (
     HalfEmbedding,
     PackingReport,
@@ -42,7 +42,7 @@ _MLP = {"gate_proj", "up_proj", "down_proj"}
 # would take the two for one.
 _TRIED_ROWS = 7
 # Positions whose angles are computed in one piece, which takes several times what is kept of them.
-_AT_ONCE = 4096
+_ANGLES_IN_ONE_PIECE = 4096
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -92,7 +92,7 @@ class LlamaBody:
         head: states [n, hidden_size] -> logits [n, rows of the head].
         short_head: the same for the rows of a shortlist, float32 where `packed`; None without one.
         hidden_size: of the states.
-        at_once: all layers as one program of kernels, where they are of nothing else.
+        program: all of it as one program of kernels, where it is of nothing else.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class LlamaBody:
         body: Any = model.base_model
         self.packing = PackingReport()
         self._kernels = kernels and packed
-        keep = self._packed if packed else _plain
+        lay_out = self._packed if packed else _plain
         rotary = body.rotary_emb
         self._frequencies: Tensor = rotary.inv_freq.float()
         self._rope_scale = float(rotary.attention_scaling)
@@ -129,7 +129,7 @@ class LlamaBody:
         is_tied = body.embed_tokens.weight is parts.lm_head.weight
         while len(body.layers):
             index, layer = len(self._layers), body.layers[0]
-            self._layers.append(_Layer(index, layer, keep, self._types, operations))
+            self._layers.append(_Layer(index, layer, lay_out, self._types, operations))
             del body.layers[0]
         self.hidden_size: int = parts.lm_head.in_features
         self.short_head: Linear | None = None
@@ -138,8 +138,8 @@ class LlamaBody:
             if packed:  # in 16 bits a token's score would depend on the rows scored beside it
                 rows = widened(rows)
             self.packing.saved -= rows.weight.nbytes  # the model had no such copy
-            self.short_head = keep(rows).forward
-        head = keep(parts.lm_head)
+            self.short_head = lay_out(rows).forward
+        head = lay_out(parts.lm_head)
         self.head: Linear = head.forward
         self._embed = (
             pack_embedding(body.embed_tokens, self.packing, is_tied)
@@ -147,20 +147,20 @@ class LlamaBody:
             else body.embed_tokens
         )
         body.embed_tokens = parts.lm_head = None
-        self.at_once = self._all_at_once(head, model.dtype) if self._kernels else None
+        self.program = self._written_as_program(head, model.dtype) if self._kernels else None
         # A program keeps its own.
-        self._angles = self._kept_angles(max_length if self.at_once is None else 0)
+        self._angles = self._kept_angles(max_length if self.program is None else 0)
 
     def __call__(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
         """Logits [num_kept, rows of the head] of the model's type, or float32."""
-        if self.at_once is not None and self.at_once.has_head and self.at_once.takes(attention):
-            return self.at_once.logits(plan, attention.store)
+        if self.program is not None and self.program.has_head and self.program.takes(attention):
+            return self.program.logits(plan, attention.store)
         return self.head(self.states(plan, attention))
 
     def states(self, plan: ForwardPlan, attention: PagedAttention) -> Tensor:
         """What the head is applied to, [num_kept, hidden_size] of the model's type."""
-        if self.at_once is not None and self.at_once.takes(attention):
-            return self.at_once.states(plan, attention.store)
+        if self.program is not None and self.program.takes(attention):
+            return self.program.states(plan, attention.store)
         x: Tensor = self._embed(plan.token_ids[0]).to(self._types.states)
         rope = self._angles_of(plan)
         last = len(self._layers) - 1
@@ -194,7 +194,7 @@ class LlamaBody:
         for layer in self._layers:
             layer.before, layer.after = _Layer.attention_inputs, _Layer.add_outputs
 
-    def _all_at_once(self, head: nn.Module, dtype: torch.dtype) -> SimdLayers | None:
+    def _written_as_program(self, head: nn.Module, dtype: torch.dtype) -> SimdLayers | None:
         """All layers as one program, where they are all of kernels."""
         from server.runner.simd_layers import Layer, SimdLayers  # needs what may be missing
         from server.runner.simd_linear import SimdLinear
@@ -215,7 +215,7 @@ class LlamaBody:
     def _kept_angles(self, count: int) -> tuple[Tensor, Tensor]:
         """`_rope` of the first positions."""
         positions = torch.arange(count, device=self._frequencies.device)
-        cos, sin = zip(*map(self._rope, positions.split(_AT_ONCE)), strict=True)
+        cos, sin = zip(*map(self._rope, positions.split(_ANGLES_IN_ONE_PIECE)), strict=True)
         return torch.cat(cos), torch.cat(sin)
 
     def _angles_of(self, plan: ForwardPlan) -> tuple[Tensor, Tensor]:
@@ -272,14 +272,14 @@ class _Layer:
 
     Attributes:
         before, after: `attention_inputs` and `add_outputs`, or compiled forms of them.
-        parts: what it computes with, in this order; see simd_layers.Layer.
+        parts: what it computes with.
     """
 
     def __init__(
         self,
         index: int,
         layer: Any,
-        keep: Callable[[nn.Linear], nn.Module],
+        lay_out: Callable[[nn.Linear], nn.Module],
         types: _Types,
         operations: Operations,
     ) -> None:
@@ -289,27 +289,21 @@ class _Layer:
         self.before, self.after = _Layer.attention_inputs, _Layer.add_outputs
         self._index = index
         self._head_dim: int = attention.head_dim
-        self._style = Style(attention.scaling, _window(attention), None, None)
-        self._attention_norm = _norm(layer.input_layernorm, types.states, operations)
-        self._mlp_norm = _norm(layer.post_attention_layernorm, types.states, operations)
-        self._rotation = operations.rotation(_heads(attention, types))
-        self._gate, self._add = operations.gate, operations.add
-        qkv = keep(_join([attention.q_proj, attention.k_proj, attention.v_proj]))
-        out = keep(attention.o_proj)
-        gate_up = keep(_join([mlp.gate_proj, mlp.up_proj]))
-        down = keep(mlp.down_proj)
-        self._qkv, self._out = _product(qkv), _product(out)
-        self._gate_up, self._down = _product(gate_up), _product(down)
-        self.parts = (
-            self._attention_norm,
-            qkv,
-            self._rotation,
-            self._style,
-            out,
-            self._mlp_norm,
-            gate_up,
-            down,
+        self.parts = parts = LayerParts(
+            attention_norm=_norm(layer.input_layernorm, types.states, operations),
+            qkv=lay_out(_join([attention.q_proj, attention.k_proj, attention.v_proj])),
+            rotation=operations.rotation(_heads(attention, types)),
+            style=Style(attention.scaling, _window(attention), None, None),
+            out=lay_out(attention.o_proj),
+            mlp_norm=_norm(layer.post_attention_layernorm, types.states, operations),
+            gate_up=lay_out(_join([mlp.gate_proj, mlp.up_proj])),
+            down=lay_out(mlp.down_proj),
         )
+        self._attention_norm, self._mlp_norm = parts.attention_norm, parts.mlp_norm
+        self._rotation, self._style = parts.rotation, parts.style
+        self._qkv, self._out = _product(parts.qkv), _product(parts.out)
+        self._gate_up, self._down = _product(parts.gate_up), _product(parts.down)
+        self._gate, self._add = operations.gate, operations.add
 
     def __call__(
         self,

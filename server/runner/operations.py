@@ -11,7 +11,9 @@ from typing import Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from server.runner.style import Style
 
 
 class Norm(Protocol):
@@ -81,6 +83,31 @@ class Operations(Protocol):
     def add(self, x: Tensor, y: Tensor) -> None:
         """To `x`, both [T, D]."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LayerParts:
+    """What one decoder layer computes with, in this order; attention is between `style` and `out`.
+
+    Attributes:
+        attention_norm: of the states, [T, hidden].
+        qkv: product of these; queries, keys and values side by side.
+        rotation: of their heads.
+        style: how they are attended.
+        out: product of what attention found, to be added to the states.
+        mlp_norm: of their sum.
+        gate_up: product of these; the gate's two inputs side by side.
+        down: product of what the gate gives, to be added to the states.
+    """
+
+    attention_norm: Norm
+    qkv: nn.Module
+    rotation: Rotation
+    style: Style
+    out: nn.Module
+    mlp_norm: Norm
+    gate_up: nn.Module
+    down: nn.Module
 
 
 class TorchOperations:

@@ -7,7 +7,7 @@ small model's forward over one token. Imported only where the kernels can run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, get_type_hints
@@ -18,7 +18,7 @@ from torch import Tensor
 from server.cache.kv_store import KVStore
 from server.runner import simd_attention
 from server.runner.attention import PagedAttention
-from server.runner.operations import Heads
+from server.runner.operations import Heads, LayerParts
 from server.runner.plan import ForwardPlan
 from server.runner.simd_linear import SimdLinear
 from server.runner.simd_operations import SimdNorm, SimdRotation, add_gate
@@ -54,7 +54,7 @@ _LEAST_POSITIONS = 1024  # of which cosines and sines are kept
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What one decoder layer computes with."""
+    """LayerParts that are all of kernels."""
 
     attention_norm: SimdNorm
     qkv: SimdLinear
@@ -66,13 +66,13 @@ class Layer:
     down: SimdLinear
 
     @staticmethod
-    def of(parts: Iterable[object]) -> Layer | None:
-        """Of its fields; None where one of them is not for kernels, or not for a program."""
-        kinds = get_type_hints(Layer).values()
-        given: list[Any] = list(parts)
-        if not all(isinstance(one, kind) for one, kind in zip(given, kinds, strict=True)):
+    def of(parts: LayerParts) -> Layer | None:
+        """The same parts; None where one of them is not for kernels, or not for a program."""
+        kinds = get_type_hints(Layer)
+        given: dict[str, Any] = {name: getattr(parts, name) for name in kinds}
+        if not all(isinstance(given[name], kind) for name, kind in kinds.items()):
             return None
-        layer = Layer(*given)
+        layer = Layer(**given)
         linears = (layer.qkv, layer.out, layer.gate_up, layer.down)
         heads = layer.rotation.heads
         fits = all(linear.is_full for linear in linears)
