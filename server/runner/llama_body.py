@@ -3,8 +3,8 @@
 On a CPU a small decoder spends a third of a forward between its matrix products, and a GPU waits
 for the launches of all that. Here the projections that read the same input are one product, the
 rotation of queries and keys is one, and the norms take four operations instead of eight, or one
-kernel. transformers' own forward stays the
-reference: the self-check compares every model with it before this one is used.
+kernel. transformers' own forward stays the reference: the self-check compares every model with it
+before this one is used.
 """
 
 from __future__ import annotations
@@ -271,7 +271,8 @@ class _Layer:
     """One decoder layer; x is [T, hidden].
 
     Attributes:
-        before, after: `attention_inputs` and `add_outputs`, or compiled forms of them.
+        before, after: `attention_inputs` and `add_outputs`, or compiled forms of them; functions
+            of the layer, so that one compiled form serves all layers.
         parts: what it computes with.
     """
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,6 +40,8 @@ _FREE_ROWS = 128
 _MOST_PADDING = 2
 # Forwards of one shape that may be enqueued before the host waits for the first of them.
 _MAX_HOST_BUFFERS = 16
+
+Array = TypeVar("Array", Tensor, np.ndarray)
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -151,12 +154,31 @@ class StaticGroup(Group):
         return KeySelection(page_slots(table, positions, last, self.page_size), allowed)
 
 
+class _Views(NamedTuple, Generic[Array]):
+    """Parts of the buffer of a shape of B spans of n tokens; int64, on the host or the device.
+
+    Attributes:
+        ids, positions, slots: [B, n], see ForwardPlan.
+        keep: [B, n], row after row: those whose logits are wanted, and anything behind them.
+        starts, lengths: [B], see Paging.
+        table: [B, width], see Paging.
+    """
+
+    ids: Array
+    positions: Array
+    slots: Array
+    keep: Array
+    starts: Array
+    lengths: Array
+    table: Array
+
+
 @dataclass(slots=True)
 class _HostBuffer:
     """What is copied to the device, and when that has been done."""
 
     memory: Tensor
-    views: list[np.ndarray]
+    views: _Views[np.ndarray]
     copied: torch.cuda.Event | None
 
     def is_free(self) -> bool:
@@ -179,6 +201,8 @@ class StaticBuffers:
     Attributes:
         shape: of the forwards.
         max_length: of sequences, in tokens.
+        page_size: in tokens.
+        device: of the model.
     """
 
     shape: Shape
@@ -214,7 +238,7 @@ class StaticBuffers:
     def _new_host(self) -> _HostBuffer:
         pinned = self.device.type == "cuda"
         memory = torch.zeros(self._size, dtype=torch.int64, pin_memory=pinned)
-        views = [view.numpy() for view in _cut(memory, self.shape, self._width)]
+        views = _Views(*(view.numpy() for view in _cut(memory, self.shape, self._width)))
         return _HostBuffer(memory, views, torch.cuda.Event() if pinned else None)
 
     def fill(self, batch: Batch) -> Tensor:
@@ -224,8 +248,19 @@ class StaticBuffers:
             [batch.num_kept] int64, rows of the padded forward whose logits are wanted.
         """
         host = self._host()
-        num_tokens = self.shape.num_tokens
-        ids, positions, slots, keep, starts, lengths, table = host.views
+        kept = _kept_rows(batch, self.shape.num_tokens)
+        self._write(host.views, batch, kept)
+        self._device.copy_(host.memory, non_blocking=True)
+        if host.copied is not None:
+            host.copied.record(torch.cuda.current_stream(self.device))
+        views = _cut(self._device, self.shape, self._width)
+        if batch.drafted is not None:
+            views.ids.copy_(known_ids(views.ids, batch.drafted))
+        return views.keep.view(-1)[: len(kept)]
+
+    def _write(self, views: _Views[np.ndarray], batch: Batch, kept: list[int]) -> None:
+        """The batch and its padding, see the module."""
+        ids, positions, slots, keep, starts, lengths, table = views
         used = len(batch.spans)
         for row, span in enumerate(batch.spans):
             count = len(span.token_ids)
@@ -234,21 +269,14 @@ class StaticBuffers:
             ids[row, count:] = span.token_ids[-1]
             table[row, :width] = span.pages[:width]
             starts[row], lengths[row] = past, past + count
-        steps = np.arange(num_tokens)
+        # Spans of one token over page 0.
         starts[used:], lengths[used:], table[used:, 0], ids[used:] = 0, 1, 0, 0
+        steps = np.arange(self.shape.num_tokens)
         np.minimum(starts[:, None] + steps, lengths[:, None] - 1, out=positions)
         pages = np.take_along_axis(table, positions // self.page_size, axis=1)
         np.multiply(pages, self.page_size, out=slots)
         slots += positions % self.page_size
-        kept = _kept_rows(batch, num_tokens)
         keep.reshape(-1)[: len(kept)] = kept
-        self._device.copy_(host.memory, non_blocking=True)
-        if host.copied is not None:
-            host.copied.record(torch.cuda.current_stream(self.device))
-        views = _cut(self._device, self.shape, self._width)
-        if batch.drafted is not None:
-            views[0].copy_(known_ids(views[0], batch.drafted))
-        return views[3].view(-1)[: len(kept)]
 
     def plan(self) -> ForwardPlan:
         """Of a forward of everything the buffers hold; keeps every row.
@@ -256,21 +284,19 @@ class StaticBuffers:
         Its tensors are views, so that it stays right when the buffers are filled again; what the
         portable attention derives from them does not, so ask anew for every forward.
         """
-        ids, positions, slots, _, starts, lengths, table = _cut(
-            self._device, self.shape, self._width
-        )
+        views = _cut(self._device, self.shape, self._width)
         rows = self.shape.num_rows
         group = StaticGroup(
             slice(0, rows),
             self.shape.num_tokens,
             self.page_size,
             self.device,
-            Paging(table, starts, lengths),
+            Paging(views.table, views.starts, views.lengths),
         )
         return ForwardPlan(
-            token_ids=ids.view(1, rows),
-            position_ids=positions.view(1, rows),
-            slots=slots.view(rows),
+            token_ids=views.ids.view(1, rows),
+            position_ids=views.positions.view(1, rows),
+            slots=views.slots.view(rows),
             keep=None,
             groups=(group,),
             num_positions=self.max_length,
@@ -278,6 +304,7 @@ class StaticBuffers:
 
 
 def _kept_rows(batch: Batch, num_tokens: int) -> list[int]:
+    """Of a forward of spans padded to `num_tokens`: those whose logits are wanted."""
     rows: list[int] = []
     for index, span in enumerate(batch.spans):
         end = index * num_tokens + len(span.token_ids)
@@ -285,10 +312,10 @@ def _kept_rows(batch: Batch, num_tokens: int) -> list[int]:
     return rows
 
 
-def _cut(memory: Tensor, shape: Shape, width: int) -> list[Tensor]:
-    """Views: ids, positions, slots and kept rows [B, n]; starts, lengths [B]; table [B, width]."""
+def _cut(memory: Tensor, shape: Shape, width: int) -> _Views[Tensor]:
     batch, rows = shape.batch, shape.num_rows
     sizes = [rows] * 4 + [batch] * 2 + [batch * width]
     parts = memory.split(sizes)
-    by_row = [part.view(batch, shape.num_tokens) for part in parts[:4]]
-    return [*by_row, *parts[4:6], parts[6].view(batch, width)]
+    ids, positions, slots, keep = (part.view(batch, shape.num_tokens) for part in parts[:4])
+    starts, lengths, table = parts[4:]
+    return _Views(ids, positions, slots, keep, starts, lengths, table.view(batch, width))
