@@ -61,12 +61,11 @@ class PagePool:
         for _ in range(count - self._num_blank):
             self._give_up(self._index.evict())
         taken = self._following(after, count) if after else []
+        self._mark(taken)
         if missing := count - len(taken):
-            self._mark(taken)
             rest = self._side_by_side(missing)
             self._mark(rest)
-            return taken + rest
-        self._mark(taken)
+            taken += rest
         return taken
 
     def find(self, key: bytes) -> int | None:

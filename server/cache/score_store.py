@@ -42,15 +42,20 @@ class ScoreStore:
         wide_capacity: int = 0,
         state_sizes: Sequence[int] = (),
     ) -> None:
-        """One tensor [num_rows, vocab_size] per model, in its dtype.
-
-        Models are on `devices`, and their states; where their scores are kept `score_devices` says.
-        num_rows is `num_score_rows`; a wide ring that would be no wider than the others is left
-        out. `state_sizes` [num_models] is the width of a state; 0: the model
-        never defers.
+        """One tensor [num_rows, vocab_size] per model, in its dtype; num_rows is `num_score_rows`.
 
         All of it is written once: memory that the system hands over page by page, at the first
         writing, would slow the first steps, those that the models are timed by among them.
+
+        Args:
+            num_slots: sequences that have a ring at once.
+            capacity: positions of a ring.
+            vocab_size: scores of a position.
+            dtypes: [num_models], of scores and states.
+            devices: [num_models], of the models and their states; where their scores are kept
+                `score_devices` says.
+            wide_capacity: positions of the wide ring; there is none if that is no wider.
+            state_sizes: [num_models] width of a state, 0: the model never defers; (): none does.
         """
         self.capacity = capacity
         self._wide_slot = num_slots
@@ -78,12 +83,15 @@ class ScoreStore:
 
     @property
     def num_free(self) -> int:
+        """Slots that may be taken."""
         return len(self._free)
 
     def take_slot(self) -> int:
+        """The number of a ring that nobody has. Raises IndexError where there is none."""
         return self._free.pop()
 
     def give_back(self, slot: int) -> None:
+        """Let others take a slot."""
         assert slot not in self._free
         self._free.append(slot)
 
@@ -95,6 +103,7 @@ class ScoreStore:
         return self._wide_slot
 
     def give_back_prompt_slot(self, slot: int) -> None:
+        """What `take_prompt_slot` gave; a sequence's own slot stays its own."""
         if slot == self._wide_slot:
             self._wide_is_free = True
 

@@ -34,7 +34,7 @@ _CUDA_BLOCK = 32
 class ShortAttention(Protocol):
     """Attention by other means than torch's: of groups of few tokens, and what else it supports.
 
-    See `triton_attention` and `simd_attention`.
+    The modules `triton_attention` and `simd_attention` are such, as a whole.
     """
 
     def supports(

@@ -114,9 +114,9 @@ class ModelRunner(Protocol):
 
     @property
     def gathers(self) -> bool:
-        """Does it copy keys together to attend to them, what texts share once for all of them?
+        """Does it copy keys together to attend to them, where others read them where they lie?
 
-        Elsewhere keys are read where they lie.
+        Then what several texts begin with may be attended once for all of them (`grouping`).
         """
         ...
 

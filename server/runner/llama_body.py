@@ -255,7 +255,7 @@ def _plain(linear: nn.Linear) -> nn.Module:
 
 
 def _product(linear: nn.Module) -> Linear:
-    """Of a layer, whose operations take what is not rounded as well."""
+    """What `linear` computes; of kernels in float32, for what is done of it takes that as well."""
     product: Linear = getattr(linear, "product", linear.forward)
     return product
 

@@ -1,6 +1,7 @@
 """Attention over paged KV on a CPU, by the kernel of `server.simd.attention`.
 
-Imported only where the kernels can run (see `attention_choice`).
+The module is a `ShortAttention`, its functions are the methods. Imported only where the kernels can
+run (see `attention_choice`).
 """
 
 from __future__ import annotations

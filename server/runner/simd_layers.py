@@ -32,21 +32,29 @@ from server.simd.program import Later, Program
 from server.simd.vectors import LANES, load_whole
 
 # What differs from forward to forward: numbers of rows and groups, and addresses.
-_ROWS, _KEPT = Later("rows"), Later("kept")
-_IDS, _POSITIONS, _SLOTS, _KEEP = (Later(n) for n in ("ids", "positions", "slots", "keep"))
-_COSINES, _SINES = Later("cosines"), Later("sines")  # of all positions
-_GROUPS, _NUM_GROUPS = Later("groups"), Later("num_groups")
-_SCRATCH, _SCRATCH_SIZE = Later("scratch"), Later("scratch_size")
-_OUTPUT = Later("output")
-# Rows that kernels leave to each other: states, cosines and sines of their positions; of a layer
-# normed states, heads, the same rotated, what
-# attention found, what a product adds to the states, the MLP's inner numbers, the same gated; and
-# states and attention of the rows that are kept.
-_X, _COS, _SIN = Later("x"), Later("cos"), Later("sin")
-_NORMED, _HEADS, _ROTATED, _ATTENDED = (
-    Later(name) for name in ("normed", "heads", "rotated", "attended")
-)
-_ADDED, _GATE_UP, _GATED = (Later(name) for name in ("added", "gate_up", "gated"))
+_ROWS, _KEPT = Later("rows"), Later("kept")  # kept: of which something is returned
+_IDS, _POSITIONS, _SLOTS = (
+    Later("ids"),
+    Later("positions"),
+    Later("slots"),
+)  # [rows], see ForwardPlan
+_KEEP = Later("keep")  # [kept], see ForwardPlan
+_COSINES, _SINES = Later("cosines"), Later("sines")  # float32 [positions, dim]: of all positions
+_GROUPS, _NUM_GROUPS = Later("groups"), Later("num_groups")  # see simd_attention.describe
+_SCRATCH, _SCRATCH_SIZE = Later("scratch"), Later("scratch_size")  # of attention
+_OUTPUT = Later("output")  # [kept, what is returned of a row]
+# And addresses of rows that kernels leave to each other, sized by `_make_room`. What is not float32
+# is of the model's type, as products and attention take it.
+_X = Later("x")  # float32 [rows, hidden]: states
+_COS, _SIN = Later("cos"), Later("sin")  # float32 [rows, dim]: of each row's position
+_NORMED = Later("normed")  # [rows, hidden]
+_HEADS = Later("heads")  # float32 [rows, queries, keys and values]
+_ROTATED = Later("rotated")  # the same, rotated, where that is not done in place
+_ATTENDED = Later("attended")  # [rows, heads * dim]: what attention found
+_ADDED = Later("added")  # float32 [rows, hidden]: what the next norm adds to the states
+_GATE_UP = Later("gate_up")  # float32 [rows, both inputs of the gate]
+_GATED = Later("gated")  # [rows, what `down` takes]
+# In the last layer, and behind it.
 _KEPT_X, _KEPT_ATTENDED = Later("kept_x"), Later("kept_attended")
 _KEPT_NORMED = Later("kept_normed")
 _LEAST_POSITIONS = 1024  # of which cosines and sines are kept

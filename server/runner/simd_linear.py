@@ -158,7 +158,7 @@ def _rows_of(form: Format, num_blocks: int) -> Any:
         row = start
         while row < stop:
             left = stop - row
-            if _MOST_ROWS < left <= _ALL_ROWS:
+            if _MOST_ROWS < left <= _ALL_ROWS:  # or one to four would be left over
                 for number in range(num_blocks):
                     rows_16(a, row, block + number)
                 row += _ALL_ROWS

@@ -1,6 +1,7 @@
 """Attention of short queries over long paged KV on a GPU, written in Triton.
 
-Imported only where Triton is (see `attention_choice`). One program takes the query rows of one
+The module is a `ShortAttention`, its functions from `max_tokens` on are the methods. Imported only
+where Triton is (see `attention_choice`). One program takes the query rows of one
 span and one KV head, (token, head of the group), and a *split* of the keys; where sequences are
 few, several splits of one span run side by side and a second kernel combines them. Keys are read
 where they lie: nothing is gathered, and lengths are read on the device, so that a captured launch

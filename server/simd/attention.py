@@ -6,6 +6,15 @@ depend on the position only: scores of a block, then its softmax beside what cam
 Gimelshein 2018, "Online normalizer calculation for softmax"), then its values. What a query finds
 is therefore the same to the last bit, whatever other spans, tokens of its span or threads there
 are.
+
+    attending            the kernel: the keys of all spans, cut evenly between threads
+      _starting          some KV heads of a chunk of a span, as a _Task
+        _attending       block by block:
+          _find_slots      where its keys lie
+          _scoring         queries times keys
+          _weighing        the softmax beside what came before
+          _adding          values by their weights
+          _finishing       and behind the last: divide by the sum of the weights
 """
 
 from __future__ import annotations
@@ -265,7 +274,7 @@ def _weighing(kind: Kind) -> Any:
 
 def _adding(kind: Kind) -> Any:
     dim, value_dim, item = kind.dim, kind.value_dim, kind.bits // 8
-    add_rows = rows.weighing(kind.repeats, value_dim, kind.bits)
+    add_rows = rows.adding(kind.repeats, value_dim, kind.bits)
     width = kind.repeats * _BLOCK * 4
     sums_size = kind.repeats * value_dim * 4
 

@@ -1,4 +1,7 @@
-"""Functions that only compiled code calls."""
+"""Functions that only compiled code calls, by Numba.
+
+What `torch.compile` makes of a model's layers is in `runner.compiled`.
+"""
 
 from __future__ import annotations
 

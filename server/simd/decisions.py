@@ -7,6 +7,15 @@ processor's cache, and ends a window at its first rejected token. The rules are 
 `decoding.verify` and `decoding.combine`, which say what is decided and why that is exact.
 
 Scores may be -inf. A row with NaN, or without any token, is no distribution.
+
+    decider                the kernel: one window after the other
+      _decide_tokens         token by token, up to the first that is rejected
+        _verify                accepted, or what is drawn in its place
+        _most_probable         by PICKS: the token that the proposed one has to be
+      _decide_block          as a whole
+        _target            of a row, the law of its token: scores combined, adjusted, truncated
+        _proposal          what its token was proposed from, as comparable weights
+        _recover           what replaces it: drawn from what the target has more of
 """
 
 from __future__ import annotations

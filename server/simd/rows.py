@@ -80,7 +80,7 @@ def scoring(count: int, length: int, bits: int) -> Any:
 
 
 @cache
-def weighing(count: int, length: int, bits: int) -> Any:
+def adding(count: int, length: int, bits: int) -> Any:
     """Compiled code that adds weighted rows, `length` numbers each, to `count` float32 sums.
 
     It takes, in this order: the address of the first weight of the first sum, float32, and the

@@ -47,7 +47,7 @@ def test_scores(length, count, bits):
 @pytest.mark.parametrize("count", COUNTS)
 def test_weighted_sums(count, length, bits):
     """Rows that are not asked for may hold anything."""
-    weigh = rows.weighing(count, length, bits)
+    weigh = rows.adding(count, length, bits)
 
     @njit
     def body(a, thread, num_threads):
