@@ -46,6 +46,8 @@ def choose_attention(
 ) -> ShortAttention | None:
     """The kernels for groups of few tokens on `device`, or None for torch's operations.
 
+    Where that is a GPU, torch's attention is told to do without cuDNN's.
+
     Args:
         wanted: `auto` takes Triton where it can run; `triton` insists on it.
         device: of the model.

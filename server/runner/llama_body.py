@@ -134,9 +134,7 @@ class LlamaBody:
         self.hidden_size: int = parts.lm_head.in_features
         self.short_head: Linear | None = None
         if shortlist is not None:
-            rows = _rows(parts.lm_head, shortlist)
-            if packed:  # in 16 bits a token's score would depend on the rows scored beside it
-                rows = widened(rows)
+            rows = _rows(parts.lm_head, shortlist, widen=packed)
             self.packing.saved -= rows.weight.nbytes  # the model had no such copy
             self.short_head = lay_out(rows).forward
         head = lay_out(parts.lm_head)
@@ -241,13 +239,16 @@ def _operations(kernels: bool, dtype: torch.dtype) -> Operations:
     return SimdOperations(dtype)
 
 
-def _rows(linear: nn.Linear, rows: Tensor) -> nn.Linear:
-    """A layer with some of the outputs, which are copied."""
+def _rows(linear: nn.Linear, rows: Tensor, widen: bool) -> nn.Linear:
+    """A layer with some of the outputs, which are copied.
+
+    `widen`: to float32, for in 16 bits a token's score would depend on the rows scored beside it.
+    """
     part = nn.Linear(linear.in_features, len(rows), bias=False, device="meta")
     part.weight = nn.Parameter(linear.weight[rows], requires_grad=False)
     if linear.bias is not None:
         part.bias = nn.Parameter(linear.bias[rows], requires_grad=False)
-    return part
+    return widened(part) if widen else part
 
 
 def _plain(linear: nn.Linear) -> nn.Module:

@@ -220,26 +220,16 @@ class SimdLayers:
     def _write_program(self, store: KVStore, with_head: bool) -> Program:
         program = Program()
         self._add_beginning(program)
-        last = len(self._layers) - 1
         for index, layer in enumerate(self._layers):
             layer.attention_norm.add_to(program, _X, _ADDED if index else None, _ROWS, _NORMED)
             layer.qkv.add_to(program, _NORMED, _ROWS, _HEADS)
             _add_attention(program, index, layer, store)
-            # Of other rows than the kept ones, the last layer has to leave keys and values only.
-            is_last = index == last
-            x, attended, rows = _X, _ATTENDED, _ROWS
-            if is_last:
-                x, attended, rows = _KEPT_X, _KEPT_ATTENDED, _KEPT
-                heads = layer.rotation.heads
-                _add_choice(program, _X, layer.out.out_features * 4, x, _KEEP, _KEPT)
-                size = heads.num_heads * heads.dim * heads.dtype.itemsize
-                _add_choice(program, _ATTENDED, size, attended, _KEEP, _KEPT)
-            layer.out.add_to(program, attended, rows, _ADDED)
-            layer.mlp_norm.add_to(program, x, _ADDED, rows, _NORMED)
-            layer.gate_up.add_to(program, _NORMED, rows, _GATE_UP)
-            size = layer.down.in_features
-            add_gate(program, _GATE_UP, rows, size, self._dtype, _GATED)
-            layer.down.add_to(program, _GATED, rows, _ADDED)
+            if index < len(self._layers) - 1:
+                self._add_outputs(program, layer, _X, _ATTENDED, _ROWS)
+            else:
+                # Of other rows than the kept ones, it has to leave keys and values only.
+                _add_keeping(program, layer)
+                self._add_outputs(program, layer, _KEPT_X, _KEPT_ATTENDED, _KEPT)
         normed = _KEPT_NORMED if with_head else _OUTPUT
         self._norm.add_to(program, _KEPT_X, _ADDED, _KEPT, normed)
         if with_head:
@@ -262,6 +252,16 @@ class SimdLayers:
         row = self._layers[0].rotation.heads.dim * 4
         _add_choice(program, _COSINES, row, _COS, _POSITIONS, _ROWS)
         _add_choice(program, _SINES, row, _SIN, _POSITIONS, _ROWS)
+
+    def _add_outputs(
+        self, program: Program, layer: Layer, x: Later, attended: Later, rows: Later
+    ) -> None:
+        """What follows attention; what the MLP gives is left for the next norm to add to `x`."""
+        layer.out.add_to(program, attended, rows, _ADDED)
+        layer.mlp_norm.add_to(program, x, _ADDED, rows, _NORMED)
+        layer.gate_up.add_to(program, _NORMED, rows, _GATE_UP)
+        add_gate(program, _GATE_UP, rows, layer.down.in_features, self._dtype, _GATED)
+        layer.down.add_to(program, _GATED, rows, _ADDED)
 
 
 def _add_attention(program: Program, index: int, layer: Layer, store: KVStore) -> None:
@@ -309,6 +309,14 @@ def _add_attention(program: Program, index: int, layer: Layer, store: KVStore) -
 def _empty(heads: Heads) -> Tensor:
     """What keys, or values, of one token look like."""
     return torch.empty(heads.num_kv_heads, heads.dim, dtype=heads.dtype)
+
+
+def _add_keeping(program: Program, layer: Layer) -> None:
+    """Copy states and attention of the rows that are kept."""
+    heads = layer.rotation.heads
+    _add_choice(program, _X, layer.out.out_features * 4, _KEPT_X, _KEEP, _KEPT)
+    size = heads.num_heads * heads.dim * heads.dtype.itemsize
+    _add_choice(program, _ATTENDED, size, _KEPT_ATTENDED, _KEEP, _KEPT)
 
 
 def _add_choice(
