@@ -36,6 +36,14 @@ def test_pages_of_a_lone_sequence_lie_side_by_side() -> None:
     assert table.pages == list(range(1, 9))
 
 
+def test_pages_continue_a_sequence_although_lower_ones_are_free() -> None:
+    pool = PagePool(num_pages=10, page_size=4)
+    lower, last = pool.take(3), pool.take(1)
+    pool.give_back(lower)
+    assert pool.take(2, after=last[0]) == [5, 6]
+    assert pool.take(4, after=6) == [7, 8, 9, 1]
+
+
 def test_a_lost_page_is_noticed() -> None:
     pool = PagePool(num_pages=4, page_size=1)
     pages = pool.take(2)

@@ -84,6 +84,28 @@ def test_what_is_withdrawn_is_not_published_again_by_who_found_it() -> None:
     pool.check_integrity([*first.pages, *second.pages])
 
 
+def test_what_is_withdrawn_is_not_published_again_by_who_read_it() -> None:
+    pool = PagePool(20, SIZE)
+    tokens = list(range(12))
+    table = read(pool, tokens[:8])
+    table.withdraw()
+    table.grow(12)
+    table.publish(tokens, 12)
+    assert make_table(pool).adopt(tokens, 0, 12) == 0
+
+
+def test_a_table_that_is_filled_again_publishes_again() -> None:
+    """As that of a preempted sequence, whose pages others have taken meanwhile."""
+    pool = PagePool(4, SIZE)
+    tokens = list(range(8))
+    table = read(pool, tokens)
+    table.release()
+    pool.give_back(pool.take(3))
+    table.grow(8)
+    table.publish(tokens, 8)
+    assert make_table(pool).adopt(tokens, 0, 8) == 8
+
+
 def test_a_page_that_is_half_read_is_replaced_by_a_whole_one() -> None:
     pool = PagePool(20, SIZE)
     tokens = list(range(12))

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from server.cache.score_store import ScoreStore
+from server.cache.score_store import ScoreStore, num_score_rows
 
 CPU = torch.device("cpu")
 
@@ -23,3 +23,38 @@ def test_rings_keep_slots_models_and_positions_apart() -> None:
         assert torch.equal(read, row)
     store.give_back(slots[1])
     assert store.take_slot() == slots[1]
+
+
+def test_one_wide_ring_is_lent_to_one_prompt_at_a_time() -> None:
+    store = ScoreStore(2, 4, 5, [torch.float32], [CPU], wide_capacity=8)
+    first, second = store.take_slot(), store.take_slot()
+    wide = store.take_prompt_slot(first)
+    assert [store.num_positions(slot) for slot in (first, second, wide)] == [4, 4, 8]
+    rows = [
+        store.index(slot, position)
+        for slot in (first, second, wide)
+        for position in range(10, 10 + store.num_positions(slot))
+    ]
+    assert sorted(rows) == list(range(store.num_rows))
+    for _ in range(2):
+        assert store.take_prompt_slot(second) == second
+        store.give_back_prompt_slot(second)
+    store.give_back_prompt_slot(wide)
+    assert store.take_prompt_slot(second) == wide
+
+
+def test_a_wide_ring_that_is_no_wider_is_left_out() -> None:
+    store = ScoreStore(2, 4, 5, [torch.float32], [CPU], wide_capacity=4)
+    slot = store.take_slot()
+    assert store.take_prompt_slot(slot) == slot
+    assert store.num_rows == num_score_rows(2, 4, 4) == 8
+
+
+def test_scores_are_deferred_until_they_are_written() -> None:
+    store = ScoreStore(1, 4, 5, [torch.float32], [CPU], state_sizes=[3])
+    states = torch.randn(2, 3)
+    store.write_states(0, [0, 2], states)
+    assert store.deferred(0, [0, 1, 2]) == [0, 2]
+    assert torch.equal(store.states(0, [2, 0]), states.flip(0))
+    store.write(0, [2], torch.zeros(1, 5))
+    assert store.deferred(0, [0, 1, 2]) == [0]

@@ -218,6 +218,32 @@ def test_failing_operations_are_replaced(directories, monkeypatch, error, at_onc
         load(directories, cpu_kernels="on")
 
 
+def test_triton_is_kept_where_the_other_kernels_fail(directories, monkeypatch):
+    needs_kernels()
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("the kernels are compiled where a GPU is; see tests/gpu")
+
+    def gate(self, x):
+        raise ZeroDivisionError("compiled wrongly")
+
+    monkeypatch.setattr("server.runner.simd_operations.SimdOperations.gate", gate)
+    loaded, lines = load(directories[:1], attention="triton")
+    assert [line for line in lines if "falling back" in line] == [
+        "m0: falling back to torch's operations: compiled wrongly"
+    ]
+    assert all(runner.attends_with_kernels for runner in loaded.runners)
+
+
+def test_faults_of_torch_are_not_taken_for_wrong_logits(directories, monkeypatch):
+    def gate(self, x):
+        raise ZeroDivisionError("no fault of the model")
+
+    monkeypatch.setattr(TorchOperations, "gate", gate)
+    with pytest.raises(ZeroDivisionError):
+        load(directories, cpu_kernels="off")
+
+
 def test_layers_that_the_kernels_do_not_know_are_left_to_torch(tmp_path):
     needs_kernels()
     directories = make_pair(tmp_path, "gemma2")

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from server.errors import ConfigError
+from server.runner import self_check
+from server.runner.llama_body import LlamaBody
 from server.runner.loader import load_models
 from server.runner.shortlist import Shortlist, find_shortlist
 from tests.runner.test_loader import config_of
@@ -72,6 +74,24 @@ def test_other_models_do_without(tmp_path):
     ]
     with pytest.raises(ConfigError, match="only Llama-shaped models"):
         load_models(config_of(gemma, shortlist=path))
+
+
+def test_where_no_forward_is_written_out_right_it_is_not_used(folder, tmp_path, monkeypatch):
+    right = self_check.self_check
+
+    def check(runner, reference):
+        if isinstance(runner._body, LlamaBody):
+            raise ConfigError("gives wrong logits")
+        right(runner, reference)
+
+    monkeypatch.setattr(self_check, "self_check", check)
+    path = write(folder / "shortlist.json", [1, 2])
+    lines: list[str] = []
+    (runner,) = load_models(config_of(folder), lines.append).runners
+    assert runner.deferred is None
+    assert sum("it is not used" in line for line in lines) == 1
+    with pytest.raises(ConfigError, match="only Llama-shaped models"):
+        load_models(config_of(folder, shortlist=path))
 
 
 @pytest.mark.parametrize("dtype", ["auto", pytest.param("bfloat16", marks=needs_bfloat16)])
