@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -45,6 +47,13 @@ def test_too_little_names_needed_available_and_settings():
     )
 
 
+def test_the_least_is_one_sequence_and_page_0():
+    needs = [KvNeed(CPU, 1 << 20)]
+    assert num_pages(needs, engine(kv_memory="176MiB"), 160, {CPU: 1 << 30}) == 11
+    with pytest.raises(ConfigError, match="available are 160 MiB"):
+        num_pages(needs, engine(kv_memory="160MiB"), 160, {CPU: 1 << 30})
+
+
 def test_more_than_free_is_refused():
     with pytest.raises(ConfigError, match="2,048 MiB on cpu, 1,024 MiB are free besides scores"):
         num_pages(
@@ -59,6 +68,13 @@ def test_this_machine_has_memory():
     assert free_bytes(CPU) > 1 << 20
 
 
+def test_linux_counts_in_kilobytes(monkeypatch):
+    lines = "MemTotal:  16384 kB\nMemFree:  1024 kB\nMemAvailable:  2048 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path: lines)
+    monkeypatch.setattr(cgroup, "free_bytes", lambda: None)
+    assert free_bytes(CPU) == 2 << 20
+
+
 def test_scores_come_first():
     needs = [ScoreNeed(CPU, 1000), ScoreNeed(GPU, 1000), ScoreNeed(GPU, 2000)]
     left = left_by_scores(needs, 10, {CPU: 1 << 20, GPU: 1 << 20})
@@ -68,6 +84,8 @@ def test_scores_come_first():
 def test_scores_that_do_not_fit_are_refused():
     with pytest.raises(ConfigError, match=r"scores of 2048 positions need 2 MiB on cpu, 1 MiB are"):
         left_by_scores([ScoreNeed(CPU, 1024)], 2048, {CPU: 1 << 20})
+    with pytest.raises(ConfigError, match="1 MiB are free"):
+        left_by_scores([ScoreNeed(CPU, 1024)], 1024, {CPU: 1 << 20})
 
 
 def test_a_container_has_less_than_its_machine(monkeypatch):
