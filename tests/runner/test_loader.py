@@ -17,6 +17,7 @@ from server.engine.engine import Engine, EngineLimits
 from server.errors import ConfigError
 from server.runner import cgroup, llama_body, loader, member, memory, self_check
 from server.runner.base import Batch, Span
+from server.runner.graph_runner import GraphRunner
 from server.runner.loader import load_models
 from server.runner.packed_linear import multiplies_in_kernels
 from server.simd import support
@@ -335,6 +336,15 @@ def test_scores_are_counted_as_they_are_kept(llama, monkeypatch):
     store = engine._advancer._store
     row_bytes = [rows[0].nbytes for rows in (*store._rows, *store._states)]
     assert counted == [(store.num_rows, row_bytes)]
+
+
+def test_steps_are_padded_up_to_a_draft_and_what_scores_it(llama):
+    config = config_of(llama, llama, engine={"cuda_graphs": "static", "cpu_kernels": "off"})
+    decoding = config.decoding.model_copy(update={"gamma": 6, "max_gamma": 8})
+    runner, _ = load_models(config.model_copy(update={"decoding": decoding})).runners
+    assert isinstance(runner, GraphRunner)
+    assert runner._shapes.longest == 8 + 2
+    assert 6 + 1 in runner._shapes.lengths[0], "scoring a whole proposal is not padded"
 
 
 def test_half_batches_want_several_gpus(llama):
