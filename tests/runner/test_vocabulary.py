@@ -29,4 +29,5 @@ def test_third_member_is_compared_too():
 
 def test_end_of_text_ids():
     assert end_of_text_ids(10, [3, 12], 4, None, 3) == {3, 4}
+    assert end_of_text_ids(10, [-1, 0], [9, 10]) == {0, 9}
     assert end_of_text_ids(10, None, None) == frozenset()
