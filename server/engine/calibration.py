@@ -30,7 +30,7 @@ _ROUNDS = 5  # the first of them warms up
 # Twice as many sequences are tried only while that is likely to stay within this.
 _BUDGET_SECONDS = 6.0
 # Tokens of each sequence in the forwards that are timed alone, and how often.
-_TOKENS = (1, 2, 5)
+_TOKENS = (1, 2, 5)  # no more than come in rounds, so they fit where these do
 _REPEATS = 3
 _LONGER = 4  # times as many tokens before them, where memory and models allow
 _FORWARD_BUDGET_SECONDS = 3.0
@@ -44,25 +44,7 @@ def calibrate(engine: Engine, combination: Combination) -> CostTable | None:
         None where nothing could be timed: no memory for a single sequence, or scores that are no
         distribution.
     """
-    started = engine.clock()
-    on_step, engine.on_step = engine.on_step, None
-    half_batches, engine.half_batches = engine.half_batches, False
-    points: dict[int, _Point] = {}
-    try:
-        for batch in _batches(engine):
-            before = engine.clock()
-            point = _time_batch(engine, combination, batch)
-            if point is None:
-                break
-            points[batch] = point
-            logger.info("timed standard decoding, %d at once: %s", batch, point)
-            # Doubling the batch at most doubles its time.
-            now = engine.clock()
-            if now - started + 2 * (now - before) > _BUDGET_SECONDS:
-                break
-    finally:
-        engine.on_step = on_step
-        engine.half_batches = half_batches
+    points = _time_rounds(engine, combination)
     if not points:
         logger.warning("standard decoding could not be timed; no speedup will be estimated")
         return None
@@ -99,6 +81,24 @@ class _Point:
         return ", ".join(each)
 
 
+def _time_rounds(engine: Engine, combination: Combination) -> dict[int, _Point]:
+    """By number of sequences, as many as time allows."""
+    started = engine.clock()
+    points: dict[int, _Point] = {}
+    for batch in _batches(engine):
+        before = engine.clock()
+        point = _time_batch(engine, combination, batch)
+        if point is None:
+            break
+        points[batch] = point
+        logger.info("timed standard decoding, %d at once: %s", batch, point)
+        # Doubling the batch at most doubles its time.
+        now = engine.clock()
+        if now - started + 2 * (now - before) > _BUDGET_SECONDS:
+            break
+    return points
+
+
 def _timings(points: dict[int, _Point], engine: Engine, num_scorers: int) -> Timings:
     return Timings(
         batches=tuple(points),
@@ -124,8 +124,6 @@ def _time_forwards(
     # Every second power of two: the table is interpolated.
     for batch in batches[::2]:
         before = engine.clock()
-        if _num_context(engine) + max(_TOKENS) > engine.max_length:
-            return seconds
         for found, times in zip(seconds, _time_spans(engine, batch), strict=True):
             found.update({(batch, tokens): median(row) for tokens, row in times.items()})
         now = engine.clock()
@@ -233,13 +231,12 @@ def _time_batch(engine: Engine, combination: Combination, batch: int) -> _Point 
 
 def _run(engine: Engine, combination: Combination, batch: int) -> _Point | None:
     """Decode `batch` texts together; None where that fails."""
-    steps: list[StepStats] = []
-    engine.on_step = steps.append
-    for index in range(batch):
-        engine.add(_sequence(engine, combination, index))
     has_failed = False
-    while engine.has_work:
-        has_failed |= any(delta.finish_reason == "error" for delta in engine.step())
+    with engine.rehearsing() as steps:
+        for index in range(batch):
+            engine.add(_sequence(engine, combination, index))
+        while engine.has_work:
+            has_failed |= any(delta.finish_reason == "error" for delta in engine.step())
     point = _Point()
     rounds = [stats for stats in steps if stats.num_decoding == stats.num_sequences == batch]
     for stats in rounds[len(combination.scorers) :]:

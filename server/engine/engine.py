@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence as Row
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence as Row
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from server.cache.page_pool import PagePool
@@ -209,6 +210,20 @@ class Engine:
     def measure_standard(self, every_seconds: float, rounds: int) -> None:
         """Decode by standard for `rounds` tokens of each sequence, after each `every_seconds`."""
         self.shadow = Shadow(self._strategies, every_seconds, rounds)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[list[StepStats]]:
+        """Within it steps are no traffic: what it yields lists them, and nobody else is told.
+
+        All of them are over whole batches, whatever is wanted otherwise.
+        """
+        steps: list[StepStats] = []
+        on_step, half_batches = self.on_step, self.half_batches
+        self.on_step, self.half_batches = steps.append, False
+        try:
+            yield steps
+        finally:
+            self.on_step, self.half_batches = on_step, half_batches
 
     @property
     def has_work(self) -> bool:

@@ -90,6 +90,27 @@ def test_a_table_of_forwards(half_batches: bool | None) -> None:
     engine.scheduler.check_integrity()
 
 
+def test_a_rehearsal_ends_with_an_error_as_without() -> None:
+    engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
+    engine.half_batches = True
+    engine.add(Sequence.start("s", [0, 1], SamplingParams(), make_decoding("standard", BOTH)))
+    rehearsed: list[StepStats] = []
+
+    def rehearse() -> None:
+        nonlocal rehearsed
+        with engine.rehearsing() as rehearsed:
+            assert engine.half_batches is False
+            engine.step()
+            raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        rehearse()
+    assert (len(rehearsed), len(steps)) == (1, 0)
+    engine.step()
+    assert (len(rehearsed), len(steps)) == (1, 1)
+    assert engine.half_batches is True
+
+
 def test_models_that_the_combination_does_not_need_are_timed_too() -> None:
     engine, _ = make_engine((0.01, 0), (0.05, 0), (0.1, 0))
     costs = calibrate(engine, Combination.contrastive(3, 0.1))
