@@ -34,11 +34,12 @@ from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.decoding.strategies import Strategies
 from server.engine.acceptance import Acceptance
+from server.engine.bounded import make_room
 from server.engine.choices import make_choices
 from server.engine.cost_table import CostTable
 from server.engine.half_batches import HalfBatches
 from server.engine.lookup_costs import LookupCosts
-from server.engine.predictor import Predictor, bound, differ
+from server.engine.predictor import Predictor, differ
 from server.engine.reality import Reality
 
 _PERIOD = 16  # steps between choices
@@ -453,18 +454,18 @@ class Controller:
         if known is not None:
             return known[1]
         if (decoding, kind) not in self._groups:
-            bound(self._groups)
+            make_room(self._groups)
             choices = make_choices(decoding, self._max_gamma)
             self._groups[decoding, kind] = _Group(choices, choices[0])
         group = self._groups[decoding, kind]
-        bound(self._groups_by_id)
+        make_room(self._groups_by_id)
         self._groups_by_id[id(decoding), kind] = decoding, group
         return group
 
     def _of(self, combination: Combination, sequence: Sequence) -> Acceptance:
         key = (combination, _kind(sequence))
         if key not in self._acceptance:
-            bound(self._acceptance)
+            make_room(self._acceptance)
             self._acceptance[key] = Acceptance(sequence.num_models)
         return self._acceptance[key]
 

@@ -22,6 +22,7 @@ from functools import lru_cache
 from itertools import accumulate
 
 from server.core.stats import Delivery, StepStats
+from server.engine.bounded import MAX_KEPT, make_room
 from server.engine.factors import Factors
 
 # Seconds of steps after which measured over expected ones has forgotten 63 % of what came before.
@@ -29,7 +30,6 @@ _CHARGE_MEMORY = 1.0
 _CHARGE_PRIOR = 0.05
 _REST_MEMORY = 2.0
 _REST_PRIOR = 0.1
-_MAX_KNOWN = 4096
 _OUTLIER = 4.0  # one step counts for at most so many times what was expected
 
 # Factors are known to these relative deviations; variances are the squares.
@@ -309,8 +309,7 @@ class CostTable:
             return 0.0
         key = (kind, rows)
         if key not in self._known_parts:
-            if len(self._known_parts) > _MAX_KNOWN:
-                self._known_parts.clear()
+            make_room(self._known_parts)
             self._known_parts[key] = self._first_part(kind, rows)
         first = self._known_parts[key]
         return first if kind == "feed" else first * _bounded(self._rest_factors[kind])
@@ -328,8 +327,7 @@ class CostTable:
         """As measured at start, between and beyond what was measured."""
         key = (model, batch, tokens)
         if key not in self._known:
-            if len(self._known) > _MAX_KNOWN:
-                self._known.clear()
+            make_room(self._known)
             self._known[key] = self._timed_one(model, batch) + self._extra(model, batch, tokens - 1)
         at_first = self._known[key]
         return max(_LEAST * at_first, at_first + self._past(model, batch, tokens - 1, context))
@@ -375,7 +373,7 @@ class CostTable:
         return names
 
 
-@lru_cache(maxsize=_MAX_KNOWN)
+@lru_cache(maxsize=MAX_KEPT)
 def _names(model: int, batch: float, tokens: float) -> tuple[Name, ...]:
     """The machine's, the model's, and one or two of the shape, the last its very own.
 

@@ -6,20 +6,16 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence as Row
 from dataclasses import replace
-from typing import TypeVar
 
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams
 from server.decoding.profile import Chain, Profile, Shape
 from server.decoding.strategies import Strategies
+from server.engine.bounded import make_room
 from server.engine.cost_table import CostTable
 
 _BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
-_MAX_KEPT = 4096  # profiles, and everything else that clients' own combinations add to
 _MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
-
-Key = TypeVar("Key")
-Value = TypeVar("Value")
 
 
 class Predictor:
@@ -88,7 +84,7 @@ class Predictor:
         )
         key = (chain, buckets)
         if key not in self._profiles:
-            bound(self._profiles)
+            make_room(self._profiles)
             rates = tuple(bucket / _BUCKETS for bucket in buckets)
             self._profiles[key] = chain.profile(rates)
         return self._profiles[key]
@@ -126,7 +122,7 @@ class Predictor:
             weights = tuple(float(weight != 0) for weight in decoding.combination.weights)
             alike = replace(decoding, combination=Combination("linear", weights))
             chain = self._chains.get(alike) or Chain(alike, self._strategies.make(alike))
-            bound(self._chains)
+            make_room(self._chains)
             self._chains[alike] = self._chains[decoding] = chain
         return chain
 
@@ -135,9 +131,3 @@ def differ(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
     """By as much as makes another profile, anywhere."""
     pairs = zip(rates, others, strict=True)
     return any(abs(rate - other) >= 1 / _BUCKETS for rate, other in pairs)
-
-
-def bound(kept: dict[Key, Value]) -> None:
-    """Make room for one more: clients may ask for any number of combinations."""
-    if len(kept) >= _MAX_KEPT:
-        kept.clear()

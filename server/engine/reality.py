@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from server.core.sampling_params import DecodingParams
+from server.engine.bounded import make_room
 from server.engine.cost_table import Ratio
 
 _MEMORY = 10.0  # predicted seconds of decoding
 _PRIOR = 2.0
 _GRUDGE = 120.0  # seconds of decoding after which 63 % of that is forgotten
 _LOW, _HIGH = 0.8, 4.0
-_MAX_KEPT = 4096  # clients may ask for any proposal lengths
 
 _Key = tuple[str, int, tuple[int, ...]]
 
@@ -42,8 +42,7 @@ class Reality:
         return min(_HIGH, max(_LOW, own.value(prior=of_strategy.value())))
 
     def _of(self, choice: DecodingParams, batch: int) -> tuple[Ratio, Ratio]:
-        if len(self._ratios) >= _MAX_KEPT:
-            self._ratios.clear()
+        make_room(self._ratios)
         size = round(math.log2(max(1, batch)))
         of_strategy = self._ratio((choice.strategy, size, ()))
         return self._ratio((choice.strategy, size, choice.gamma)), of_strategy
