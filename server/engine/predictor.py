@@ -1,11 +1,14 @@
-"""What a way of decoding takes: how often each model runs in it, times what that takes now."""
+"""What a way of decoding takes: how often each model runs in it, times what that takes now.
+
+And how far that is uncertain, where its forwards were not timed lately.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence as Row
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams
@@ -16,6 +19,20 @@ from server.engine.cost_table import CostTable
 
 _BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
 _MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
+_OPTIMISM = 1.0  # deviations that a forward may be faster than timed, but not than one of one token
+
+
+@dataclass(frozen=True, slots=True)
+class Uncertainty:
+    """How well the seconds of a way of decoding are known.
+
+    Attributes:
+        doubt: their relative deviation.
+        upside: it may turn out to be so many times faster.
+    """
+
+    doubt: float = 0.0
+    upside: float = 1.0
 
 
 class Predictor:
@@ -74,6 +91,26 @@ class Predictor:
             loads[places[shape.model]] += rate * forward * half / together
             loads[0] += rate * rest * half / together
         return max(2 * max(loads.values()), sum(loads.values())) / batch
+
+    def uncertainty(
+        self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
+    ) -> Uncertainty:
+        """Of the seconds of its forwards, those of standard decoding being known."""
+        if decoding.strategy == "mixture":
+            return Uncertainty()
+        costs = self._costs
+        total = doubtful = least = 0.0
+        profile = self.profile(decoding, acceptance)
+        for shape, rate in profile.rates.items():
+            together = profile.num_together(shape.model, batch)
+            rate *= batch / together
+            doubt = costs.doubt(shape.model, together, shape.num_tokens)
+            seconds = costs.forward_seconds(shape.model, together, shape.num_tokens)
+            floor = min(seconds, costs.forward_seconds(shape.model, together, 1))
+            total += rate * seconds
+            doubtful += rate * seconds * doubt
+            least += rate * max(floor, seconds * (1 - _OPTIMISM * doubt))
+        return Uncertainty(doubtful / total, total / least)
 
     def profile(self, decoding: DecodingParams, acceptance: tuple[float, ...]) -> Profile:
         """Of any strategy but a mixture."""

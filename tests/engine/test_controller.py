@@ -377,18 +377,19 @@ def test_greedy_seeded_and_other_texts_are_learnt_apart() -> None:
         for rate, sequence in sequences.items():
             subject.add(sequence, 0, rate)
     for rate, sequence in sequences.items():
-        assert subject._mean_rates([sequence])[0] == pytest.approx(rate, abs=0.02)
-    assert len({id(subject._group(sequence)) for sequence in sequences.values()}) == 3
+        assert subject._acceptance.mean([sequence])[0] == pytest.approx(rate, abs=0.02)
+    assert len({id(subject._groups.of(sequence)) for sequence in sequences.values()}) == 3
 
 
 def test_acceptance_is_that_of_all_texts_at_hand() -> None:
     subject = controller(make_costs((0.01, 0, 0), (0.1, 0, 0)))
     good, bad = (Sequence.start(id, [1], SamplingParams(), auto(CONTRASTIVE)) for id in "gb")
     good.stats.accepted[0] = good.stats.verified[0] = bad.stats.verified[0] = 200
-    (high, _), (low, _) = subject._mean_rates([good]), subject._mean_rates([bad])
+    mean = subject._acceptance.mean
+    (high, _), (low, _) = mean([good]), mean([bad])
     assert high > 0.9
     assert low < 0.1
-    assert subject._mean_rates([good, bad])[0] == pytest.approx((high + low) / 2)
+    assert mean([good, bad])[0] == pytest.approx((high + low) / 2)
 
 
 def test_of_half_batches_each_is_a_batch() -> None:
@@ -473,6 +474,50 @@ def test_windows_cut_by_choices_are_not_left_out() -> None:
             subject.observe(stats, [sequence], 1)
     real = subject._reality.value(sequence.schedule, 1)
     assert real > 2, "intervals of 16 steps have at most one token"
+
+
+def spells(acceptance: float, prompts_beside_proposals: bool) -> list[tuple[str, int, float]]:
+    """What one text is decoded by: (strategy, steps on end, seconds of decoding before them).
+
+    All steps take what was timed, and those of a way that proposes may read prompts, too.
+    """
+    costs = make_costs((0.04, 0, 0), (0.1, 0, 0))
+    subject = controller(costs)
+    decoding = replace(auto(CONTRASTIVE), is_gamma_auto=False)
+    sequence = Sequence.start("s", [1], SamplingParams(), decoding)
+    for model in (0, 1) * 300:
+        subject.add(sequence, model, acceptance)
+    found: list[tuple[str, int, float]] = []
+    now = 0.0
+    for step in range(2000):
+        sequence.schedule = chosen = subject.choose(sequence)
+        if not found or found[-1][0] != chosen.strategy:
+            found.append((chosen.strategy, 0, now))
+        found[-1] = (chosen.strategy, found[-1][1] + 1, found[-1][2])
+        seconds = (0.04, 0.1)[step % 2]
+        stats = StepStats(step % 2, 1, 1, 1, forward_seconds=seconds, step_seconds=seconds)
+        stats.prefill_seconds = 0.0
+        if prompts_beside_proposals and chosen.strategy != "standard":
+            stats.num_tokens, stats.num_prefill_tokens = 9, 8
+        costs.observe(stats)
+        subject.observe(stats, [sequence], 1)
+        now += seconds
+    return found
+
+
+def test_a_trial_that_times_nothing_ends() -> None:
+    """Steps that read prompts say nothing of forwards, however many there are."""
+    found = spells(acceptance=0.3, prompts_beside_proposals=True)
+    assert found[0][:2] == ("standard", 16), "timed before"
+    trials = [spell for spell in found if spell[0] != "standard"]
+    assert [steps for _, steps, _ in trials] == [48, 48]
+    assert trials[1][2] - trials[0][2] > 120
+
+
+def test_what_cannot_pay_is_not_tried() -> None:
+    """By a little: with a few proposals more that are accepted it would be."""
+    assert [strategy for strategy, *_ in spells(0.25, False)] == ["standard"]
+    assert "cos" in {strategy for strategy, *_ in spells(0.3, False)}
 
 
 def test_a_proposer_that_does_not_score_is_tried_again() -> None:
