@@ -144,8 +144,8 @@ class Trials:
     ) -> Verdict:
         """Begin, go on with or end the trial of a candidate, by what `judge` says of it.
 
-        One that has gone on for too long is paused. The baseline is looked at only where it says
-        whether something may be tried.
+        One that has gone on for too long is paused; it is not compared with the baseline then, and
+        whether that one is stale is not looked at.
 
         Args:
             candidate: as in `judge`.
