@@ -134,9 +134,8 @@ class Controller:
             if not is_alike:
                 group.num_left = 0
         self._decide_all(division)
-        if before != [group.chosen for group in division.members]:
-            self._num_united = 0
-        elif is_comparable and is_short:
+        is_kept = before == [group.chosen for group in division.members]
+        if is_comparable and is_short and is_kept:
             # What ended before its windows did would be missing if it were dropped, and the rest
             # would seem faster than it is.
             self._interval.go_on_from(interval)
