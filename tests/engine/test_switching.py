@@ -143,11 +143,16 @@ def test_only_steps_after_some_with_one_choice_tell_what_it_takes() -> None:
 
 
 def real_ratio(
-    costs: CostTable, slowness: float = 1.0, num_looked_up: int = 0, others: Row[Sequence] = ()
+    costs: CostTable,
+    slowness: float = 1.0,
+    num_looked_up: int = 0,
+    others: Row[Sequence] = (),
+    others_from: int = 0,
 ) -> float:
     """What is learnt of a way that takes three times as many steps as predicted, or nearly.
 
-    All steps take `slowness` times what was timed, and propose `num_looked_up` tokens by lookup.
+    All steps take `slowness` times what was timed, and propose `num_looked_up` tokens by lookup;
+    `others` decode meanwhile, from the given step of each interval on.
     """
     subject = make_controller(costs)
     sequence = make_sequence()
@@ -158,7 +163,8 @@ def real_ratio(
         if number % 4 == 3:
             stats.deliveries = [Delivery(sequence.schedule, 1, has_first=False)]
         costs.observe(stats)
-        subject.observe(stats, [sequence, *others], 1)
+        present = others if number % 16 >= others_from else ()
+        subject.observe(stats, [sequence, *present], 1)
     return subject._reality.value(sequence.schedule, 1)
 
 
@@ -175,7 +181,9 @@ def test_nothing_is_learnt_of_steps_that_others_took_part_in() -> None:
     fixed = replace(SPECULATIVE, strategy="standard", is_gamma_auto=False)
     assert real_ratio(costs, others=[make_sequence(fixed)]) == 1.0
     assert real_ratio(costs, others=[make_sequence(replace(AUTO, gamma=(3, 1)))]) == 1.0
-    assert real_ratio(costs, others=[make_sequence()]) == 1.0, "who has not taken up the choice"
+    behind = [make_sequence()]  # has not taken up the choice
+    assert real_ratio(costs, others=behind) == 1.0
+    assert real_ratio(costs, others=behind, others_from=12) == 1.0, "though most steps are pure"
 
 
 def test_seconds_are_predicted_by_the_table_as_it_is_now() -> None:
