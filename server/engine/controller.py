@@ -115,6 +115,7 @@ class Controller:
             self._batch = max(1, together)
             self._end_interval(division, is_alike)
             self._look_at_halves(running, batch)
+        # By what is chosen now, which may just have changed.
         is_united = division.is_united and not division.has_others
         self._num_united = self._num_united + 1 if is_united else 0
         self._interval.is_pure = self._num_united > _MIXING_STEPS
