@@ -10,15 +10,17 @@ from server.core.stats import StepStats
 from server.engine.engine import Engine
 
 
-def test_one_row_for_each_batch(capsys: pytest.CaptureFixture[str]) -> None:
-    host.main(["--batch", "1", "3", "--tokens", "8", "--rounds", "1"])
+@pytest.mark.parametrize("observed", [[], ["--observed"]])
+def test_one_row_for_each_batch(observed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    host.main(["--batch", "1", "3", "--tokens", "8", "--rounds", "1", *observed])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     measured = {
         row[0]: [float(cell) for cell in row[1:]] for row in rows if row[:1] in (["1"], ["3"])
     }
     assert set(measured) == {"1", "3"}
-    for step, cycle, _ in measured.values():
+    for step, cycle, _, gap in measured.values():
         assert 0 < step < cycle
+        assert 0 < gap < cycle
 
 
 def test_some_proposals_are_accepted_and_some_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
