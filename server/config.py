@@ -248,7 +248,8 @@ class EngineConfig(Section):
         "auto",
         description="Enqueue drafting and scoring without waiting, and read the drafted tokens "
         "together with what became of them: auto does where all models are on GPUs. Texts keep "
-        "their law, and greedy and seeded ones every token.",
+        "their law, and greedy and seeded ones every token; they are told beside the next forward, "
+        "which on a CPU is after it.",
     )
     half_batches: Literal["auto", "off", "on"] = Field(
         "auto",

@@ -211,14 +211,21 @@ class AsyncEngine:
 
     def _run(self) -> None:
         """The engine thread."""
-        loop = self._running_loop
         try:
-            while self._obey():
-                if deltas := self._engine.step():
-                    loop.call_soon_threadsafe(self._deliver, deltas)
+            try:
+                while self._obey():
+                    for deltas in self._engine.stream_step():
+                        self._hand_over(deltas)
+            finally:
+                self._hand_over(self._engine.hand_out())
         except BaseException as error:
             logger.exception("the engine has failed")
-            loop.call_soon_threadsafe(self._die, error)
+            self._running_loop.call_soon_threadsafe(self._die, error)
+
+    def _hand_over(self, deltas: list[TokenDelta]) -> None:
+        """To the event loop, from the engine thread."""
+        if deltas:
+            self._running_loop.call_soon_threadsafe(self._deliver, deltas)
 
     def _obey(self) -> bool:
         """Run queued commands, waiting for one if there is nothing to step; False to stop."""

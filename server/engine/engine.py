@@ -3,6 +3,9 @@
 Where models are on several devices it may decode in half-batches: an advance of a model that is
 elsewhere than where tokens are decided stays in flight while the other half of the sequences goes
 on, until that half has one of its own to launch, or has gone on for long.
+
+Where it runs ahead, whoever goes on is told its text only when the next forward is launched: a
+device does not wait for text, nor for what is learnt of a step, but for token ids.
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence as Row
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 
 from server.cache.page_pool import PagePool
 from server.cache.score_store import PROMPT_WINDOW, ScoreStore
@@ -94,6 +98,20 @@ class _Step:
 
 
 @dataclass(frozen=True, slots=True)
+class _News:
+    """What a step verified, before it is told as text.
+
+    Attributes:
+        schedules: of the sequences whose tokens it verified, how they were decoded.
+        batch: how many were decoding then.
+    """
+
+    outcome: Outcome
+    schedules: Mapping[Sequence, DecodingParams]
+    batch: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Run:
     """An advance on its way, and how its sequences were before.
 
@@ -186,13 +204,15 @@ class Engine:
             before_preemption=self._advancer.drafted.read_tail,
         )
         self.half_batches = limits.half_batches
-        self._in_flight: _Run | None = None
+        self._in_flight: list[_Run] = []  # one at most between steps
         self._num_undivided = 0  # steps until batches may be divided again
         self._num_beside = 0  # steps that have landed since it was launched
         # A draft, and what may stand between it and its scoring: no half waits for more.
         self._longest_flight = limits.max_gamma + len(runners)
-        self._landed: list[TokenDelta] = []  # by others than the steps that return them
-        self._unobserved: list[_Step] = []  # steps that the host has not waited for
+        self._late: list[_News] = []  # to be told when the next forward is launched
+        self._told: list[TokenDelta] = []  # and not handed out
+        self._unclosed: list[_Step] = []  # steps that the host has not waited for
+        self._unobserved: list[_Step] = []  # those that it has, and nobody has learnt from
         self._sequences: dict[str, Sequence] = {}
 
     def control(self, costs: CostTable) -> None:
@@ -227,12 +247,12 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._landed)
+        return self.scheduler.has_work or bool(self._told)
 
     @property
     def is_ahead(self) -> bool:
         """The last steps were enqueued, and the host has not waited for them."""
-        return bool(self._unobserved)
+        return bool(self._unclosed)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has validated it against this engine's limits."""
@@ -254,31 +274,47 @@ class Engine:
         sequence = self._sequences.get(sequence_id)
         if sequence is None:
             return
-        if self._in_flight is not None and sequence in self._in_flight.plan.sequences:
-            landed = self._land_flight()
-            self._landed += [delta for delta in landed if delta.sequence_id != sequence_id]
+        if any(sequence in run.plan.sequences for run in self._in_flight):
+            landed = list(chain.from_iterable(self._land_flight()))
+            self._told = landed + self._told
+        self._tell_late()
         if not sequence.is_finished:
             self._release(sequence, sequence.num_verified)
+        self._told = [delta for delta in self._told if delta.sequence_id != sequence_id]
         if not self.has_work:
-            self._observe_all()
+            self._close_steps()
+            self._observe_steps()
 
     def step(self) -> list[TokenDelta]:
         """One advance of one model; returns what it and others added to whom."""
+        return list(chain.from_iterable(self.stream_step()))
+
+    def stream_step(self) -> Iterator[list[TokenDelta]]:
+        """One `step`; yields what there is to tell before the host waits for a device."""
         started = self.clock()
-        deltas, self._landed = self._landed, []
         divided = self._divided()
         self._num_undivided = max(0, self._num_undivided - 1)
         if not divided:
-            deltas += self._land_flight()
-        in_flight = () if self._in_flight is None else self._in_flight.plan.sequences
+            yield from self._land_flight()
+        in_flight = [sequence for run in self._in_flight for sequence in run.plan.sequences]
         plan = self.scheduler.plan(frozenset(in_flight), divided)
-        deltas += self._fail_broken()
+        self._fail_broken()
         if plan is not None:
-            return deltas + self._run(plan, started, divided)
-        if in_flight:
-            return deltas + self._land_flight()
-        self._observe_all()
-        return deltas
+            yield from self._run(plan, started, divided)
+        elif in_flight:
+            yield from self._land_flight()
+        else:
+            self._close_steps()
+        # Else it is told beside what is launched next, for which the device waits.
+        if plan is None or not self._advancer.runs_ahead or not self.scheduler.has_work:
+            yield self.hand_out()
+
+    def hand_out(self) -> list[TokenDelta]:
+        """What was decided and nobody was told; steps that have ended are observed first."""
+        self._tell_late()
+        self._observe_steps()
+        told, self._told = self._told, []
+        return told
 
     def _divided(self) -> frozenset[int]:
         """Models of whose steps others may run meanwhile, over half of the sequences."""
@@ -289,7 +325,9 @@ class Engine:
             return frozenset()
         return self._advancer.apart
 
-    def _run(self, plan: StepPlan, started: float, divided: frozenset[int]) -> list[TokenDelta]:
+    def _run(
+        self, plan: StepPlan, started: float, divided: frozenset[int]
+    ) -> Iterator[list[TokenDelta]]:
         for sequence in plan.sequences:
             if sequence.stats.first_run is None:
                 sequence.stats.first_run = started
@@ -301,30 +339,37 @@ class Engine:
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return self._give_way(plan, seen)
+            yield from self._give_way(plan, seen)
+            return
         run = _Run(flight, started, schedules, num_forwards)
-        before = self._in_flight
-        if before is not None:
-            before.flight.outcome.stats.overlaps = flight.outcome.stats.overlaps = True
+        before, self._in_flight = self._in_flight, [*self._in_flight, run]
+        for other in before:
+            other.flight.outcome.stats.overlaps = flight.outcome.stats.overlaps = True
+        yield self.hand_out()  # now that the device has something to do
         is_prompt = flight.outcome.stats.num_prefill_tokens > 0
         if plan.model not in divided and not is_prompt:
-            deltas = self._land(run)
+            self._land(run)
             self._num_beside += 1
-            is_late = self._num_beside > self._longest_flight
-            return deltas + self._land_flight() if is_late else deltas
+            if self._num_beside > self._longest_flight:
+                yield from self._land_flight()
+            return
         # Only now: its device has something to do while the host waits for what was before.
-        self._in_flight, self._num_beside = run, 0
-        deltas = [] if before is None else self._land(before)
+        self._num_beside = 0
+        for other in before:
+            self._land(other)
         # Prompts are long; who decodes does not wait until they are read.
-        return deltas + self._land_flight() if is_prompt else deltas
+        if is_prompt:
+            yield from self._land_flight()
 
-    def _land_flight(self) -> list[TokenDelta]:
-        """So that nothing is in flight."""
-        run, self._in_flight = self._in_flight, None
-        return [] if run is None else self._land(run)
+    def _land_flight(self) -> Iterator[list[TokenDelta]]:
+        """So that nothing is in flight; what there is to tell is told before the host waits."""
+        for run in self._in_flight:
+            yield self.hand_out()
+            self._land(run)
 
-    def _land(self, run: _Run) -> list[TokenDelta]:
+    def _land(self, run: _Run) -> None:
         plan, outcome = run.plan, self._advancer.land(run.flight)
+        self._in_flight = [other for other in self._in_flight if other is not run]
         self.scheduler.publish(s for s in plan.sequences if s not in outcome.failed)
         if outcome.ran_out:
             self._count("memory_pressure")
@@ -332,7 +377,7 @@ class Engine:
         else:
             self.scheduler.relax()
         batch = self.scheduler.num_decoding
-        deltas = self._finish(run.schedules, outcome, batch)
+        self._finish(run.schedules, outcome, batch)
         decoding = [
             sequence
             for sequence, before in zip(plan.sequences, run.num_forwards, strict=True)
@@ -340,76 +385,101 @@ class Engine:
         ]
         outcome.stats.num_preempted = plan.num_preempted
         outcome.stats.num_cached = plan.num_cached
-        ends = any(delta.finish_reason is not None for delta in deltas)
+        ends = any(sequence.is_finished for sequence in plan.sequences)
         self._count_step(_Step(outcome, decoding, batch), run.started, ends)
-        return deltas
 
-    def _fail_broken(self) -> list[TokenDelta]:
+    def _fail_broken(self) -> None:
         """End what raised an error in the scheduler."""
-        return [
+        if self.scheduler.broken:
+            self._tell_late()
+        for sequence, error in list(self.scheduler.broken.items()):
             self._fail(sequence, "out_of_memory" if is_out_of_memory(error) else "internal")
-            for sequence, error in list(self.scheduler.broken.items())
-        ]
 
-    def _give_way(self, plan: StepPlan, seen: Row[int]) -> list[TokenDelta]:
+    def _give_way(self, plan: StepPlan, seen: Row[int]) -> Iterator[list[TokenDelta]]:
         """A forward did not fit into memory: undo the step, and make the next ones smaller."""
         logger.warning("a forward over %d tokens ran out of memory", sum(plan.num_tokens))
         # Before anything lands: these are as they were, whatever comes of that.
         for sequence, before in zip(plan.sequences, seen, strict=True):
             sequence.num_seen[plan.model] = before
         self.scheduler.undo(plan)
-        was_beside = self._in_flight is not None
+        was_beside = bool(self._in_flight)
         if was_beside:
             self._num_undivided = _UNDIVIDED_STEPS
-        self._landed += self._land_flight()
-        self._observe_all()
+        yield from self._land_flight()
+        self._close_steps()
+        yield self.hand_out()
         free_cached_memory()
         self._count("memory_pressure")
         # Alone it may fit.
         if self.scheduler.shrink(plan) or was_beside:
-            return []
-        return [self._fail(sequence, "out_of_memory") for sequence in plan.sequences]
+            return
+        for sequence in plan.sequences:
+            if not sequence.is_finished:  # its text may have failed just now
+                self._fail(sequence, "out_of_memory")
 
     def _finish(
         self, schedules: Mapping[Sequence, DecodingParams], outcome: Outcome, batch: int
-    ) -> list[TokenDelta]:
-        deltas = []
-        token_seconds: dict[tuple[int, ...], float] = {}
+    ) -> None:
+        """End what has failed or is complete; for others nothing depends on their text."""
+        ending: dict[Sequence, DecodingParams] = {}
+        going_on: dict[Sequence, DecodingParams] = {}
         for sequence, schedule in schedules.items():
             if entries := outcome.prompt_logprobs.get(sequence):
                 self._outputs.add_prompt_logprobs(sequence, entries)
             if (fault := outcome.fault_of(sequence)) is not None:
-                deltas.append(self._fail(sequence, fault))
+                self._fail(sequence, fault)
             elif sequence.params.max_tokens == 0 and not sequence.scores_prompt:
-                deltas.append(self._outputs.end_at_prompt(sequence))
+                self._told.append(self._outputs.end_at_prompt(sequence))
                 self._release(sequence, sequence.num_verified)
             elif count := outcome.num_verified.get(sequence, 0):
-                logprobs = outcome.logprobs.get(sequence, [])
-                num_forced = outcome.num_forced.get(sequence, 0)
-                try:
-                    delta = self._outputs.deliver(
-                        sequence, schedule, count, num_forced, logprobs, outcome.stats
-                    )
-                    if delta.finish_reason is not None:
-                        start = sequence.num_verified - count
-                        self._release(sequence, start + len(delta.token_ids))
-                    deltas.append(delta)
-                except Exception:
-                    logger.exception("sequence %s is broken", sequence.id)
-                    deltas.append(self._fail(sequence, "internal"))
-                    continue
-                self._credit(sequence, outcome.stats.deliveries[-1], batch, token_seconds)
-        return deltas
+                goes_on = self._outputs.goes_on(sequence, count)
+                (going_on if goes_on else ending)[sequence] = schedule
+        self._tell(_News(outcome, ending, batch))
+        self._late.append(_News(outcome, going_on, batch))
+        if not self._advancer.runs_ahead:
+            self._tell_late()
 
-    def _fail(self, sequence: Sequence, fault: Fault) -> TokenDelta:
+    def _tell_late(self) -> None:
+        """What could wait; nothing has landed since that changes these sequences."""
+        late, self._late = self._late, []
+        for news in late:
+            self._tell(news)
+
+    def _tell(self, news: _News) -> None:
+        outcome, token_seconds = news.outcome, dict[tuple[int, ...], float]()
+        for sequence, schedule in news.schedules.items():
+            count, logprobs = outcome.num_verified[sequence], outcome.logprobs.get(sequence, [])
+            num_forced = outcome.num_forced.get(sequence, 0)
+            try:
+                delta = self._outputs.deliver(
+                    sequence, schedule, count, num_forced, logprobs, outcome.stats
+                )
+                if delta.finish_reason is not None:
+                    start = sequence.num_verified - count
+                    self._release(sequence, start + len(delta.token_ids))
+                self._told.append(delta)
+            except Exception:
+                logger.exception("sequence %s is broken", sequence.id)
+                self._break(sequence)
+                continue
+            self._credit(sequence, outcome.stats.deliveries[-1], news.batch, token_seconds)
+
+    def _break(self, sequence: Sequence) -> None:
+        """Its text has failed: end it, or where it is in flight let it end when that lands."""
+        for run in self._in_flight:
+            if sequence in run.plan.sequences:
+                run.flight.outcome.broken[sequence] = "internal"
+                return
+        self._fail(sequence, "internal")
+
+    def _fail(self, sequence: Sequence, fault: Fault) -> None:
         """End one sequence that cannot go on."""
         self._count(fault)
-        delta = self._outputs.fail(sequence, fault)
+        self._told.append(self._outputs.fail(sequence, fault))
         if sequence.id in self._sequences:
             if fault == "invalid_scores":
                 self.scheduler.pages.withdraw(sequence)
             self._release(sequence, sequence.num_verified)
-        return delta
 
     def _count(self, fault: Fault) -> None:
         if self.on_fault is not None:
@@ -451,17 +521,25 @@ class Engine:
         stats.num_waiting = len(self.scheduler.waiting)
         stats.pages_used = self.scheduler.pages.num_used()
         step.outcome.laps.started = started
-        self._unobserved.append(step)
+        self._unclosed.append(step)
         # A cycle reads once at least; prompts are long, and who arrives waits for what is enqueued.
-        waits = step.outcome.has_read or stats.num_prefill_tokens or ends or not self.has_work
-        if waits or not self._advancer.runs_ahead or len(self._unobserved) >= _LONGEST_RUN:
-            self._observe_all()
+        has_work = self.scheduler.has_work
+        waits = step.outcome.has_read or stats.num_prefill_tokens or ends or not has_work
+        if waits or not self._advancer.runs_ahead or len(self._unclosed) >= _LONGEST_RUN:
+            self._close_steps()
 
-    def _observe_all(self) -> None:
-        """Observe the steps that the host has not waited for; waits for them."""
-        steps, self._unobserved = self._unobserved, []
+    def _close_steps(self) -> None:
+        """Wait for the steps that the host has not waited for: then it knows what they took."""
+        steps, self._unclosed = self._unclosed, []
         if steps:
             self._advancer.timer.close([(step.outcome.laps, step.outcome.stats) for step in steps])
+        if self.shadow is not None:
+            self.shadow.look(self.scheduler.running)
+        self._unobserved += steps
+
+    def _observe_steps(self) -> None:
+        """Learn from the steps that the host has waited for, once their tokens are told."""
+        steps, self._unobserved = self._unobserved, []
         for step in steps:
             self._observe(step, is_last=step is steps[-1])
 

@@ -41,6 +41,16 @@ class Outputs:
         """To be told with what comes next."""
         self._prompt_logprobs.setdefault(sequence, []).extend(entries)
 
+    def goes_on(self, sequence: Sequence, count: int) -> bool:
+        """Is it sure, before its last `count` tokens are text, that none of them ends it?"""
+        params = sequence.params
+        if params.stop or sequence.matcher is not None:
+            return False
+        if sequence.num_generated >= params.max_tokens:
+            return False
+        new = sequence.token_ids[sequence.num_verified - count : sequence.num_verified]
+        return self._eos_token_ids.isdisjoint(new) and params.stop_token_ids.isdisjoint(new)
+
     def deliver(
         self,
         sequence: Sequence,
@@ -122,9 +132,7 @@ class Outputs:
 
 def _num_cached(sequence: Sequence) -> int:
     """Prompt tokens that no model had to read at first."""
-    found = [
-        cached
-        for cached, seen in zip(sequence.stats.cached, sequence.num_seen, strict=True)
-        if seen > 0
-    ]
+    # Of models that have read any of it, though it may have been preempted since.
+    read = map(max, sequence.num_seen, sequence.resume_at)
+    found = [cached for cached, until in zip(sequence.stats.cached, read, strict=True) if until > 0]
     return min(min(found, default=0), sequence.num_prompt)

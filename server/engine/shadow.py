@@ -56,7 +56,13 @@ class Shadow:
         self._rounds = rounds
         self._seconds = 0.0
         self._window: _Window | None = None
+        self._is_even = False  # no round was begun when it last looked
         self._known: dict[Key, tuple[float, float]] = {}
+
+    def look(self, running: Iterable[Sequence]) -> None:
+        """At sequences as a step has left them, of which it is told when more may be launched."""
+        if self._window is not None:
+            self._is_even = all(_is_plain(each) for each in running if not each.is_resuming)
 
     def observe(self, stats: StepStats, running: Iterable[Sequence], batch: int) -> None:
         """Count one step that `batch` sequences were decoding in, and after which some run."""
@@ -64,7 +70,7 @@ class Shadow:
         key = _key(stats, decoding, batch)
         stats.shadow = ShadowStats()
         if self._window is not None:
-            self._measure(self._window, stats, stats.shadow, decoding, key)
+            self._measure(self._window, stats, stats.shadow, key)
             self._close(self._window, stats.shadow)
             return
         if key in self._known:
@@ -74,7 +80,7 @@ class Shadow:
         self._seconds += stats.decode_seconds
         is_due = self._seconds >= self._every_seconds
         if is_due and decoding and all(may_shadow(sequence.decoding) for sequence in decoding):
-            self._window = _Window()
+            self._window, self._is_even = _Window(), False
             self._strategies.is_shadowing = True
 
     def _measure(
@@ -82,7 +88,6 @@ class Shadow:
         window: _Window,
         stats: StepStats,
         shadow: ShadowStats,
-        decoding: Row[Sequence],
         key: Key | None,
     ) -> None:
         window.num_steps += 1
@@ -101,7 +106,7 @@ class Shadow:
             return
         # Counting begins where a round has ended: what is begun would count by half.
         window.seconds = 0.0
-        window.is_aligned = num_tokens > 0 and all(_is_plain(sequence) for sequence in decoding)
+        window.is_aligned = num_tokens > 0 and self._is_even
 
     def _close(self, window: _Window, shadow: ShadowStats) -> None:
         num_models = max((len(scorers) for scorers, _ in window.measured), default=1)

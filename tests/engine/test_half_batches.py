@@ -132,7 +132,7 @@ def test_aborting_what_is_in_flight_costs_nobody_else_anything() -> None:
                 engine.abort(name)
                 aborted.add(name)
             engine.scheduler.check_integrity()
-            assert all(delta.sequence_id not in aborted for delta in engine._landed)
+            assert all(delta.sequence_id not in aborted for delta in engine._told)
         assert engine.scheduler.pages.num_used() == (0, 0)
         assert not engine.is_ahead
         for name, deltas in made.items():
@@ -202,7 +202,7 @@ def test_a_forward_that_fits_only_with_nothing_in_flight_is_done_then(num_sequen
         engine: Engine | None = None
 
         def forward(self, batch: Any) -> Any:
-            if self.engine is not None and self.engine._in_flight is not None:
+            if self.engine is not None and self.engine._in_flight:
                 raise MemoryError
             return super().forward(batch)
 

@@ -117,15 +117,16 @@ class TimedRunner(TableRunner):
         return super().forward(batch)
 
 
-def timed_engine(steps: list[StepStats], *, every_seconds: float | None = 8.0) -> Engine:
+def timed_engine(
+    steps: list[StepStats], *, every_seconds: float | None = 8.0, runs_ahead: bool = False
+) -> Engine:
     clock = Clock()
     runners = [
         TimedRunner(clock, TableLM(seed=40 + k, vocab_size=12), seconds)
         for k, seconds in enumerate((PROPOSER, EXPERT))
     ]
-    engine = Engine(
-        runners, DigitDecoder(), frozenset(), EngineLimits(), on_step=steps.append, clock=clock
-    )
+    limits = EngineLimits(runs_ahead=runs_ahead)
+    engine = Engine(runners, DigitDecoder(), frozenset(), limits, on_step=steps.append, clock=clock)
     if every_seconds is not None:
         engine.measure_standard(every_seconds, rounds=3)
     return engine
@@ -140,9 +141,10 @@ def texts(decoding: DecodingParams, num: int, max_tokens: int = 50) -> list[Sequ
 
 @pytest.mark.parametrize("num", [1, 4])
 @pytest.mark.parametrize("strategy", ["cos", "speculative", "auto"])
-def test_it_measures_what_standard_takes(strategy: str, num: int) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_it_measures_what_standard_takes(strategy: str, num: int, runs_ahead: bool) -> None:
     steps: list[StepStats] = []
-    engine = timed_engine(steps)
+    engine = timed_engine(steps, runs_ahead=runs_ahead)
     sequences = texts(make_decoding(strategy, CONTRASTIVE, 2), num)
     run(engine, sequences)
     counted = [step.shadow for step in steps if step.shadow is not None]

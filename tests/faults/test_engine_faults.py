@@ -156,7 +156,10 @@ def test_an_error_while_deciding_ends_one_sequence(
     assert faults == ["internal"]
 
 
-def test_an_error_in_the_detokeniser_ends_one_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("runs_ahead", [False, True])
+def test_an_error_in_the_detokeniser_ends_one_sequence(
+    monkeypatch: pytest.MonkeyPatch, runs_ahead: bool
+) -> None:
     original = TextStream.push
 
     def raising(self: TextStream, token_ids: list[int]) -> Any:
@@ -165,7 +168,7 @@ def test_an_error_in_the_detokeniser_ends_one_sequence(monkeypatch: pytest.Monke
         return original(self, token_ids)
 
     monkeypatch.setattr(TextStream, "push", raising)
-    engine, _ = make_engine()
+    engine, _ = make_engine(runs_ahead=runs_ahead)
     faults = record_faults(engine)
     deltas = run(engine, make_sequences())
     monkeypatch.undo()
