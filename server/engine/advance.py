@@ -76,6 +76,7 @@ class Outcome:
         prompt_logprobs: of further tokens of prompts, where the request asked.
         failed: sequences whose scores are no distribution.
         broken: sequences in whose path an error was raised.
+        verdicts: (sequence, proposer, was it accepted) of models' proposals; see `Advancer.learn`.
         ran_out: of memory, after the forward.
         has_read: the host has waited for what the device decided after the forward.
         stats: counts for metrics, without seconds.
@@ -90,6 +91,7 @@ class Outcome:
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     failed: set[Sequence] = field(default_factory=set)
     broken: dict[Sequence, Fault] = field(default_factory=dict)
+    verdicts: list[tuple[Sequence, int, bool]] = field(default_factory=list)
     ran_out: bool = False
     has_read: bool = False
 
@@ -190,6 +192,13 @@ class Advancer:
         outcome.laps.head_seconds = self._scores.head_seconds
         self.timer.mark_decided(outcome.laps)
         return outcome
+
+    def learn(self, outcome: Outcome) -> None:
+        """Tell who chooses what became of proposals; it may be later than it became."""
+        chooser = self._strategies.chooser
+        if chooser is not None:
+            for sequence, proposer, is_accepted in outcome.verdicts:
+                chooser.add(sequence, proposer, float(is_accepted))
 
     def _decide(self, flight: Flight) -> None:
         """Verify, draw and propose; an error in the path of one sequence breaks that one only."""
@@ -313,7 +322,9 @@ class Advancer:
         for offset, proposal in enumerate(sequence.tail[:num_decided]):
             is_accepted = offset < num_accepted
             offsets.append((proposal.proposer, offset, is_accepted))
-            self._learn(sequence, proposal.proposer, is_accepted)
+            if proposal.proposer != LOOKUP:  # it learns from the text
+                sequence.stats.verified[proposal.proposer] += 1
+                outcome.verdicts.append((sequence, proposal.proposer, is_accepted))
         sequence.accept(num_accepted)
         if recovered is None:
             return
@@ -352,13 +363,6 @@ class Advancer:
                 and self._strategies.settle(sequence)
             ):
                 outcome.stats.chosen.append(sequence.schedule)
-
-    def _learn(self, sequence: Sequence, proposer: int, accepted: bool) -> None:
-        if proposer == LOOKUP:
-            return  # it learns from the text
-        sequence.stats.verified[proposer] += 1
-        if self._strategies.chooser is not None:
-            self._strategies.chooser.add(sequence, proposer, float(accepted))
 
     def _probe(self, drawn: list[Sequence]) -> None:
         """Now and then: would the scorers' own tokens have been accepted where one was drawn?

@@ -545,6 +545,7 @@ class Engine:
 
     def _observe(self, step: _Step, is_last: bool) -> None:
         stats, decoding, batch = step.outcome.stats, step.decoding, step.batch
+        self._advancer.learn(step.outcome)
         if self.costs is not None:
             stats.prefill_seconds = self.costs.prefill_seconds(stats)
         for sequence in decoding:

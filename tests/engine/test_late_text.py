@@ -50,6 +50,22 @@ class NotingDecoder(DigitDecoder):
         return super().decode(ids, skip_special_tokens)
 
 
+class NotingChooser:
+    """Notes what it learns; nothing is left to it to choose."""
+
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self._note = note
+
+    def choose(self, sequence: Sequence) -> DecodingParams:
+        raise AssertionError
+
+    def add(self, sequence: Sequence, model: int, accepted: float) -> None:
+        self._note("learnt")
+
+    def lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
+        raise AssertionError
+
+
 def journal(
     monkeypatch: pytest.MonkeyPatch, decoding: DecodingParams, runs_ahead: bool, **params: Any
 ) -> list[str]:
@@ -71,6 +87,7 @@ def journal(
         EngineLimits(runs_ahead=runs_ahead),
         on_step=lambda step: entries.append("observed"),
     )
+    engine._strategies.chooser = NotingChooser(entries.append)
     engine.add(Sequence.start("s", [3, 1], SamplingParams(max_tokens=20, **params), decoding))
     while engine.has_work:
         for deltas in engine.stream_step():
@@ -95,6 +112,8 @@ def test_the_next_forward_is_launched_before_text_is_made(
     for gap in gaps:
         assert gap[0] == "launch"
         assert gap.index("text") < gap.index("observed") < gap.index("told")
+    proposes = strategy in ("speculative", "cos")
+    assert proposes == any("learnt" in gap for gap in gaps)
 
 
 @pytest.mark.parametrize("strategy", ["standard", "cos"])
