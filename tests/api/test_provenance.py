@@ -97,4 +97,4 @@ def test_the_document_declares_it(live: Live) -> None:
     for choice in ("CompletionChoice", "ChatChoice", "ChunkChoice"):
         assert "provenance" in schemas[choice]["properties"]
     outcomes = schemas["TokenProvenance"]["properties"]["outcome"]["enum"]
-    assert outcomes == ["accepted", "bonus", "recovered", "drawn"]
+    assert outcomes == ["accepted", "bonus", "recovered", "drawn", "forced"]
