@@ -44,7 +44,7 @@ from server.engine.decider import Decider, Way, find_kernels
 from server.engine.distributions import Distributions, grouped
 from server.engine.drafted_ids import DraftedIds
 from server.engine.faults import free_cached_memory, is_out_of_memory
-from server.engine.forcing import force
+from server.engine.forcing import force, forced_token
 from server.engine.guesser import Guesser
 from server.engine.laps import Laps, Timer
 from server.engine.logprobs import Decided, Logprobs
@@ -388,7 +388,8 @@ class Advancer:
         self, flight: Flight, sequences: Iterable[Sequence], verified: set[Sequence]
     ) -> None:
         model, outcome = flight.plan.model, flight.outcome
-        ready = [s for s in sequences if s not in outcome.failed and self._may_propose(s, model)]
+        able = [s for s in sequences if s not in outcome.failed and self._may_propose(s, model)]
+        ready = [sequence for sequence in able if not _ends_before_forced(sequence)]
         if not ready:
             return
         for sequence, token_id in self._choose(flight, ready):
@@ -488,6 +489,14 @@ def _guarding(sequence: Sequence, outcome: Outcome) -> Iterator[None]:
     except Exception as error:
         logger.exception("sequence %s is broken", sequence.id)
         outcome.broken[sequence] = "out_of_memory" if is_out_of_memory(error) else "internal"
+
+
+def _ends_before_forced(sequence: Sequence) -> bool:
+    """End the window where the next token is forced: it costs nothing once the tail is verified."""
+    if forced_token(sequence) is None:
+        return False
+    sequence.decline()
+    return True
 
 
 def _pairs(numbers: list[int]) -> list[list[int]]:

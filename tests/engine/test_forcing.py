@@ -80,6 +80,15 @@ def test_what_is_counted() -> None:
     )
 
 
+def test_a_window_ends_where_tokens_are_forced() -> None:
+    """They are not drafted: once the window is verified they cost no forward."""
+    deltas, sequence, _ = write("((a|b)cc){12}", SamplingParams(max_tokens=60, seed=1))
+    assert len(spelt(deltas)) == 36
+    assert 5 < sum(sequence.stats.proposed) <= 12
+    # One after a window may be drawn: every model has scored it by then.
+    assert sequence.stats.num_forced >= 12
+
+
 def test_a_long_way_is_taken_in_steps_of_bounded_length() -> None:
     params = SamplingParams(max_tokens=61, seed=1)
     deltas, _, steps = write("b" + "ca" * 30, params, max_gamma=5)
@@ -90,7 +99,8 @@ def test_a_long_way_is_taken_in_steps_of_bounded_length() -> None:
 
 
 def test_a_complete_text_ends_there() -> None:
-    deltas, sequence, _ = write("b(ca)+cb", SamplingParams(max_tokens=60, seed=2))
+    standard = decoding_of("standard", COMBINATIONS["weighted-2"])
+    deltas, sequence, _ = write("b(ca)+cb", SamplingParams(max_tokens=60, seed=2), standard)
     assert spelt(deltas).endswith("cb")
     assert EOS not in generated(deltas)
     assert sequence.stats.num_discarded == 0
