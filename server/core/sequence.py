@@ -77,8 +77,8 @@ class Sequence:
             included; num_prompt where none were asked for. See `open_window`.
         prompt_slot: ring that holds scores of the prompt's positions meanwhile, else -1.
         coin_base: mixture with shared coins: index of the batch's coin stream minus position.
-        declined_at: length at which a model had nothing to propose that the request allows; the
-            token there is drawn. -1: nowhere.
+        declined_at: length at which a model had nothing to propose that the request allows, or
+            nothing to choose; the token there is drawn, or forced. -1: nowhere.
         num_rejections: so far; draws after a rejection use randomness of their own.
         matcher: of the grammar that the text must follow.
         lookup: guesses tokens, where `decoding` has it.

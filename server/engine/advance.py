@@ -388,8 +388,14 @@ class Advancer:
         self, flight: Flight, sequences: Iterable[Sequence], verified: set[Sequence]
     ) -> None:
         model, outcome = flight.plan.model, flight.outcome
-        able = [s for s in sequences if s not in outcome.failed and self._may_propose(s, model)]
-        ready = [sequence for sequence in able if not _ends_before_forced(sequence)]
+        ready = []
+        for sequence in sequences:
+            if sequence in outcome.failed or not self._may_propose(sequence, model):
+                continue
+            if forced_token(sequence) is None:
+                ready.append(sequence)
+            else:
+                sequence.decline()  # once what is pending is verified, it takes no forward
         if not ready:
             return
         for sequence, token_id in self._choose(flight, ready):
@@ -489,14 +495,6 @@ def _guarding(sequence: Sequence, outcome: Outcome) -> Iterator[None]:
     except Exception as error:
         logger.exception("sequence %s is broken", sequence.id)
         outcome.broken[sequence] = "out_of_memory" if is_out_of_memory(error) else "internal"
-
-
-def _ends_before_forced(sequence: Sequence) -> bool:
-    """End the window where the next token is forced: it costs nothing once the tail is verified."""
-    if forced_token(sequence) is None:
-        return False
-    sequence.decline()
-    return True
 
 
 def _pairs(numbers: list[int]) -> list[list[int]]:

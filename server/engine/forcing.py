@@ -16,7 +16,7 @@ from server.core.sequence import Sequence
 def force(sequences: Iterable[Sequence], most: int, counts: dict[Sequence, int]) -> None:
     """Verify up to `most` forced tokens of each sequence that has nothing pending; counts them."""
     for sequence in sequences:
-        if sequence.num_pending or sequence.num_generated == 0:
+        if sequence.matcher is None or sequence.num_pending or not sequence.num_generated:
             continue
         for _ in range(most):
             token_id = forced_token(sequence)

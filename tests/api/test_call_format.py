@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 
 import pytest
-from llguidance import LLTokenizer
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
@@ -15,13 +13,14 @@ from server.api.chat_protocol import ChatCompletionRequest
 from server.api.chat_template import TokenizerTemplate
 from server.api.codec import Codec
 from server.api.service import Service
+from server.api.structure import Structure
 from server.api.tool_calls import ToolCalls, plan_calls
-from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
 from server.errors import UnsupportedParameter
 from server.metrics import Metrics
 from tests.support.api import MODEL, make_config, make_engine
 from tests.support.callers import NAMED, REQUIRED, TEMPLATES
+from tests.support.tiny_grammars import make_grammars
 from tests.support.tiny_models import TURN_END, make_tokenizer
 
 HERMES = FORMATS["hermes"]
@@ -69,20 +68,22 @@ def plan(tokenizer: PreTrainedTokenizerFast, body: dict[str, object], parser: st
     return plan_calls(request, service)
 
 
-def test_a_call_is_what_the_grammar_takes(tokenizer: PreTrainedTokenizerFast) -> None:
-    calls = plan(tokenizer, REQUIRED, "auto")
-    assert calls.structure is not None
-    backend, size = tokenizer.backend_tokenizer, len(tokenizer)
+def check_taken(tokenizer: PreTrainedTokenizerFast, structure: Structure, text: str) -> None:
+    """`text`, as the tokenizer writes it, follows the grammar and may end there."""
+    [matcher] = make_grammars(tokenizer).matchers(structure.kind, structure.source, 1)
     end = tokenizer.convert_tokens_to_ids(TURN_END)
-    make = partial(LLTokenizer, backend.to_str(), size)
-    grammars = Grammars(lambda eos: make(eos_token=eos), frozenset({end}), size)
-    [matcher] = grammars.matchers(calls.structure.kind, calls.structure.source, 1)
-    ids = tokenizer.encode(f"{CALL}\n{CALL}", add_special_tokens=False) + [end]
+    ids = [*tokenizer.encode(text, add_special_tokens=False), end]
     for index, token_id in enumerate(ids):
         mask = matcher.mask(ids[:index])
         assert mask[token_id // 8] >> token_id % 8 & 1, tokenizer.decode(ids[: index + 1])
     assert matcher.error is None
     assert matcher.end(ids) == len(ids)
+
+
+def test_a_call_is_what_the_grammar_takes(tokenizer: PreTrainedTokenizerFast) -> None:
+    calls = plan(tokenizer, REQUIRED, "auto")
+    assert calls.structure is not None
+    check_taken(tokenizer, calls.structure, f"{CALL}\n{CALL}")
 
 
 def test_special_marks_are_kept_in_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -114,12 +115,5 @@ def test_names_and_schemas_are_quoted() -> None:
     tool = {"type": "function", "function": {"name": name, "parameters": {"const": "/*\n//"}}}
     calls = plan(tokenizer, {"tools": [tool], "tool_choice": "required"}, "auto")
     assert calls.structure is not None
-    end = tokenizer.convert_tokens_to_ids(TURN_END)
-    make = partial(LLTokenizer, tokenizer.backend_tokenizer.to_str(), len(tokenizer))
-    grammars = Grammars(lambda eos: make(eos_token=eos), frozenset({end}), len(tokenizer))
-    [matcher] = grammars.matchers(calls.structure.kind, calls.structure.source, 1)
     written = f'{{"name": {json.dumps(name)}, "arguments": "/*\\n//"}}'
-    ids = tokenizer.encode(f"<tool_call>\n{written}\n</tool_call>", add_special_tokens=False)
-    for index, token_id in enumerate(ids):
-        assert matcher.mask(ids[:index])[token_id // 8] >> token_id % 8 & 1
-    assert matcher.error is None
+    check_taken(tokenizer, calls.structure, f"<tool_call>\n{written}\n</tool_call>")

@@ -30,6 +30,7 @@ from tests.engine.test_exactness import (
     SCHEDULES,
     decoding_of,
 )
+from tests.support import tiny_grammars
 from tests.support.engines import generated, make_decoding, make_engine, run
 from tests.support.exact import Z_LIMIT, Law, chi_square_z, softmax
 from tests.support.table_lm import TableLM
@@ -328,12 +329,7 @@ _HOSTILE: list[tuple[Kind, str]] = [
 
 @pytest.fixture(scope="module")
 def byte_grammars() -> Grammars:
-    tokenizer = make_tokenizer()
-    serialised, size = tokenizer.backend_tokenizer.to_str(), len(tokenizer)
-    eos = frozenset({int(tokenizer.eos_token_id)})
-    grammars = Grammars(
-        lambda ends: LLTokenizer(serialised, n_vocab=size, eos_token=ends), eos, size
-    )
+    grammars = tiny_grammars.make_grammars(make_tokenizer())
     grammars.matchers(
         "regex", "a", 1
     )  # what is refused below is not refused for want of a tokenizer
@@ -448,11 +444,7 @@ def test_texts_may_read_like_special_tokens(is_special: bool) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_tokens([AddedToken("<think>", special=is_special)], special_tokens=is_special)
     [mark] = tokenizer.encode("<think>", add_special_tokens=False)
-    size, end = len(tokenizer), tokenizer.convert_tokens_to_ids(TURN_END)
-    serialised = tokenizer.backend_tokenizer.to_str()
-    grammars = Grammars(
-        lambda ends: LLTokenizer(serialised, n_vocab=size, eos_token=ends), frozenset({end}), size
-    )
+    grammars = tiny_grammars.make_grammars(tokenizer)
     [matcher] = grammars.matchers("choice", json.dumps([f"a <think> of {TURN_END}"]), 1)
     generated: list[int] = []
     while matcher.end(generated) is None:
