@@ -19,10 +19,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
-from llguidance import LLTokenizer
 from starlette.middleware.cors import CORSMiddleware
 
 from server import __version__
@@ -71,14 +70,6 @@ class Parts:
     chat_template: ChatTemplate | None = None
     special_tokens: Mapping[str, str] | None = None
     grammars: Grammars | None = None
-
-
-class Serialisable(Protocol):
-    """The part of `tokenizers.Tokenizer` that grammars need."""
-
-    def to_str(self) -> str: ...
-
-    def get_vocab_size(self) -> int: ...
 
 
 Load = Callable[[], Parts]
@@ -220,13 +211,15 @@ def load_parts(config: ServerConfig, metrics: Metrics) -> Parts:
     if (shadow := config.engine.shadow) is not None:
         engine.measure_standard(shadow.every_seconds, shadow.rounds)
         metrics.speedup.shadowed()
+    grammars = Grammars.of(tokenizer, loaded.vocab_size, loaded.eos_token_ids)
+    grammars.prepare()
     parts = Parts(
         AsyncEngine(engine),
         tokenizer,
         loaded.vocab_size,
         _chat_template(loaded.tokenizer),
         loaded.tokenizer.special_tokens_map,
-        _grammars(tokenizer, loaded.vocab_size, loaded.eos_token_ids),
+        grammars,
     )
     # What is here stays: a later full collection need not search it, with all threads waiting.
     gc.collect()
@@ -250,17 +243,6 @@ def _facts(runner: LoadedRunner) -> ModelFacts:
         num_pages=runner.num_pages - 1,
         page_bytes=runner.store.bytes_per_token * runner.page_size,
     )
-
-
-def _grammars(tokenizer: Serialisable, vocab_size: int, eos: frozenset[int]) -> Grammars:
-    def make_tokenizer(eos_token_ids: list[int]) -> LLTokenizer:
-        # Ids that the models do not score are cut off; those that only they know are impossible.
-        size = max(vocab_size, tokenizer.get_vocab_size())
-        return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=eos_token_ids)
-
-    grammars = Grammars(make_tokenizer, eos, vocab_size)
-    grammars.prepare()
-    return grammars
 
 
 def _chat_template(tokenizer: TemplatedTokenizer) -> ChatTemplate | None:

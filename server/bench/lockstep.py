@@ -6,8 +6,9 @@ One engine for each strategy, with all that a server gives it, in this process. 
 prompts in closed loops and take turns of a second, in which caches are as warm as where one engine
 works alone. Only their own steps' seconds count, from the first text that ends until there is none
 to follow the next one: so many are in flight all the time, each with its prompt to read. What HTTP
-costs is not in it, and every engine holds the models once more. With `--out` each cell is written
-to a file at once, and those in it are left out.
+costs is not in it, and every engine holds the models once more. With `--schema` texts have seeds:
+all strategies write the same ones. With `--out` each cell is written to a file at once, and those
+in it are left out.
 """
 
 from __future__ import annotations
@@ -46,16 +47,18 @@ class Work:
 
     Attributes:
         cache_salt: their prompts are found in the prefix cache under this one only.
+        schema: JSON schema that all follow; they end with it, if their tokens do not before.
     """
 
     texts: Row[tuple[str, int]]
     concurrency: int
     temperature: float
     cache_salt: str = ""
+    schema: str | None = None
 
     @staticmethod
     def of(cell: Cell, options: argparse.Namespace) -> Work:
-        """`options`: per_slot and max_tokens."""
+        """`options`: per_slot, max_tokens and schema."""
         rng = random.Random(0)
         least, most = (round(options.max_tokens * (1 + sign * _SPREAD)) for sign in (-1, 1))
         prompts = cell.prompt_set.prompts
@@ -63,7 +66,8 @@ class Work:
             (prompts[number % len(prompts)], rng.randint(max(1, least), most))
             for number in range(max(_LEAST_TEXTS, cell.concurrency * options.per_slot))
         ]
-        return Work(texts, cell.concurrency, KINDS[cell.kind].temperature, str(cell.key))
+        temperature = KINDS[cell.kind].temperature
+        return Work(texts, cell.concurrency, temperature, str(cell.key), options.schema)
 
 
 @dataclass(slots=True)
@@ -100,7 +104,7 @@ class Lane:
         if self._counts:
             self.seconds += seconds
             self.num_tokens += sum(s.num_generated for s in self._running) - before
-        left = [s for s in self._running if s.num_generated < s.params.max_tokens]
+        left = [sequence for sequence in self._running if not sequence.is_finished]
         self._counts |= len(left) < len(self._running)
         self._running = left
         self.is_done = self._num_begun == len(self.work.texts) and len(left) < self.work.concurrency
@@ -112,9 +116,14 @@ class Lane:
         while len(self._running) < work.concurrency and self._num_begun < len(work.texts):
             prompt, num_tokens = work.texts[self._num_begun]
             params = SamplingParams(
-                max_tokens=num_tokens, temperature=work.temperature, cache_salt=work.cache_salt
+                max_tokens=num_tokens,
+                temperature=work.temperature,
+                cache_salt=work.cache_salt,
+                # Texts of a form end where they like; all strategies are to write the same ones.
+                seed=self._num_begun,
+                is_seeded=work.schema is not None,
             )
-            sequence = self.engine.start(prompt, params, self.strategy)
+            sequence = self.engine.start(prompt, params, self.strategy, work.schema)
             self._num_begun += 1
             self._running.append(sequence)
 
@@ -183,7 +192,7 @@ def _measure(options: argparse.Namespace, console: Console) -> None:
     if options.per_slot < 2:
         raise ConfigError("--per-slot: at least 2, for what counts lies between the texts' ends")
     config = load_config(options.config, [f"engine.max_sequences={max(concurrency)}", *options.set])
-    names = ("strategies", "per_slot", "max_tokens", "set")
+    names = ("strategies", "per_slot", "max_tokens", "schema", "set")
     settings = {name: getattr(options, name) for name in names}
     file = None if options.out is None else ResultFile(options.out, settings)
     done = [] if file is None else file.cells
@@ -216,6 +225,7 @@ def _parse(argv: Row[str] | None) -> argparse.Namespace:
     add("--concurrency", default="16", help="texts at once (%(default)s)")
     add("--per-slot", type=int, default=3, help="texts after each other (%(default)s)")
     add("--max-tokens", type=int, default=48, help="of a text, on average (%(default)s)")
+    add("--schema", help="JSON schema that all texts follow, and end with")
     add("--out", type=Path, help="result file, made or gone on with")
     return parser.parse_args(argv)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence as Row
 from contextlib import suppress
 from itertools import takewhile
 from threading import Lock
-from typing import Literal
+from typing import Literal, Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -37,6 +37,14 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
+
+
+class Serialisable(Protocol):
+    """The part of `tokenizers.Tokenizer` that grammars need."""
+
+    def to_str(self) -> str: ...
+
+    def get_vocab_size(self) -> int: ...
 
 
 class GrammarError(ValueError):
@@ -179,6 +187,20 @@ class Grammars:
         self._tokenizer: LLTokenizer | None = None
         # By kind and source, latest last; of those that were refused, why.
         self._known: OrderedDict[tuple[Kind, str], LLMatcher | str] = OrderedDict()
+
+    @classmethod
+    def of(
+        cls, tokenizer: Serialisable, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> Grammars:
+        """For the first `vocab_size` ids of `tokenizer`, which are those that models score."""
+
+        def make_tokenizer(ends: list[int]) -> LLTokenizer:
+            # Ids that the models do not score are cut off; those that only they know are
+            # impossible.
+            size = max(vocab_size, tokenizer.get_vocab_size())
+            return LLTokenizer(tokenizer.to_str(), n_vocab=size, eos_token=ends)
+
+        return cls(make_tokenizer, eos_token_ids, vocab_size)
 
     def prepare(self) -> None:
         """Make the tokenizer now, so that the first request with a grammar stalls no others."""

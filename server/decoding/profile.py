@@ -4,6 +4,10 @@ A strategy is a function of counters, so decoding one sequence is a walk over fe
 of the tail is whose, and how far behind each model is. Given how probably each proposer's tokens
 are accepted, this is a Markov chain; its stationary distribution says how often each model runs,
 over how many tokens, for each token verified. `engine.controller` multiplies that by seconds.
+
+Where texts follow grammars, some tokens are followed by *runs* of forced ones (`engine.forcing`).
+These end drafts, and nothing is drawn or proposed right after the window before them: it is they
+that follow. Tokens are those that are not forced, unless said otherwise.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from server.decoding.turns import next_model
 
 _LENGTH = 64  # of the imagined text; nothing depends on it
 _MAX_STATES = 400
+_MOST_MODELS = 3  # with runs: beyond, there would be too many states to solve for in passing
 _SETTLING_STEPS, _COUNTED_STEPS = 24, 48  # of the imagined batch
 _EDGE = 0.01  # acceptance is taken to lie this far from 0 and 1, where chains fall apart
 
@@ -43,6 +48,7 @@ class Profile:
 
     Attributes:
         rates: advances of each shape.
+        num_forced: forced tokens that are among those fed: one for each run that follows a window.
         walk: gives `shares`, after some time.
         shares: of the sequences of a large batch, by model, those that take part in its forwards on
             average: not all come to want it at the same time.
@@ -50,6 +56,7 @@ class Profile:
     """
 
     rates: dict[Shape, float]
+    num_forced: float
     walk: Callable[[], dict[int, float]]
 
     @cached_property
@@ -58,7 +65,15 @@ class Profile:
 
     @property
     def num_forwards(self) -> float:
-        return sum(self.rates.values())
+        return sum(self.forwards.values())
+
+    @cached_property
+    def forwards(self) -> dict[int, float]:
+        """Advances of each model."""
+        found: dict[int, float] = {}
+        for shape, rate in self.rates.items():
+            found[shape.model] = found.get(shape.model, 0.0) + rate
+        return found
 
     def num_together(self, model: int, batch: float) -> float:
         """Sequences in a forward of `model`, of `batch` that decode; on average, at least one."""
@@ -72,14 +87,22 @@ class _State(NamedTuple):
 
     proposers: tuple[int, ...]
     behind: tuple[int, ...]  # tokens that each model has not seen
+    is_closed: bool = False  # what follows the tail is forced
 
 
 @dataclass(frozen=True, slots=True)
 class _Branch:
-    """One outcome of an advance: these proposers' tokens are accepted, then perhaps one is not."""
+    """One outcome of an advance: these proposers' tokens are accepted, then perhaps one is not.
+
+    Attributes:
+        runs_on: what follows turned out to be forced, or not; None where that was known, or is not.
+        num_forced: tokens that were taken so.
+    """
 
     accepted: tuple[int, ...]
     rejected: int | None
+    runs_on: bool | None
+    num_forced: int
     shape: Shape
     target: int  # index of the state that follows
     num_verified: int
@@ -92,11 +115,20 @@ class Chain:
         proposers: models whose proposals are verified; profiles depend on no other's acceptance.
     """
 
-    def __init__(self, decoding: DecodingParams, strategy: Strategy) -> None:
-        """`strategy` decides by counters alone (not a mixture)."""
+    def __init__(
+        self, decoding: DecodingParams, strategy: Strategy, has_forced: bool = False
+    ) -> None:
+        """States of one sequence.
+
+        Args:
+            decoding: how it is decoded.
+            strategy: of `decoding`; it decides by counters alone (not a mixture).
+            has_forced: its text has runs. Of more than three models these are left out.
+        """
         self._decoding = decoding
         self._strategy = strategy
         self._num_models = len(decoding.combination.weights)
+        self._has_forced = has_forced and self._num_models <= _MOST_MODELS
         opener = next((model for model, length in enumerate(decoding.gamma) if length), 0)
         self._running = {0, opener, *decoding.combination.scorers}
         start = _State((), (1,) * self._num_models)
@@ -113,21 +145,28 @@ class Chain:
             if proposer is not None
         )
 
-    def profile(self, acceptance: tuple[float, ...]) -> Profile:
-        """`acceptance` [num_models]: probability that a model's proposal is accepted."""
-        acceptance = tuple(min(1 - _EDGE, max(_EDGE, rate)) for rate in acceptance)
+    def profile(self, acceptance: tuple[float, ...], runs: float = 0.0) -> Profile:
+        """At these rates.
+
+        Args:
+            acceptance: [num_models] probability that a model's proposal is accepted.
+            runs: that a token is followed by a run of forced ones.
+        """
+        acceptance, runs = tuple(map(_inner, acceptance)), _inner(runs)
         odds = [
-            [_probability(branch, acceptance) for branch in branches] for branches in self._branches
+            [_probability(branch, acceptance, runs) for branch in branches]
+            for branches in self._branches
         ]
         rates: dict[Shape, float] = {}
-        num_tokens = 0.0
+        num_tokens = num_forced = 0.0
         for mass, branches, chances in zip(self._masses(odds), self._branches, odds, strict=True):
             for branch, chance in zip(branches, chances, strict=True):
                 weight = mass * chance
                 rates[branch.shape] = rates.get(branch.shape, 0.0) + weight
                 num_tokens += weight * branch.num_verified
+                num_forced += weight * branch.num_forced
         scaled = {shape: rate / num_tokens for shape, rate in rates.items()}
-        return Profile(scaled, partial(self._shares, odds))
+        return Profile(scaled, num_forced / num_tokens, partial(self._shares, odds))
 
     def _masses(self, odds: list[list[float]]) -> list[float]:
         """The stationary distribution over states, given the odds of each one's branches."""
@@ -180,12 +219,31 @@ class Chain:
         num_decided = num_verifiable(self._strategy, sequence)
         branches = []
         for num_accepted in range(num_decided + 1):
-            branch = self._sequence(state)
-            branch.num_seen[model] = len(branch)
-            branches.append(
-                self._outcome(branch, model, num_tokens, num_decided, num_accepted, states)
-            )
+            for runs_on in self._questions(state, model, num_decided, num_accepted):
+                branch = self._sequence(state)
+                branch.num_seen[model] = len(branch)
+                branches.append(
+                    self._outcome(
+                        branch, model, num_tokens, num_decided, num_accepted, runs_on, states
+                    )
+                )
         return branches
+
+    def _questions(
+        self, state: _State, model: int, num_decided: int, num_accepted: int
+    ) -> tuple[bool | None, ...]:
+        """Outcomes that differ by whether what follows is forced, where that is asked now.
+
+        It is where all that was pending is accepted, and where a model may go on with the tail.
+        """
+        if not self._has_forced or num_accepted < num_decided:
+            return (None,)
+        sequence = self._sequence(state)
+        sequence.num_seen[model] = len(sequence)
+        sequence.accept(num_accepted)
+        if num_decided and not sequence.tail:
+            return (None,) if state.is_closed else (True, False)
+        return (True, False) if sequence.tail and self._may_propose(sequence, model) else (None,)
 
     def _outcome(
         self,
@@ -194,31 +252,38 @@ class Chain:
         num_tokens: int,
         num_decided: int,
         num_accepted: int,
+        runs_on: bool | None,
         states: list[_State],
     ) -> _Branch:
         window = _proposers(sequence)[:num_decided]
+        is_forced = runs_on or sequence.is_closed
         is_rejected = num_accepted < num_decided
         num_verified = num_accepted + is_rejected
         sequence.accept(num_accepted)
         if is_rejected:
             sequence.recover(0)
-        num_drawn = num_proposed = 0
-        if not sequence.tail and is_scored(self._strategy, sequence, len(sequence)):
+        num_drawn = num_proposed = num_forced = 0
+        if window and not is_rejected and not sequence.tail and is_forced:
+            sequence.force(0)
+            num_forced = 1
+        elif not sequence.tail and is_scored(self._strategy, sequence, len(sequence)):
             sequence.draw(0)
             num_drawn = 1
             num_verified += 1
-        if sequence.num_seen[model] == len(sequence) and self._strategy.may_propose(
-            sequence, model
-        ):
-            sequence.propose(0, Proposal(model))
-            num_proposed = 1
+        if self._may_propose(sequence, model):
+            if runs_on:
+                sequence.decline()
+            else:
+                sequence.propose(0, Proposal(model))
+                num_proposed = 1
         most = max(self._decoding.gamma) + self._num_models
         # A model that neither scores nor opens never runs: how far it is behind tells nothing.
         behind = tuple(
             min(most, len(sequence) - seen) if model in self._running else 1
             for model, seen in enumerate(sequence.num_seen)
         )
-        after = _State(_proposers(sequence), behind)
+        is_closed = bool(sequence.tail) and sequence.is_closed
+        after = _State(_proposers(sequence), behind, is_closed)
         if after not in self._index:
             assert len(states) < _MAX_STATES, "a strategy with more states than it should have"
             self._index[after] = len(states)
@@ -226,10 +291,16 @@ class Chain:
         return _Branch(
             accepted=window[:num_accepted],
             rejected=window[num_accepted] if is_rejected else None,
+            runs_on=runs_on,
+            num_forced=num_forced,
             shape=Shape(model, num_tokens, num_drawn, num_decided, num_proposed),
             target=self._index[after],
             num_verified=num_verified,
         )
+
+    def _may_propose(self, sequence: Sequence, model: int) -> bool:
+        has_read = sequence.num_seen[model] == len(sequence)
+        return has_read and self._strategy.may_propose(sequence, model)
 
     def _sequence(self, state: _State) -> Sequence:
         """The state as a sequence of `_LENGTH` tokens and a tail."""
@@ -238,6 +309,8 @@ class Chain:
         for proposer in state.proposers:
             sequence.propose(0, Proposal(proposer))
         sequence.num_seen = [len(sequence) - behind for behind in state.behind]
+        if state.is_closed:
+            sequence.decline()
         return sequence
 
 
@@ -245,8 +318,12 @@ def _proposers(sequence: Sequence) -> tuple[int, ...]:
     return tuple(proposal.proposer for proposal in sequence.tail)
 
 
-def _probability(branch: _Branch, acceptance: tuple[float, ...]) -> float:
-    probability = 1.0
+def _inner(rate: float) -> float:
+    return min(1 - _EDGE, max(_EDGE, rate))
+
+
+def _probability(branch: _Branch, acceptance: tuple[float, ...], runs: float) -> float:
+    probability = 1.0 if branch.runs_on is None else runs if branch.runs_on else 1 - runs
     for proposer in branch.accepted:
         probability *= acceptance[proposer]
     return (

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence as Row
-from typing import Literal
 
 from server.core.combination import Combination
 from server.core.sequence import Sequence
 from server.engine.bounded import make_room
+from server.engine.kind import Kind, kind_of
 
 _PRIOR_ACCEPTANCE = 0.6
 _PRIOR_WEIGHT = 4.0  # proposals that the first guess counts for
@@ -16,15 +16,6 @@ _SEQUENCE_WEIGHT = 24.0  # proposals that its class counts for against a sequenc
 _MEMORY = 400.0  # proposals after which a class has forgotten 63 % of what came before
 _KEPT = math.exp(-1 / _MEMORY)  # of that, after one
 _UNTESTED = 120.0  # seconds of decoding after which 63 % of what nothing tests is forgotten
-
-Kind = Literal["greedy", "seeded", "free"]
-
-
-def kind_of(sequence: Sequence) -> Kind:
-    """How its tokens are drawn: what is proposed is accepted by another rule for each."""
-    if sequence.params.is_greedy:
-        return "greedy"
-    return "seeded" if sequence.params.is_seeded else "free"
 
 
 class Acceptance:

@@ -219,13 +219,13 @@ class Advancer:
         deciding = [sequence for sequence in sequences if sequence in flight.deciding]
         outcome = flight.outcome
         verified = self._verify(deciding, outcome)
+        self._force(verified, outcome)  # else the first of them would be drawn
         # Others settle after they have drawn: had they joined shared coins before, they would be
         # a coin ahead of those who draw with them.
         first = (s for s in deciding if s.coin_base is not None or not self._may_draw(s))
         self._settle(first, outcome)
         self._draw(sequences, outcome)
-        healthy = (s for s in deciding if s not in outcome.failed)
-        force(healthy, self._most_forced, outcome.num_forced)
+        self._force(deciding, outcome)
         looking = [sequence for sequence in sequences if sequence not in outcome.failed]
         self._guesser.look_up(looking, outcome.stats)
         self._propose(flight, deciding, verified)
@@ -353,6 +353,10 @@ class Advancer:
             self._probe([sequence for sequence in group if sequence not in outcome.failed])
         # A sequence on shared coins may leave them here only, where its next coin is unknown.
         self._settle(ready, outcome)
+
+    def _force(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
+        healthy = (sequence for sequence in sequences if sequence not in outcome.failed)
+        force(healthy, self._most_forced, outcome.num_forced)
 
     def _settle(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         """Take up new choices where nothing is pending."""

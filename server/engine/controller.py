@@ -25,20 +25,23 @@ from collections.abc import Mapping, Sequence as Row
 
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
-from server.core.stats import StepStats
+from server.core.stats import Delivery, StepStats
 from server.decoding.strategies import Strategies
 from server.engine.acceptance import AcceptanceRates
 from server.engine.cost_table import CostTable
+from server.engine.forced_rates import ForcedRates
 from server.engine.groups import Division, Group, Groups
 from server.engine.half_batches import HalfBatches
 from server.engine.interval import Interval
+from server.engine.kind import kind_of
 from server.engine.lookup_costs import LookupCosts
-from server.engine.predictor import Predictor, Uncertainty
+from server.engine.predictor import MOST_UPSIDE, Predictor, Uncertainty
+from server.engine.rates import Rates
 from server.engine.reality import Reality
 from server.engine.trials import MARGIN, Candidate
 
 _PERIOD = 16  # steps between choices
-_BATCH_PERIOD = 4  # steps after which another batch is looked at
+_BATCH_PERIOD = 4  # steps that another batch has to last: while a text begins, one fewer decodes
 _MOST_GROUPS = 4  # that choose between two steps: with dozens the rest wait for the next choice
 _ALIKE = 0.8  # batches of as many sequences, times this or divided by it, at most
 # Steps that a new choice takes until windows end at all times: at first they all begin together,
@@ -64,10 +67,12 @@ class Controller:
         self._half_batches = HalfBatches(self._predictor, places, half_batches)
         self._groups = Groups(max_gamma)
         self._acceptance = AcceptanceRates()
+        self._forced = ForcedRates()
         self._reality = Reality()
         self._interval = Interval()
         self._num_united = 0  # steps since all took up one choice
         self._batch = 1  # sequences that were decoding when something was chosen last
+        self._num_unlike = 0  # steps since about as many were
         self._seconds = 0.0  # of decoding
 
     @property
@@ -85,6 +90,10 @@ class Controller:
     def add(self, sequence: Sequence, model: int, accepted: float) -> None:
         """A proposal of `model` was verified, or would have been, with this probability."""
         self._acceptance.add(sequence, model, accepted)
+
+    def note_text(self, sequence: Sequence, delivery: Delivery) -> None:
+        """A step has added this to the text of `sequence`."""
+        self._forced.add(kind_of(sequence), delivery)
 
     def lookup_length(self, sequence: Sequence, rate: float, num_found: int) -> int:
         """How many of `num_found` guessed tokens are worth scoring."""
@@ -107,12 +116,14 @@ class Controller:
         if not is_last:
             return
         is_alike = _ALIKE <= together / self._batch <= 1 / _ALIKE
-        is_due = self._interval.num_steps >= (_PERIOD if is_alike else _BATCH_PERIOD)
+        self._num_unlike = 0 if is_alike else self._num_unlike + 1
+        is_other = self._num_unlike >= _BATCH_PERIOD
+        is_due = is_other or (is_alike and self._interval.num_steps >= _PERIOD)
         if self._interval.is_pure and not is_due:
             return
         division = self._groups.divide(running)
         if is_due:
-            self._batch = max(1, together)
+            self._batch, self._num_unlike = max(1, together), 0
             self._end_interval(division, is_alike)
             self._look_at_halves(running, batch)
         # By what is chosen now, which may just have changed.
@@ -148,9 +159,9 @@ class Controller:
         """
         [(group, members)] = division.members.items()
         self._reality.forget(interval.seconds)
-        group.note_rates(self._acceptance.mean(members))
+        rates = group.note_rates(self._rates(members))
         predicted = sum(
-            count * self._predictor.token_seconds(group.chosen, group.rates, max(1, batch))
+            count * self._predictor.token_seconds(group.chosen, rates, max(1, batch))
             for batch, count in interval.num_tokens.items()
         )
         self._reality.add(
@@ -166,14 +177,14 @@ class Controller:
     def _decide(self, group: Group, members: Row[Sequence]) -> None:
         """Choose for a group."""
         self._fade(group, members[0])
-        group.note_rates(self._acceptance.mean(members))
-        seconds = {choice: self._token_seconds(group, choice) for choice in group.compared}
+        rates = group.note_rates(self._rates(members))
+        seconds = {choice: self._token_seconds(rates, choice) for choice in group.compared}
         group.note_compared(seconds)
         best = min(seconds, key=lambda choice: seconds[choice])
         if not group.is_new and seconds[group.chosen] <= seconds[best] * _HYSTERESIS:
             best = group.chosen
         if group.baseline is not None:
-            best = self._weigh(group, best, group.baseline, seconds)
+            best = self._weigh(group, best, group.baseline, seconds, rates)
         group.take(best)
         self._price_lookup(group, seconds[best])
 
@@ -183,14 +194,19 @@ class Controller:
             idle = set(range(sequence.num_models)) - set(group.chosen.combination.scorers)
             self._acceptance.fade(sequence, idle, group.seconds)
 
-    def _token_seconds(self, group: Group, choice: DecodingParams) -> float:
+    def _rates(self, members: Row[Sequence]) -> Rates:
+        """Of sequences of one group, by what became of their proposals and of others like them."""
+        acceptance = self._acceptance.mean(members)
+        return Rates(acceptance, *self._forced.of(kind_of(members[0])))
+
+    def _token_seconds(self, rates: Rates, choice: DecodingParams) -> float:
         """Of a verified token, as predicted and as such predictions have turned out."""
-        seconds = self._predictor.token_seconds(choice, group.rates, self._batch)
+        seconds = self._predictor.token_seconds(choice, rates, self._batch)
         return seconds * self._reality.value(choice, self._batch)
 
-    def _uncertainty(self, group: Group, choice: DecodingParams) -> Uncertainty:
+    def _uncertainty(self, rates: Rates, choice: DecodingParams) -> Uncertainty:
         """Of the same."""
-        return self._predictor.uncertainty(choice, group.rates, self._batch)
+        return self._predictor.uncertainty(choice, rates, self._batch)
 
     def _weigh(
         self,
@@ -198,25 +214,31 @@ class Controller:
         best: DecodingParams,
         baseline: DecodingParams,
         seconds: Mapping[DecodingParams, float],
+        rates: Rates,
     ) -> DecodingParams:
         """What to do of the two, or of what was not timed and may be faster than both."""
         speedups = {choice: seconds[baseline] / each for choice, each in seconds.items()}
-        candidate = self._candidate(group, best, speedups)
+        candidate = self._candidate(group, best, speedups, rates)
         if candidate is None:
             return baseline
-        doubt = self._uncertainty(group, baseline).doubt
+        doubt = self._uncertainty(rates, baseline).doubt
         verdict = group.trials.proceed(candidate, doubt, group.num_steps, self._seconds)
         return candidate.choice if verdict.is_for_candidate else baseline
 
     def _candidate(
-        self, group: Group, best: DecodingParams, speedups: Mapping[DecodingParams, float]
+        self,
+        group: Group,
+        best: DecodingParams,
+        speedups: Mapping[DecodingParams, float],
+        rates: Rates,
     ) -> Candidate | None:
         """The best, if it promises enough, or what was not timed and may; None if nothing does."""
         if speedups[best] >= MARGIN:
-            return Candidate(best, speedups[best], self._uncertainty(group, best))
+            return Candidate(best, speedups[best], self._uncertainty(rates, best))
         candidates = (
-            Candidate(choice, speedup, self._uncertainty(group, choice))
+            Candidate(choice, speedup, self._uncertainty(rates, choice))
             for choice, speedup in speedups.items()
+            if speedup * MOST_UPSIDE >= MARGIN
         )
         return group.trials.most_hopeful(candidates, group.chosen, self._seconds)
 
@@ -237,4 +259,4 @@ class Controller:
         for sequence in running:
             by_schedule.setdefault(sequence.schedule, []).append(sequence)
         schedule, members = max(by_schedule.items(), key=lambda item: len(item[1]))
-        self._half_batches.look(schedule, self._acceptance.mean(members), batch)
+        self._half_batches.look(schedule, self._rates(members), batch)

@@ -42,6 +42,7 @@ _MODEL = 0.03
 _TIMED = 0.075
 _ROUND = 0.1  # those not seen for long
 _SHAPE = 0.1  # those of more, beside them
+MOST_DOUBT = max(_TIMED, _ROUND, _SHAPE)
 # Seconds of steps until 63 % of what was learnt is forgotten, if not seen again: how fast a machine
 # is may change at any time; what several tokens cost beside one lies in its kernels.
 _MEMORY = 120.0
@@ -157,6 +158,23 @@ class _Context:
         return own + self.shared * (one + each * (batch * (1 + more) - 1))
 
 
+@dataclass(frozen=True, slots=True)
+class StandardCosts:
+    """Seconds of standard decoding, by kind of token.
+
+    Attributes:
+        decoded: of one that models decide.
+        forced: of one that a grammar leaves no choice about: it is read with others.
+    """
+
+    decoded: float
+    forced: float
+
+    def of(self, delivery: Delivery) -> float:
+        """Of the tokens of a delivery."""
+        return delivery.num_decoded * self.decoded + delivery.num_forced * self.forced
+
+
 class CostTable:
     """Seconds of forwards and of steps; read and corrected on the engine thread."""
 
@@ -175,6 +193,7 @@ class CostTable:
         self._extras = [self._measure_extras(model) for model in range(num_models)]
         self._known: dict[tuple[int, float, float], float] = {}
         self._known_parts: dict[tuple[str, float], float] = {}
+        self._standard: dict[tuple[tuple[int, ...], int], StandardCosts] = {}
 
     @property
     def slowness(self) -> float:
@@ -221,23 +240,24 @@ class CostTable:
             if rows > 0
         )
 
-    def token_seconds(self, scorers: Row[int], batch: int) -> float:
-        """One token of one sequence by standard decoding, when `batch` of them decode at once."""
+    def standard(self, scorers: tuple[int, ...], batch: int) -> StandardCosts:
+        """Tokens of one sequence by standard decoding, when `batch` of them decode at once."""
+        key = (scorers, batch)
+        if key not in self._standard:
+            self._standard[key] = self._price_standard(scorers, max(1, batch))
+        return self._standard[key]
+
+    def _price_standard(self, scorers: tuple[int, ...], batch: int) -> StandardCosts:
         forwards = sum(self.forward_seconds(model, batch, 1) for model in scorers)
+        longer = sum(self.forward_seconds(model, batch, 2) for model in scorers)
         rest = self.rest_seconds(batch) * (len(scorers) - 1)
         rest += self.rest_seconds(batch, num_drawn=batch)
-        return self._charge.value() * (forwards + rest) / batch
+        each = self._charge.value() / batch
+        return StandardCosts(each * (forwards + rest), each * max(0.0, longer - forwards))
 
-    def estimate(self, deliveries: Row[Delivery], batch: int) -> float:
+    def baseline(self, delivery: Delivery, batch: int) -> float:
         """Standard decoding of what was delivered, `batch` sequences decoding at once."""
-        num_tokens: dict[tuple[int, ...], int] = {}
-        for delivery in deliveries:
-            scorers = delivery.decoding.combination.scorers
-            num_tokens[scorers] = num_tokens.get(scorers, 0) + delivery.num_decoded
-        return sum(
-            count * self.token_seconds(scorers, max(1, batch))
-            for scorers, count in num_tokens.items()
-        )
+        return self.standard(delivery.decoding.combination.scorers, batch).of(delivery)
 
     def prefill_seconds(self, stats: StepStats) -> float:
         """What prompts added to a step: all that it took above decoding alone.
@@ -268,6 +288,7 @@ class CostTable:
 
     def observe(self, stats: StepStats) -> None:
         """Learn from one step; those that read prompts say nothing about decoding."""
+        self._standard.clear()
         self._factors.pass_time(stats.step_seconds)
         if stats.num_decoding:
             # Few of many share less than all would, and one alone nothing.

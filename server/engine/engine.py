@@ -446,7 +446,7 @@ class Engine:
             self._tell(news)
 
     def _tell(self, news: _News) -> None:
-        outcome, token_seconds = news.outcome, dict[tuple[int, ...], float]()
+        outcome = news.outcome
         for sequence, schedule in news.schedules.items():
             count, logprobs = outcome.num_verified[sequence], outcome.logprobs.get(sequence, [])
             num_forced = outcome.num_forced.get(sequence, 0)
@@ -462,7 +462,7 @@ class Engine:
                 logger.exception("sequence %s is broken", sequence.id)
                 self._break(sequence)
                 continue
-            self._credit(sequence, outcome.stats.deliveries[-1], news.batch, token_seconds)
+            self._credit(sequence, outcome.stats.deliveries[-1], news.batch)
 
     def _break(self, sequence: Sequence) -> None:
         """Its text has failed: end it, or where it is in flight let it end when that lands."""
@@ -491,25 +491,15 @@ class Engine:
         del self._sequences[sequence.id]
         self._outputs.remove(sequence)
 
-    def _credit(
-        self,
-        sequence: Sequence,
-        delivery: Delivery,
-        batch: int,
-        token_seconds: dict[tuple[int, ...], float],
-    ) -> None:
-        """Note what standard decoding takes for one delivery of `sequence`.
-
-        `token_seconds` are by scorers, the same all over a step.
-        """
-        sequence.stats.num_cycles += 1
-        if self.costs is None:
-            return
-        scorers = delivery.decoding.combination.scorers
-        if scorers not in token_seconds:
-            token_seconds[scorers] = self.costs.token_seconds(scorers, max(1, batch))
-        seconds = delivery.num_decoded * token_seconds[scorers]
-        sequence.stats.baseline_seconds = (sequence.stats.baseline_seconds or 0.0) + seconds
+    def _credit(self, sequence: Sequence, delivery: Delivery, batch: int) -> None:
+        """Note what one delivery of `sequence` says of it, and takes by standard decoding."""
+        stats = sequence.stats
+        stats.num_cycles += 1
+        if self.costs is not None:
+            seconds = self.costs.baseline(delivery, batch)
+            stats.baseline_seconds = (stats.baseline_seconds or 0.0) + seconds
+        if self.controller is not None:
+            self.controller.note_text(sequence, delivery)
 
     def _count_step(self, step: _Step, started: float, ends: bool) -> None:
         """Observe it, now or when the host next knows what the devices have done.
@@ -551,7 +541,9 @@ class Engine:
         for sequence in decoding:
             sequence.stats.decode_seconds += stats.decode_seconds / len(decoding)
         if self.costs is not None:
-            stats.baseline_seconds = self.costs.estimate(stats.deliveries, batch)
+            stats.baseline_seconds = sum(
+                self.costs.baseline(delivery, batch) for delivery in stats.deliveries
+            )
             self.costs.observe(stats)
         # What a window took says nothing of what was chosen.
         if self.controller is not None and not self._strategies.is_shadowing:

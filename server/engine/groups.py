@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
-from server.engine.acceptance import Kind, kind_of
 from server.engine.bounded import make_room
 from server.engine.choices import make_choices
+from server.engine.kind import Kind, kind_of
 from server.engine.lookup_costs import LookupCosts
-from server.engine.predictor import differ
+from server.engine.rates import Rates
 from server.engine.trials import Trials
 
 # Of all choices only the best few are compared each time, and all of them every so many times.
@@ -29,7 +29,7 @@ class Group:
         near: the best of them, when all were compared last, and the first.
         num_left: decisions until all are compared again.
         is_new: nothing was chosen yet.
-        rates: [num_models] mean acceptance when it was looked at last, or about that; empty: never.
+        rates: of its texts when they were looked at last, or about that; of no model: never.
         trials: of what may be faster than standard decoding.
         lookup: what prompt lookup takes beside what is chosen; None where it is off.
         num_steps, seconds: of decoding, since something was chosen last.
@@ -40,7 +40,7 @@ class Group:
     near: tuple[DecodingParams, ...] = ()
     num_left: int = 0
     is_new: bool = True
-    rates: tuple[float, ...] = ()
+    rates: Rates = Rates(())
     trials: Trials = field(default_factory=Trials)
     lookup: LookupCosts | None = None
     num_steps: int = 0
@@ -65,11 +65,12 @@ class Group:
             self.num_left = _SWEEP_PERIOD
         self.num_left -= 1
 
-    def note_rates(self, rates: tuple[float, ...]) -> None:
-        """Mean acceptance now is `rates` [num_models]."""
+    def note_rates(self, rates: Rates) -> Rates:
+        """What is known of its texts now; returns that, or about that."""
         # What moves by less than a bucket's width would only go to and fro between profiles.
-        if not self.rates or differ(rates, self.rates):
+        if not self.rates.acceptance or rates.differs_from(self.rates):
             self.rates = rates
+        return self.rates
 
     def take(self, choice: DecodingParams) -> None:
         """Decode by `choice` from here on."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence as Row
 
 from server.core.sampling_params import DecodingParams
 from server.engine.predictor import Predictor
+from server.engine.rates import Rates
 
 # They must promise so much more than one batch, and as long as they are on, so much.
 # A forward over half as many sequences takes more than half as long, and what is said of it at
@@ -29,11 +30,11 @@ class HalfBatches:
         self._places = places
         self.is_open = wanted is None and len(set(places)) > 1
 
-    def look(self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int) -> None:
+    def look(self, decoding: DecodingParams, rates: Rates, batch: int) -> None:
         """Choose anew; `batch` sequences are decoded so."""
         if batch < 2:
             self.is_on = False
             return
-        whole = self._predictor.token_seconds(decoding, acceptance, batch)
-        halved = self._predictor.halved_seconds(decoding, acceptance, batch, self._places)
+        whole = self._predictor.token_seconds(decoding, rates, batch)
+        halved = self._predictor.halved_seconds(decoding, rates, batch, self._places)
         self.is_on = whole >= halved * (_KEPT if self.is_on else _MARGIN)

@@ -15,11 +15,12 @@ from server.core.sampling_params import DecodingParams
 from server.decoding.profile import Chain, Profile, Shape
 from server.decoding.strategies import Strategies
 from server.engine.bounded import make_room
-from server.engine.cost_table import CostTable
+from server.engine.cost_table import MOST_DOUBT, CostTable
+from server.engine.rates import BUCKETS, Rates
 
-_BUCKETS = 25  # acceptance is rounded to 1/25, so that profiles can be kept
 _MAX_GAP = 12  # mixture: tokens that a model may have to catch up, above which mass is negligible
 _OPTIMISM = 1.0  # deviations that a forward may be faster than timed, but not than one of one token
+MOST_UPSIDE = 1 / (1 - _OPTIMISM * MOST_DOUBT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Uncertainty:
 
     Attributes:
         doubt: their relative deviation.
-        upside: it may turn out to be so many times faster.
+        upside: it may turn out to be so many times faster, at most MOST_UPSIDE.
     """
 
     doubt: float = 0.0
@@ -38,37 +39,38 @@ class Uncertainty:
 class Predictor:
     """Seconds of verified tokens by the profiles of strategies and the cost table.
 
-    `acceptance` [num_models] is how often what each model proposes is accepted.
+    Of those that are not forced: models read the forced ones together with others, which is all
+    that these take (`engine.forcing`).
     """
 
     def __init__(self, costs: CostTable, strategies: Strategies) -> None:
         self._costs = costs
         self._strategies = strategies
-        self._chains: dict[DecodingParams, Chain] = {}
+        self._chains: dict[tuple[DecodingParams, bool], Chain] = {}
         self._profiles: dict[tuple[Chain, tuple[int, ...]], Profile] = {}
-        self._known: dict[tuple[Shape, float], tuple[float, float]] = {}
+        self._known: dict[tuple[Shape, float, float], tuple[float, float]] = {}
 
     def forget_seconds(self) -> None:
         """The cost table has changed."""
         self._known.clear()
 
-    def token_seconds(
-        self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
-    ) -> float:
+    def token_seconds(self, decoding: DecodingParams, rates: Rates, batch: int) -> float:
         """Predicted seconds of a verified token of one sequence, `batch` of them decoding."""
         if decoding.strategy == "mixture":
-            return self._mixture_seconds(decoding, batch) / batch
-        profile = self.profile(decoding, acceptance)
+            # It forces no tokens: it draws them like all others.
+            return (1 + rates.forced) * self._mixture_seconds(decoding, batch) / batch
+        profile = self.profile(decoding, rates)
         seconds = 0.0
         for shape, rate in profile.rates.items():
             together = profile.num_together(shape.model, batch)
-            seconds += rate * sum(self._step_seconds(shape, together)) * batch / together
+            more = _num_read(profile, shape.model, rates)
+            seconds += rate * sum(self._step_seconds(shape, together, more)) * batch / together
         return seconds / batch
 
     def halved_seconds(
         self,
         decoding: DecodingParams,
-        acceptance: tuple[float, ...],
+        rates: Rates,
         batch: int,
         places: Row[int],
     ) -> float:
@@ -83,52 +85,56 @@ class Predictor:
         if decoding.strategy == "mixture":
             return math.inf
         half = batch / 2
-        profile = self.profile(decoding, acceptance)
+        profile = self.profile(decoding, rates)
         loads: defaultdict[int, float] = defaultdict(float)
         for shape, rate in profile.rates.items():
             together = profile.num_together(shape.model, half)
-            forward, rest = self._step_seconds(shape, together)
+            more = _num_read(profile, shape.model, rates)
+            forward, rest = self._step_seconds(shape, together, more)
             loads[places[shape.model]] += rate * forward * half / together
             loads[0] += rate * rest * half / together
         return max(2 * max(loads.values()), sum(loads.values())) / batch
 
-    def uncertainty(
-        self, decoding: DecodingParams, acceptance: tuple[float, ...], batch: int
-    ) -> Uncertainty:
+    def uncertainty(self, decoding: DecodingParams, rates: Rates, batch: int) -> Uncertainty:
         """Of the seconds of its forwards, those of standard decoding being known."""
         if decoding.strategy == "mixture":
             return Uncertainty()
         costs = self._costs
         total = doubtful = least = 0.0
-        profile = self.profile(decoding, acceptance)
+        profile = self.profile(decoding, rates)
         for shape, rate in profile.rates.items():
             together = profile.num_together(shape.model, batch)
             rate *= batch / together
             doubt = costs.doubt(shape.model, together, shape.num_tokens)
-            seconds = costs.forward_seconds(shape.model, together, shape.num_tokens)
+            more = _num_read(profile, shape.model, rates)
+            if more:
+                # Few sequences feed forced tokens in some steps only, and many in all of them.
+                doubt = min(doubt, costs.doubt(shape.model, together, shape.num_tokens + more))
+            seconds, _ = self._step_seconds(shape, together, more)
             floor = min(seconds, costs.forward_seconds(shape.model, together, 1))
             total += rate * seconds
             doubtful += rate * seconds * doubt
             least += rate * max(floor, seconds * (1 - _OPTIMISM * doubt))
         return Uncertainty(doubtful / total, total / least)
 
-    def profile(self, decoding: DecodingParams, acceptance: tuple[float, ...]) -> Profile:
+    def profile(self, decoding: DecodingParams, rates: Rates) -> Profile:
         """Of any strategy but a mixture."""
-        chain = self._chain(decoding)
-        buckets = tuple(
-            round(rate * _BUCKETS) if model in chain.proposers else 0
-            for model, rate in enumerate(acceptance)
+        runs = round(rates.runs * BUCKETS)
+        chain = self._chain(decoding, has_forced=runs > 0)
+        accepted = (
+            round(rate * BUCKETS) if model in chain.proposers else 0
+            for model, rate in enumerate(rates.acceptance)
         )
-        key = (chain, buckets)
+        key = (chain, (runs, *accepted))
         if key not in self._profiles:
             make_room(self._profiles)
-            rates = tuple(bucket / _BUCKETS for bucket in buckets)
-            self._profiles[key] = chain.profile(rates)
+            runs_rate, *acceptance = (bucket / BUCKETS for bucket in key[1])
+            self._profiles[key] = chain.profile(tuple(acceptance), runs_rate)
         return self._profiles[key]
 
-    def _step_seconds(self, shape: Shape, batch: float) -> tuple[float, float]:
-        """Of the forward, and of the rest."""
-        key = (shape, batch)
+    def _step_seconds(self, shape: Shape, batch: float, more: float) -> tuple[float, float]:
+        """Of the forward, over `more` tokens of each than the shape has, and of the rest."""
+        key = (shape, batch, more)
         if key not in self._known:
             rest = self._costs.rest_seconds(
                 batch,
@@ -136,7 +142,7 @@ class Predictor:
                 num_verified=shape.num_verified * batch,
                 num_proposed=shape.num_proposed * batch,
             )
-            forward = self._costs.forward_seconds(shape.model, batch, shape.num_tokens)
+            forward = self._costs.forward_seconds(shape.model, batch, shape.num_tokens + more)
             self._known[key] = forward, rest
         return self._known[key]
 
@@ -152,19 +158,21 @@ class Predictor:
                 left -= chance
         return total
 
-    def _chain(self, decoding: DecodingParams) -> Chain:
-        chain = self._chains.get(decoding)
+    def _chain(self, decoding: DecodingParams, has_forced: bool) -> Chain:
+        chain = self._chains.get((decoding, has_forced))
         if chain is None:
             # Weights do not matter for who runs when, but for being zero.
             weights = tuple(float(weight != 0) for weight in decoding.combination.weights)
             alike = replace(decoding, combination=Combination("linear", weights))
-            chain = self._chains.get(alike) or Chain(alike, self._strategies.make(alike))
+            chain = self._chains.get((alike, has_forced)) or Chain(
+                alike, self._strategies.make(alike), has_forced
+            )
             make_room(self._chains)
-            self._chains[alike] = self._chains[decoding] = chain
+            self._chains[alike, has_forced] = self._chains[decoding, has_forced] = chain
         return chain
 
 
-def differ(rates: tuple[float, ...], others: tuple[float, ...]) -> bool:
-    """By as much as makes another profile, anywhere."""
-    pairs = zip(rates, others, strict=True)
-    return any(abs(rate - other) >= 1 / _BUCKETS for rate, other in pairs)
+def _num_read(profile: Profile, model: int, rates: Rates) -> float:
+    """Forced tokens that `model` reads in a forward beside those that the profile has."""
+    forced = max(0.0, rates.forced - profile.num_forced)
+    return forced / profile.forwards[model] if forced else 0.0

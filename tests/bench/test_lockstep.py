@@ -2,11 +2,13 @@
 
 import json
 import time
+from collections import defaultdict
 from typing import Any
 
 import pytest
 
 from server.bench import lockstep
+from server.bench.in_process import InProcessEngine
 from server.bench.lockstep import Lane, Work, run
 from server.bench.strategy_spec import parse_strategies
 from tests.support.tiny_models import write_pair_config
@@ -21,8 +23,11 @@ class Clock:
 class Text:
     def __init__(self, num_tokens):
         self.num_generated = 0
-        self.params = self
         self.max_tokens = num_tokens
+
+    @property
+    def is_finished(self):
+        return self.num_generated == self.max_tokens
 
 
 class Engine:
@@ -33,7 +38,7 @@ class Engine:
         self.texts = []
         self.most = 0
 
-    def start(self, prompt, params, strategy):
+    def start(self, prompt, params, strategy, schema):
         self.texts.append(Text(params.max_tokens))
         return self.texts[-1]
 
@@ -92,6 +97,33 @@ def test_a_tiny_pair(tmp_path, capsys):
         ("contrastive-t0", 2),
     ]
     assert list(cells[0]["lanes"]) == ["standard", "auto"]
+
+
+def test_texts_of_a_form_are_the_same_by_all_strategies(tmp_path, monkeypatch):
+    start, texts = InProcessEngine.start, defaultdict(list)
+
+    def recorded(self, prompt, params, strategy, schema=None):
+        sequence = start(self, prompt, params, strategy, schema)
+        texts[strategy.label].append(sequence)
+        return sequence
+
+    monkeypatch.setattr(InProcessEngine, "start", recorded)
+    schema = '{"enum": ["for for for", "return value return value"]}'
+    options = ("--kinds", "weighted-t1", "--schema", schema, "--max-tokens", "20")
+    assert lockstep_main(tmp_path, *options, "--concurrency", "2") == 0
+    ids = {
+        label: [text.token_ids[text.num_prompt :] for text in found if text.is_finished]
+        for label, found in texts.items()
+    }
+    least = min(map(len, ids.values()))
+    assert least >= 22
+    assert ids["standard"][:least] == ids["auto"][:least]
+    assert len({tuple(text) for text in ids["auto"]}) == 2
+
+
+def test_what_is_no_schema(tmp_path, capsys):
+    assert lockstep_main(tmp_path, "--schema", '{"type": "none"}', "--concurrency", "1") == 2
+    assert "--schema: " in capsys.readouterr().err
 
 
 def test_options_that_cannot_be(tmp_path, capsys):

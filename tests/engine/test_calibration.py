@@ -16,6 +16,7 @@ from server.engine.calibration import calibrate
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine, EngineLimits
 from server.runner.base import Batch
+from tests.engine.test_controller import make_costs
 from tests.support.engines import decode, make_decoding, run
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner
 
@@ -150,16 +151,26 @@ def test_between_and_beyond_what_was_timed() -> None:
     nothing = (0.0, 0.0, 0.0)
     forwards = ((1.0, 2.0, 6.0), (10.0, 10.0, 10.0))
     costs = CostTable(Timings((1, 2, 4), forwards, nothing, nothing))
-    assert costs.token_seconds((0,), 3) == pytest.approx(4 / 3)
-    assert costs.token_seconds((0,), 5) == pytest.approx(8 / 5)
-    assert costs.token_seconds((0, 1), 2) == pytest.approx(12 / 2)
+    assert costs.standard((0,), 3).decoded == pytest.approx(4 / 3)
+    assert costs.standard((0,), 5).decoded == pytest.approx(8 / 5)
+    assert costs.standard((0, 1), 2).decoded == pytest.approx(12 / 2)
 
 
 def test_the_first_token_of_a_text_is_not_decoding() -> None:
     costs = CostTable(Timings((1,), ((1.0,), (2.0,)), (0.2,), (0.3,)))
     decoding = make_decoding("cos", BOTH)
     deliveries = [Delivery(decoding, 3, has_first=True), Delivery(decoding, 1, has_first=False)]
-    assert costs.estimate(deliveries, 1) == pytest.approx(3 * 3.5)
+    assert [costs.baseline(each, 1) for each in deliveries] == pytest.approx([2 * 3.5, 3.5])
+
+
+def test_forced_tokens_cost_what_it_takes_to_read_them() -> None:
+    """By standard decoding, beside what is decoded."""
+    costs = make_costs((0.1, 0.01, 0.02), (0.2, 0.01, 0.03))
+    delivery = Delivery(make_decoding("standard", BOTH), 7, has_first=False, num_forced=5)
+    free = Delivery(make_decoding("standard", BOTH), 2, has_first=False)
+    for batch in (1, 4):
+        read = costs.baseline(delivery, batch) - costs.baseline(free, batch)
+        assert read == pytest.approx(5 * (0.02 + 0.03))
 
 
 def test_all_that_a_step_decides_has_its_price() -> None:
@@ -268,7 +279,7 @@ def test_the_estimate_follows_the_load_of_the_machine(strategy: str) -> None:
         runner.load = 2.5  # type: ignore[attr-defined]
     params = [SamplingParams(max_tokens=100, seed=seed) for seed in range(4)]
     decode(engine, [0, 1, 2], params, make_decoding(strategy, BOTH))
-    assert costs.token_seconds((0, 1), 4) == pytest.approx(2.5 * (0.014 + 0.14) / 4, rel=0.05)
+    assert costs.standard((0, 1), 4).decoded == pytest.approx(2.5 * (0.014 + 0.14) / 4, rel=0.05)
     assert [costs.load(model) for model in (0, 1)] == pytest.approx([2.5, 2.5], rel=0.05)
     late = [step for step in steps[len(steps) // 2 :] if step.num_prefill_tokens == 0]
     ratio = sum(step.baseline_seconds or 0.0 for step in late) / sum(s.step_seconds for s in late)

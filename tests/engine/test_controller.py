@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from server.config import StrategyName
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
@@ -22,6 +23,7 @@ from server.engine.controller import Controller
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
 from server.engine.predictor import Predictor
+from server.engine.rates import Rates
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
 from tests.support.exact import Z_LIMIT, chi_square_z, exact_law, target
 from tests.support.table_lm import TableLM
@@ -406,7 +408,7 @@ def test_a_model_of_a_mixture_runs_as_often_as_its_coin_says() -> None:
     """However many tokens it then has to catch up with."""
     predictor = Predictor(make_costs((1.0, 0, 0), (2.0, 0, 0)), Strategies(SharedCoins(0)))
     decoding = make_decoding("mixture", Combination.weighted([0.05, 0.95]), shared_coins=True)
-    seconds = predictor.token_seconds(decoding, (0.8, 0.8), 1)
+    seconds = predictor.token_seconds(decoding, Rates((0.8, 0.8)), 1)
     assert seconds == pytest.approx(0.05 * 1.0 + 0.95 * 2.0)
 
 
@@ -588,3 +590,40 @@ def test_profiles_depend_on_no_other_acceptance_than_that_of_proposers(
             first, second = [(profile.rates, profile.shares) for profile in profiles]
             assert (first == second) is (model not in chain.proposers)
     assert chain.proposers <= {0, 1}
+
+
+@pytest.mark.parametrize("gamma", [(3, 1), (2, 2), (4, 1, 1), (3, 1, 1, 1)])
+@pytest.mark.parametrize("strategy", ["standard", "cos", "speculative"])
+def test_profiles_of_texts_with_few_runs_are_those_of_texts_without(
+    strategy: StrategyName, gamma: tuple[int, ...]
+) -> None:
+    decoding = make_decoding(strategy, Combination.weighted([1 / len(gamma)] * len(gamma)), gamma)
+    known = Strategies(SharedCoins(0)).make(decoding)
+    acceptance = (0.7, 0.8, 0.9, 0.9)[: len(gamma)]
+    free = Chain(decoding, known).profile(acceptance)
+    few = Chain(decoding, known, has_forced=True).profile(acceptance, 0.0)  # taken to be 0.01
+    assert few.forwards == pytest.approx(free.forwards, rel=0.03)
+    assert few.shares == pytest.approx(free.shares, rel=0.03)
+    assert 0 <= few.num_forced <= 0.01
+
+
+@pytest.mark.parametrize("num_models", [2, 3, 4, 8])
+def test_all_that_may_be_asked_for_has_a_profile(num_models: int) -> None:
+    combination = Combination.weighted([1 / num_models] * num_models)
+    decoding = make_decoding("cos", combination, (32, *[4] * (num_models - 1)))
+    chain = Chain(decoding, Strategies(SharedCoins(0)).make(decoding), has_forced=True)
+    assert sum(chain.profile((0.8,) * num_models, 0.2).rates.values()) > 0
+
+
+def test_runs_end_drafts_and_follow_windows() -> None:
+    """Where they follow every token, a draft has one, and all that is proposed opens a window."""
+    decoding = make_decoding("cos", CONTRASTIVE, (8, 1))
+    known = Strategies(SharedCoins(0)).make(decoding)
+    always = Chain(decoding, known, has_forced=True).profile((0.8, 0.9), 1.0)
+    assert max(shape.num_verified for shape in always.rates) > 1, "no rule of the strategy"
+    windows = {shape: rate for shape, rate in always.rates.items() if shape.num_verified}
+    lengths = sum(rate * shape.num_verified for shape, rate in windows.items())
+    assert lengths / sum(windows.values()) == pytest.approx(1, abs=0.05)
+    # What is accepted ends a window, and a run follows; what is not accepted needs no draw.
+    assert always.num_forced == pytest.approx(0.8, abs=0.05)
+    assert sum(shape.num_drawn * rate for shape, rate in always.rates.items()) < 0.05

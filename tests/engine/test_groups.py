@@ -12,6 +12,7 @@ from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.engine import bounded
 from server.engine.groups import Group, Groups
+from server.engine.rates import Rates
 
 AUTO = DecodingParams("auto", Combination.contrastive(2, 0.1), (1, 1), is_gamma_auto=True)
 STANDARD = replace(AUTO, strategy="standard", is_gamma_auto=False)
@@ -39,9 +40,14 @@ def test_acceptance_is_followed_where_it_moves_by_more_than_a_little() -> None:
     group = Group(CHOICES, STANDARD)
     taken = []
     for rate in (0.5, 0.53, 0.47, 0.55, 0.52, 0.5):
-        group.note_rates((0.9, rate))
-        taken.append(group.rates[1])
+        taken.append(group.note_rates(Rates((0.9, rate))).acceptance[1])
     assert taken == [0.5, 0.5, 0.5, 0.55, 0.55, 0.5]
+
+
+@pytest.mark.parametrize("rates", [Rates((0.9,), 0.2, 0.5), Rates((0.9,), 0.1, 0.6)])
+def test_forced_tokens_are_followed_too(rates: Rates) -> None:
+    group = Group(CHOICES, STANDARD, rates=Rates((0.9,), 0.1, 0.5))
+    assert group.note_rates(rates) == group.rates == rates
 
 
 def test_what_is_taken_begins_anew() -> None:

@@ -19,6 +19,7 @@ from server.engine.cost_table import CostTable
 from server.engine.engine import Engine, EngineLimits
 from server.engine.half_batches import HalfBatches
 from server.engine.predictor import Predictor
+from server.engine.rates import Rates
 from server.engine.scheduler import Scheduler, StepPlan
 from tests.engine.test_controller import make_costs
 from tests.engine.test_run_ahead import DECODINGS, WEIGHTED, texts
@@ -372,17 +373,19 @@ UNEQUAL = make_costs((0.0, 0.0, 1.0), (0.0, 0.0, 100.0))
 def test_what_half_batches_gain(costs: CostTable, strategy: str, gain: float) -> None:
     predictor = Predictor(costs, Strategies(SharedCoins(0)))
     decoding = make_decoding(strategy, WEIGHTED, shared_coins=strategy == "mixture")
-    whole = predictor.token_seconds(decoding, (0.8, 0.8), 16)
-    assert whole / predictor.halved_seconds(decoding, (0.8, 0.8), 16, (0, 1)) == pytest.approx(gain)
+    whole = predictor.token_seconds(decoding, Rates((0.8, 0.8)), 16)
+    assert whole / predictor.halved_seconds(
+        decoding, Rates((0.8, 0.8)), 16, (0, 1)
+    ) == pytest.approx(gain)
     # On one device there is nothing to gain.
-    assert whole <= predictor.halved_seconds(decoding, (0.8, 0.8), 16, (0, 0)) * (1 + 1e-9)
+    assert whole <= predictor.halved_seconds(decoding, Rates((0.8, 0.8)), 16, (0, 0)) * (1 + 1e-9)
 
 
 def test_no_half_is_done_before_all_has_been_done_for_it() -> None:
     """Three devices for two halves: none of them is always busy."""
     predictor = Predictor(make_costs(*[(0.0, 0.0, 1.0)] * 3), Strategies(SharedCoins(0)))
     decoding = make_decoding("standard", Combination.weighted([0.3, 0.3, 0.4]))
-    rates = (0.8,) * 3
+    rates = Rates((0.8,) * 3)
     halved = predictor.halved_seconds(decoding, rates, 16, (0, 1, 2))
     assert predictor.token_seconds(decoding, rates, 16) / halved == pytest.approx(2)
 
@@ -392,9 +395,9 @@ def test_they_are_on_where_they_pay(costs: CostTable) -> None:
     predictor = Predictor(costs, Strategies(SharedCoins(0)))
     for decoding in (STANDARD, COS):
         halves = HalfBatches(predictor, (0, 1), wanted=None)
-        halves.look(decoding, (0.8, 0.8), 16)
+        halves.look(decoding, Rates((0.8, 0.8)), 16)
         assert halves.is_on == (costs is BY_ROWS)
-        halves.look(decoding, (0.8, 0.8), 1)
+        halves.look(decoding, Rates((0.8, 0.8)), 1)
         assert not halves.is_on
     assert not HalfBatches(predictor, (0, 0), wanted=None).is_open
     for wanted in (True, False):
@@ -412,9 +415,9 @@ def test_what_is_on_stays_on_for_less_than_switched_it_on() -> None:
     ]
     for each in halves:
         each.is_on = True
-        each.look(STANDARD, (0.8, 0.8), 16)
+        each.look(STANDARD, Rates((0.8, 0.8)), 16)
     assert [each.is_on for each in halves] == [True, True, False]
     for each in halves:
         each.is_on = False
-        each.look(STANDARD, (0.8, 0.8), 16)
+        each.look(STANDARD, Rates((0.8, 0.8)), 16)
     assert [each.is_on for each in halves] == [True, False, False]

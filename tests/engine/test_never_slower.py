@@ -13,6 +13,8 @@ from server.core.sampling_params import DecodingParams
 from server.core.stats import StepStats
 from server.decoding.profile import Chain
 from server.decoding.strategies import SharedCoins, Strategies
+from server.engine.kind import Kind
+from server.engine.rates import Rates
 from tests.support.laboratory import (
     CONTRASTIVE,
     EXPERT,
@@ -151,3 +153,48 @@ def test_so_many_take_part_in_a_forward_as_predicted(gamma: tuple[int, int]) -> 
         mean = sum(taking_part) / len(taking_part) / 16
         assert mean == pytest.approx(shares[model], abs=0.1)
         assert mean > 0.85
+
+
+FORM = Load(1, 4, prompt=(8, 16), answer=(100, 140), runs=0.25)
+
+
+@pytest.mark.parametrize("decoding", [STANDARD, COS, replace(COS, gamma=(3, 1))])
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_texts_of_a_form_take_what_is_predicted(decoding: DecodingParams, concurrency: int) -> None:
+    """Where a quarter of the tokens is followed by three forced ones, which end drafts."""
+    acceptance = (0.6, 0.97)
+    laboratory = Laboratory(acceptance)
+    load = replace(FORM, concurrency=concurrency, num_requests=4 * concurrency)
+    measured = laboratory.run(load, decoding, seed=1)
+    controller, costs = laboratory.engine.controller, laboratory.engine.costs
+    assert controller is not None
+    assert costs is not None
+    kind = Kind("greedy", has_grammar=True)
+    runs, forced = controller._forced.of(kind)
+    assert (runs, forced) == pytest.approx((0.25, 0.75), rel=0.2)
+    rates = Rates((0.6 * 0.97, 0.97), runs, forced)
+    predicted = controller._predictor.token_seconds(decoding, rates, concurrency)
+    full = [s for s in measured.steps if s.num_decoding > 0.8 * concurrency]
+    whole = replace(measured, steps=full)
+    assert whole.decode_token_seconds == pytest.approx(predicted, rel=0.06)
+
+
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_the_estimate_of_standard_decoding_of_a_form_is_standard_decoding(
+    concurrency: int,
+) -> None:
+    load = replace(FORM, concurrency=concurrency, num_requests=4 * concurrency)
+    assert Laboratory().run(load, STANDARD).estimated == pytest.approx(1.0, abs=0.06)
+
+
+@pytest.mark.parametrize(("concurrency", "rate"), [(1, 0.8), (4, 0.4), (16, 0.4)])
+def test_forms_are_decoded_as_pays(concurrency: int, rate: float) -> None:
+    """Drafts that end early pay less than those of free texts."""
+    acceptance = (rate, 0.97)
+    load = replace(FORM, concurrency=concurrency, num_requests=12 * concurrency, answer=SHORT)
+    taken = second_run(Laboratory(acceptance), load, AUTO).token_seconds
+    best = min(
+        Laboratory(acceptance).run(load, decoding, seed=1).token_seconds
+        for decoding in (STANDARD, COS)
+    )
+    assert taken <= 1.03 * best

@@ -108,6 +108,23 @@ def test_another_batch_is_looked_at_after_few_steps() -> None:
     assert (subject._batch, group.num_left) == (20, 3)
 
 
+def test_a_batch_that_lasts_for_few_steps_is_not_chosen_for() -> None:
+    """While the next text begins, one fewer is decoded."""
+    subject = make_controller(make_costs((0.08, 0, 0), (0.1, 0, 0)))
+    running = [make_sequence() for _ in range(4)]
+    pass_steps(subject, running, 4)
+    batches = []
+    for _ in range(4):
+        for count, num_steps in ((4, 15), (3, 3), (4, 1)):
+            pass_steps(subject, running[:count], num_steps)
+            batches.append(subject._batch)
+    assert set(batches) == {4}
+    group = subject._groups.of(running[0])
+    assert group.num_left == 3, "it was chosen four times more, after 16 steps each"
+    pass_steps(subject, running[:3], 4)
+    assert subject._batch == 3
+
+
 def test_intervals_in_which_nobody_decodes_end_too() -> None:
     subject = make_controller(make_costs((0.08, 0, 0), (0.1, 0, 0)))
     for _ in range(8):

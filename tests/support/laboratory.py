@@ -142,9 +142,34 @@ class AgreeingRunner:
             row[target if proposer_agrees and not is_lured else other] = 3.0
 
 
+class RunsMatcher:
+    """A `Matcher` that leaves no choice about runs of tokens, at places that a seed names."""
+
+    error = None
+
+    def __init__(self, seed: int, runs: float, run_length: int) -> None:
+        """A token is followed with probability `runs` by `run_length` forced ones."""
+        rng = random.Random(seed)
+        self._forced = [False]
+        while len(self._forced) < 4096:
+            self._forced += [True] * run_length if rng.random() < runs else []
+            self._forced.append(False)
+        self._all = bytes([255]) * (_VOCAB // 8)
+        self._one = bytes([2]) + bytes(_VOCAB // 8 - 1)
+
+    def mask(self, generated: Row[int]) -> bytes:
+        return self._one if self._forced[len(generated)] else self._all
+
+    def end(self, generated: Row[int]) -> int | None:
+        return None
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What clients send: so many at a time, prompts and answers of these lengths."""
+    """What clients send: so many at a time, prompts and answers of these lengths.
+
+    With `runs`, texts follow a grammar; see `RunsMatcher`.
+    """
 
     concurrency: int
     num_requests: int
@@ -152,6 +177,8 @@ class Load:
     answer: tuple[int, int] = (48, 48)
     temperature: float = 0.0
     is_seeded: bool = True
+    runs: float = 0.0
+    run_length: int = 3
 
 
 @dataclass(slots=True)
@@ -260,7 +287,8 @@ class Laboratory:
             is_seeded=load.is_seeded,
             prefix_cache=False,
         )
-        self.engine.add(Sequence.start(f"text-{number}", prompt, params, decoding))
+        matcher = RunsMatcher(name, load.runs, load.run_length) if load.runs else None
+        self.engine.add(Sequence.start(f"text-{number}", prompt, params, decoding, matcher=matcher))
 
     def _charge_decisions(self, rest: float) -> None:
         land = self.engine._advancer.land
