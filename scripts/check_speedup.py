@@ -31,7 +31,8 @@ from server.core.sampling_params import DecodingParams, SamplingParams, proposal
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.calibration import calibrate
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.loader import load_models
 
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.thread_time, "wall": time.perf_counter}

@@ -25,7 +25,8 @@ from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams, proposal_lengths
 from server.core.sequence import Sequence
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.loader import LoadedModels, load_models
 
 WHOLE = ":whole"

@@ -45,7 +45,8 @@ from server.config import ServerConfig
 from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
 from server.engine.calibration import calibrate
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.errors import CosError
 from server.metrics import Metrics, ModelFacts
 from server.tracing import RequestTracer, make_tracer

@@ -14,7 +14,8 @@ from server.core.sampling_params import DecodingParams, SamplingParams, proposal
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine.detokenizer import Decoder
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.base import ModelRunner
 from server.runner.loader import LoadedModels, load_models
 

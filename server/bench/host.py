@@ -30,7 +30,8 @@ from server.config_file import parse_config
 from server.core.sampling_params import DecodingParams
 from server.core.stats import StepStats
 from server.engine.calibration import calibrate
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.metrics import Metrics
 from server.runner.base import Batch
 

@@ -14,7 +14,8 @@ from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.decoding.grammar import GrammarError, GrammarMatcher, Grammars
 from server.engine.calibration import calibrate
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.errors import ConfigError
 from server.metrics import Metrics
 from server.runner.loader import load_models

@@ -14,7 +14,8 @@ from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.engine.calibration import calibrate
 from server.engine.cost_table import CostTable, Timings
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.base import Batch
 from tests.engine.test_controller import make_costs
 from tests.support.engines import decode, make_decoding, run

@@ -16,8 +16,9 @@ from server.core.stats import Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine.advance import Advancer, Flight, Outcome
 from server.engine.cost_table import CostTable
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
 from server.engine.half_batches import HalfBatches
+from server.engine.limits import EngineLimits
 from server.engine.predictor import Predictor
 from server.engine.rates import Rates
 from server.engine.scheduler import Scheduler, StepPlan

@@ -13,7 +13,8 @@ from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from tests.support.engines import decode, generated, make_decoding, make_engine, run
 from tests.support.exact import softmax, target
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner

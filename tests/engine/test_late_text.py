@@ -18,7 +18,8 @@ from server.core.sequence import Sequence
 from server.engine.async_engine import AsyncEngine
 from server.engine.decider import Decider
 from server.engine.drafted_ids import DraftedIds
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.errors import EngineDead, EngineDraining
 from server.runner.base import Batch
 from tests.support.engines import generated, make_decoding, make_engine, run

@@ -15,7 +15,8 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.loader import LoadedModels, load_models
 from tests.support.engines import generated, make_decoding, run
 from tests.support.threads import threads

@@ -17,7 +17,8 @@ from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.decoding import verify
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.base import Batch
 from server.runner.loader import load_models
 from tests.support.engines import generated, make_decoding, make_engine, run

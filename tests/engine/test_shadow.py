@@ -16,7 +16,8 @@ from server.core.stats import Delivery, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine import shadow
 from server.engine.cost_table import CostTable, Timings
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.base import Batch
 from tests.engine.test_controller import auto, capricious, make_costs
 from tests.support.engines import decode, generated, make_decoding, make_engine, run

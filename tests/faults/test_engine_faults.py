@@ -23,7 +23,8 @@ from server.engine import scheduler
 from server.engine.decider import Decider
 from server.engine.detokenizer import TextStream
 from server.engine.drafted_ids import DraftedIds
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.engine.scheduler import StepPlan
 from server.runner.base import Batch
 from tests.support.engines import generated, make_decoding, run

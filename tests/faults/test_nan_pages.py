@@ -12,7 +12,8 @@ from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.loader import LoadedModels, load_models
 from tests.support.engines import generated, make_decoding, run
 from tests.support.tiny_models import make_model_dir, make_triple

@@ -20,7 +20,8 @@ from server.core.sequence import Sequence
 from server.decoding.rng import Purpose, uniforms
 from server.decoding.verify import sample
 from server.decoding.warp import Warp
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.attention_choice import choose_attention
 from server.runner.base import Batch, Span
 from server.runner.graph_runner import GraphRunner

@@ -9,7 +9,8 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.loader import LoadedModels
 from tests.engine.test_controller import make_costs
 from tests.support.engines import make_decoding, run

@@ -11,7 +11,8 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, LookupParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.graph_runner import GraphRunner
 from server.runner.loader import LoadedModels
 from tests.support.engines import generated, make_decoding, run

@@ -8,7 +8,8 @@ import torch
 from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.errors import ConfigError
 from server.runner.attention_choice import choose_attention, has_cpu_kernels
 from server.runner.graph_runner import GraphRunner

@@ -8,7 +8,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.errors import ConfigError
 from server.runner import compiled
 from server.runner.base import Batch, Span

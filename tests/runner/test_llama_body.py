@@ -10,7 +10,8 @@ from server.cache.kv_store import KVStore
 from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.errors import ConfigError
 from server.runner import llama_body, self_check
 from server.runner.architecture import pin_rope

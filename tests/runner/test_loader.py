@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from server.config_file import parse_config
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.errors import ConfigError
 from server.runner import cgroup, llama_body, loader, member, memory, self_check
 from server.runner.base import Batch, Span

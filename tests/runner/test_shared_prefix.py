@@ -10,7 +10,8 @@ from server.config_file import parse_config
 from server.core.combination import Combination
 from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner import attention, grouping, plan
 from server.runner.base import Batch, Span
 from server.runner.loader import load_models

@@ -20,7 +20,8 @@ from server.config import ServerConfig
 from server.config_file import parse_config
 from server.decoding.grammar import Grammars
 from server.engine.async_engine import AsyncEngine
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.metrics import Metrics
 from server.runner.base import Batch
 from server.tracing import RequestTracer

@@ -10,7 +10,8 @@ from server.core.output import TokenDelta
 from server.core.sampling_params import DecodingParams, SamplingParams, proposal_lengths
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from tests.support.table_lm import DigitDecoder, TableLM, TableRunner, TableShortlist
 
 

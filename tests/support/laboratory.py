@@ -24,7 +24,8 @@ from server.core.stats import StepStats
 from server.engine.advance import Flight, Outcome
 from server.engine.calibration import calibrate
 from server.engine.cost_table import CostTable
-from server.engine.engine import Engine, EngineLimits
+from server.engine.engine import Engine
+from server.engine.limits import EngineLimits
 from server.runner.base import Batch
 from tests.support.table_lm import DigitDecoder
 
