@@ -79,7 +79,7 @@ class Experiment:
             EngineLimits(max_gamma=config.decoding.max_gamma),
             clock=CLOCKS[options.clock],
         )
-        self.engine.costs = calibrate(self.engine, self._combination)
+        self.engine.observer.costs = calibrate(self.engine, self._combination)
         prompts = [prompt for name in options.prompts for prompt in load_prompts(name).prompts]
         self._prompts = itertools.cycle(prompts)
         self._numbers = itertools.count()
@@ -91,7 +91,7 @@ class Experiment:
 
     def run(self, strategy: StrategySpec, prompts: Row[list[int]], account: Observer) -> None:
         """Decode them together, to the end."""
-        self.engine.on_step = account.add
+        self.engine.observer.on_step = account.add
         for index, prompt in enumerate(prompts):
             self.engine.add(self._sequence(strategy, prompt, index))
         while self.engine.has_work:

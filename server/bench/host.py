@@ -141,7 +141,7 @@ def time_steps(
         if observe is not None:
             observe(step)
 
-    engine.on_step = on_step
+    engine.observer.on_step = on_step
     prompts = make_prompts(batch, _CONTEXT, _VOCAB_SIZE)
     add_texts(engine, prompts, decoding, temperature, num_tokens, is_read=True)
     seconds: list[float] = []

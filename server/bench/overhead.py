@@ -115,8 +115,8 @@ class Workbench:
         wrap(engine.scheduler, "plan", PLAN)
         wrap(engine.scheduler, "publish", CACHE)
         wrap(engine._outputs, "deliver", TEXT)
-        wrap(engine, "_observe", CONTROL)
-        wrap(engine, "on_step", METRICS)
+        wrap(engine.observer, "observe", CONTROL)
+        wrap(engine.observer, "on_step", METRICS)
         wrap(engine, "step", REST)
 
     def run(self, strategy: StrategySpec, batch: int, params: SamplingParams) -> None:

@@ -25,18 +25,15 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as Row
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 
 from server.cache.devices import device_places
 from server.cache.score_store import ScoreStore
 from server.core.lookup import LOOKUP
-from server.core.output import TokenLogprob
 from server.core.proposal import Proposal
 from server.core.sequence import Sequence
-from server.core.stats import Fault, StepStats
+from server.core.stats import StepStats
 from server.decoding.strategies import Strategies, is_scored, num_verifiable
 from server.decoding.verify import INVALID, Decisions, verdicts
 from server.decoding.warp import Place, depends_on_tokens
@@ -46,8 +43,10 @@ from server.engine.drafted_ids import DraftedIds
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.forcing import force, forced_token
 from server.engine.guesser import Guesser
-from server.engine.laps import Laps, Timer
+from server.engine.laps import Timer
 from server.engine.logprobs import Decided, Logprobs
+from server.engine.outcome import Flight, Outcome, guarding
+from server.engine.probes import Probes
 from server.engine.scheduler import StepPlan
 from server.engine.scores import Scores
 from server.runner.attention_choice import CpuKernels
@@ -58,67 +57,7 @@ logger = logging.getLogger(__name__)
 
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
 
-MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
-
-# Tokens that are drawn, for each that is probed; and steps from one to the next, at least.
-_PROBE_PERIOD = 32
-_PROBE_STEPS = 8
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What one advance did.
-
-    Attributes:
-        num_verified: tokens newly verified, for each sequence that got any.
-        num_forced: those of them, the last ones, that a grammar left no choice about.
-        logprobs: one entry for each of them, where the request asked.
-        prompt_logprobs: of further tokens of prompts, where the request asked.
-        failed: sequences whose scores are no distribution.
-        broken: sequences in whose path an error was raised.
-        verdicts: (sequence, proposer, was it accepted) of models' proposals; see `Advancer.learn`.
-        ran_out: of memory, after the forward.
-        has_read: the host has waited for what the device decided after the forward.
-        stats: counts for metrics, without seconds.
-        laps: what will say them.
-    """
-
-    stats: StepStats
-    laps: Laps
-    num_verified: dict[Sequence, int] = field(default_factory=dict)
-    num_forced: dict[Sequence, int] = field(default_factory=dict)
-    logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
-    prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
-    failed: set[Sequence] = field(default_factory=set)
-    broken: dict[Sequence, Fault] = field(default_factory=dict)
-    verdicts: list[tuple[Sequence, int, bool]] = field(default_factory=list)
-    ran_out: bool = False
-    has_read: bool = False
-
-    def fault_of(self, sequence: Sequence) -> Fault | None:
-        """Why a sequence must end; None where it may go on."""
-        return "invalid_scores" if sequence in self.failed else self.broken.get(sequence)
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """An advance that is launched and not landed.
-
-    Attributes:
-        plan: that is run.
-        outcome: so far.
-        deciding: its sequences whose tokens it decides.
-        num_verified: tokens of each of them that were verified before.
-        drafting: those that drafted from the shortlist before.
-        sent: scores that cross from one device to another, see `Scores.receive`.
-    """
-
-    plan: StepPlan
-    outcome: Outcome
-    deciding: frozenset[Sequence]
-    num_verified: dict[Sequence, int]
-    drafting: frozenset[Sequence]
-    sent: torch.cuda.Event | None
+_MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
 
 
 class Advancer:
@@ -149,7 +88,7 @@ class Advancer:
         self._guesser = Guesser(strategies)
         # As long as a draft: steps, and graphs, are made for so many tokens of a sequence.
         self._most_forced = scores.capacity - len(runners)
-        self._num_draws = self._num_probes = 0  # draws since the last probe
+        self._probes = Probes(strategies, self._distributions)
         self._device = self._scores.device
         self.places = device_places([runner.device for runner in runners])
         # Models that are elsewhere than where tokens are decided; or all but one.
@@ -212,7 +151,7 @@ class Advancer:
             for sequence in sequences:
                 # What was left undone: decisions that were made are not made again.
                 if sequence not in outcome.failed:
-                    with _guarding(sequence, outcome):
+                    with guarding(sequence, outcome):
                         self._decide_together(flight, [sequence])
 
     def _decide_together(self, flight: Flight, sequences: Row[Sequence]) -> None:
@@ -269,7 +208,7 @@ class Advancer:
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
             if sequence.scores_prompt:
-                with _guarding(sequence, outcome):
+                with guarding(sequence, outcome):
                     self._score_prompt(sequence, outcome)
 
     def _score_prompt(self, sequence: Sequence, outcome: Outcome) -> None:
@@ -350,7 +289,7 @@ class Advancer:
                 else:
                     sequence.draw(token_id)
                     outcome.stats.num_drawn += 1
-            self._probe([sequence for sequence in group if sequence not in outcome.failed])
+            self._probes.look(sequence for sequence in group if sequence not in outcome.failed)
         # A sequence on shared coins may leave them here only, where its next coin is unknown.
         self._settle(ready, outcome)
 
@@ -367,26 +306,6 @@ class Advancer:
                 and self._strategies.settle(sequence)
             ):
                 outcome.stats.chosen.append(sequence.schedule)
-
-    def _probe(self, drawn: list[Sequence]) -> None:
-        """Now and then: would the scorers' own tokens have been accepted where one was drawn?
-
-        So models are known that propose nothing at present. The position is decided, so what is
-        learnt says nothing of tokens to come.
-        """
-        chooser = self._strategies.chooser
-        candidates = [s for s in drawn if s.decoding.is_auto and s.coin_base is None]
-        if chooser is None or not candidates:
-            return
-        self._num_draws += len(candidates)
-        if self._num_draws < max(_PROBE_PERIOD, _PROBE_STEPS * len(candidates)):
-            return
-        self._num_draws = 0
-        self._num_probes += 1
-        sequence = candidates[self._num_probes % len(candidates)]
-        place = (sequence, len(sequence) - 1)
-        for model in sequence.decoding.combination.scorers:
-            chooser.add(sequence, model, self._distributions.overlap(model, place))
 
     def _propose(
         self, flight: Flight, sequences: Iterable[Sequence], verified: set[Sequence]
@@ -456,7 +375,7 @@ class Advancer:
         return (
             self._scores.has_shortlist(model)
             and decoding.strategy in ("cos", "speculative")
-            and decoding.gamma[model] >= MIN_SHORTLIST_GAMMA
+            and decoding.gamma[model] >= _MIN_SHORTLIST_GAMMA
         )
 
     def _proposes_short(self, flight: Flight, sequence: Sequence) -> bool:
@@ -482,23 +401,13 @@ class Advancer:
         except Exception as error:
             logger.warning("log-probabilities are tried one by one: %r", error)
             for span in spans:
-                with _guarding(span[0], outcome):
+                with guarding(span[0], outcome):
                     self._report_together([span], outcome)
 
     def _report_together(self, spans: Row[Decided], outcome: Outcome) -> None:
         entries = self._logprobs.of_texts(spans)
         for (sequence, _, _), each in zip(spans, entries, strict=True):
             outcome.logprobs[sequence] = each
-
-
-@contextmanager
-def _guarding(sequence: Sequence, outcome: Outcome) -> Iterator[None]:
-    """An error in here breaks `sequence`, and nothing else."""
-    try:
-        yield
-    except Exception as error:
-        logger.exception("sequence %s is broken", sequence.id)
-        outcome.broken[sequence] = "out_of_memory" if is_out_of_memory(error) else "internal"
 
 
 def _pairs(numbers: list[int]) -> list[list[int]]:

@@ -22,14 +22,16 @@ from server.cache.score_store import PROMPT_WINDOW, ScoreStore
 from server.core.output import TokenDelta
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
-from server.core.stats import Delivery, Fault, StepStats
+from server.core.stats import Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
-from server.engine.advance import Advancer, Flight, Outcome
+from server.engine.advance import Advancer
 from server.engine.controller import Controller
 from server.engine.cost_table import CostTable
 from server.engine.detokenizer import Decoder
 from server.engine.faults import free_cached_memory, is_out_of_memory
 from server.engine.limits import EngineLimits
+from server.engine.observer import Observer, Step
+from server.engine.outcome import Flight, Outcome
 from server.engine.outputs import Outputs
 from server.engine.scheduler import Scheduler, StepPlan
 from server.engine.shadow import Shadow
@@ -37,23 +39,7 @@ from server.runner.base import ModelRunner
 
 logger = logging.getLogger(__name__)
 
-
 _UNDIVIDED_STEPS = 64  # after a forward did not fit into memory beside one in flight
-_LONGEST_RUN = 32  # steps that are enqueued before the host waits, though it needs nothing of them
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """One that ran and whose seconds are not yet known.
-
-    Attributes:
-        decoding: sequences that it decoded.
-        batch: how many were decoding then, in this step or not.
-    """
-
-    outcome: Outcome
-    decoding: Row[Sequence]
-    batch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,12 +102,8 @@ class Engine:
             coin_seed: seeds the coins that sequences of strategy mixture share.
             clock: in seconds.
         """
-        self.on_step = on_step
         self.on_fault: Callable[[Fault], None] | None = None
         self.clock = clock
-        self.costs: CostTable | None = None
-        self.controller: Controller | None = None
-        self.shadow: Shadow | None = None
         self.limits = limits
         self.runners = tuple(runners)
         self.num_models = len(runners)
@@ -162,6 +144,8 @@ class Engine:
             prefix_cache=limits.prefix_cache,
             before_preemption=self._advancer.drafted.read_tail,
         )
+        self.observer = Observer(self.scheduler, self._advancer, strategies)
+        self.observer.on_step = on_step
         self.half_batches = limits.half_batches
         self._in_flight: list[_Run] = []  # one at most between steps
         self._num_undivided = 0  # steps until batches may be divided again
@@ -170,25 +154,22 @@ class Engine:
         self._longest_flight = limits.max_gamma + len(runners)
         self._late: list[_News] = []  # to be told when the next forward is launched
         self._told: list[TokenDelta] = []  # and not handed out
-        self._unclosed: list[_Step] = []  # steps that the host has not waited for
-        self._unobserved: list[_Step] = []  # those that it has, and nobody has learnt from
         self._sequences: dict[str, Sequence] = {}
 
     def control(self, costs: CostTable) -> None:
         """Estimate by these costs, and choose by them what requests leave open."""
-        self.costs = costs
-        self.controller = Controller(
+        self.observer.costs = costs
+        self.observer.controller = self._strategies.chooser = Controller(
             costs,
             self._strategies,
             self.limits.max_gamma,
             self._advancer.places,
             self.half_batches,
         )
-        self._strategies.chooser = self.controller
 
     def measure_standard(self, every_seconds: float, rounds: int) -> None:
         """Decode by standard for `rounds` tokens of each sequence, after each `every_seconds`."""
-        self.shadow = Shadow(self._strategies, every_seconds, rounds)
+        self.observer.shadow = Shadow(self._strategies, every_seconds, rounds)
 
     @contextmanager
     def rehearsing(self) -> Iterator[list[StepStats]]:
@@ -197,21 +178,16 @@ class Engine:
         All of them are over whole batches, whatever is wanted otherwise.
         """
         steps: list[StepStats] = []
-        on_step, half_batches = self.on_step, self.half_batches
-        self.on_step, self.half_batches = steps.append, False
+        on_step, half_batches = self.observer.on_step, self.half_batches
+        self.observer.on_step, self.half_batches = steps.append, False
         try:
             yield steps
         finally:
-            self.on_step, self.half_batches = on_step, half_batches
+            self.observer.on_step, self.half_batches = on_step, half_batches
 
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work or bool(self._told)
-
-    @property
-    def is_ahead(self) -> bool:
-        """The last steps were enqueued, and the host has not waited for them."""
-        return bool(self._unclosed)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has validated it against this engine's limits."""
@@ -241,8 +217,8 @@ class Engine:
             self._release(sequence, sequence.num_verified)
         self._told = [delta for delta in self._told if delta.sequence_id != sequence_id]
         if not self.has_work:
-            self._close_steps()
-            self._observe_steps()
+            self.observer.close()
+            self.observer.observe()
 
     def step(self) -> list[TokenDelta]:
         """One advance of one model; returns what it and others added to whom."""
@@ -263,7 +239,7 @@ class Engine:
         elif in_flight:
             yield from self._land_flight()
         else:
-            self._close_steps()
+            self.observer.close()
         # Else it is told beside what is launched next, for which the device waits.
         if plan is None or not self._advancer.runs_ahead or not self.scheduler.has_work:
             yield self.hand_out()
@@ -271,13 +247,14 @@ class Engine:
     def hand_out(self) -> list[TokenDelta]:
         """What was decided and nobody was told; steps that have ended are observed first."""
         self._tell_late()
-        self._observe_steps()
+        self.observer.observe()
         told, self._told = self._told, []
         return told
 
     def _divided(self) -> frozenset[int]:
         """Models of whose steps others may run meanwhile, over half of the sequences."""
-        is_wanted = self.half_batches if self.controller is None else self.controller.halves
+        controller = self.observer.controller
+        is_wanted = self.half_batches if controller is None else controller.halves
         # A measurement of standard decoding is of steps one after the other.
         is_whole = self._strategies.is_shadowing or self._num_undivided > 0
         if not is_wanted or is_whole or self.scheduler.num_decoding < 2:
@@ -345,7 +322,7 @@ class Engine:
         outcome.stats.num_preempted = plan.num_preempted
         outcome.stats.num_cached = plan.num_cached
         ends = any(sequence.is_finished for sequence in plan.sequences)
-        self._count_step(_Step(outcome, decoding, batch), run.started, ends)
+        self.observer.add(Step(outcome, decoding, batch), run.started, ends)
 
     def _fail_broken(self) -> None:
         """End what raised an error in the scheduler."""
@@ -365,7 +342,7 @@ class Engine:
         if was_beside:
             self._num_undivided = _UNDIVIDED_STEPS
         yield from self._land_flight()
-        self._close_steps()
+        self.observer.close()
         yield self.hand_out()
         free_cached_memory()
         self._count("memory_pressure")
@@ -421,7 +398,7 @@ class Engine:
                 logger.exception("sequence %s is broken", sequence.id)
                 self._break(sequence)
                 continue
-            self._credit(sequence, outcome.stats.deliveries[-1], news.batch)
+            self.observer.credit(sequence, outcome.stats.deliveries[-1], news.batch)
 
     def _break(self, sequence: Sequence) -> None:
         """Its text has failed: end it, or where it is in flight let it end when that lands."""
@@ -449,65 +426,3 @@ class Engine:
         sequence.finish(num_verified)
         del self._sequences[sequence.id]
         self._outputs.remove(sequence)
-
-    def _credit(self, sequence: Sequence, delivery: Delivery, batch: int) -> None:
-        """Note what one delivery of `sequence` says of it, and takes by standard decoding."""
-        stats = sequence.stats
-        stats.num_cycles += 1
-        if self.costs is not None:
-            seconds = self.costs.baseline(delivery, batch)
-            stats.baseline_seconds = (stats.baseline_seconds or 0.0) + seconds
-        if self.controller is not None:
-            self.controller.note_text(sequence, delivery)
-
-    def _count_step(self, step: _Step, started: float, ends: bool) -> None:
-        """Observe it, now or when the host next knows what the devices have done.
-
-        Now where it `ends` a sequence, whose seconds are then told to the client.
-        """
-        stats = step.outcome.stats
-        stats.num_running = len(self.scheduler.running)
-        stats.num_waiting = len(self.scheduler.waiting)
-        stats.pages_used = self.scheduler.pages.num_used()
-        step.outcome.laps.started = started
-        self._unclosed.append(step)
-        # A cycle reads once at least; prompts are long, and who arrives waits for what is enqueued.
-        has_work = self.scheduler.has_work
-        waits = step.outcome.has_read or stats.num_prefill_tokens or ends or not has_work
-        if waits or not self._advancer.runs_ahead or len(self._unclosed) >= _LONGEST_RUN:
-            self._close_steps()
-
-    def _close_steps(self) -> None:
-        """Wait for the steps that the host has not waited for: then it knows what they took."""
-        steps, self._unclosed = self._unclosed, []
-        if steps:
-            self._advancer.timer.close([(step.outcome.laps, step.outcome.stats) for step in steps])
-        if self.shadow is not None:
-            self.shadow.look(self.scheduler.running)
-        self._unobserved += steps
-
-    def _observe_steps(self) -> None:
-        """Learn from the steps that the host has waited for, once their tokens are told."""
-        steps, self._unobserved = self._unobserved, []
-        for step in steps:
-            self._observe(step, is_last=step is steps[-1])
-
-    def _observe(self, step: _Step, is_last: bool) -> None:
-        stats, decoding, batch = step.outcome.stats, step.decoding, step.batch
-        self._advancer.learn(step.outcome)
-        if self.costs is not None:
-            stats.prefill_seconds = self.costs.prefill_seconds(stats)
-        for sequence in decoding:
-            sequence.stats.decode_seconds += stats.decode_seconds / len(decoding)
-        if self.costs is not None:
-            stats.baseline_seconds = sum(
-                self.costs.baseline(delivery, batch) for delivery in stats.deliveries
-            )
-            self.costs.observe(stats)
-        # What a window took says nothing of what was chosen.
-        if self.controller is not None and not self._strategies.is_shadowing:
-            self.controller.observe(stats, self.scheduler.running, batch, is_last)
-        if self.shadow is not None:
-            self.shadow.observe(stats, self.scheduler.running, batch)
-        if self.on_step is not None:
-            self.on_step(stats)

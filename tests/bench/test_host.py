@@ -7,7 +7,7 @@ import pytest
 from server.bench import host
 from server.bench.gpu_engine import make_decoding
 from server.core.stats import StepStats
-from server.engine.engine import Engine
+from server.engine.observer import Observer
 
 
 @pytest.mark.parametrize("observed", [[], ["--observed"]])
@@ -26,13 +26,13 @@ def test_one_row_for_each_batch(observed: list[str], capsys: pytest.CaptureFixtu
 def test_some_proposals_are_accepted_and_some_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Or cycles would not be those of any pair."""
     steps: list[StepStats] = []
-    observe = Engine._count_step
+    observe = Observer.add
 
-    def note(self: Engine, step: Any, started: float, ends: bool) -> None:
+    def note(self: Observer, step: Any, started: float, ends: bool) -> None:
         steps.append(step.outcome.stats)
         observe(self, step, started, ends)
 
-    monkeypatch.setattr(Engine, "_count_step", note)
+    monkeypatch.setattr(Observer, "add", note)
     host.time_steps(4, make_decoding("cos", 4), 0.0, 40)
     verdicts = [accepted for step in steps for _, _, accepted in step.verified_by_offset]
     assert 0.5 < sum(verdicts) / len(verdicts) < 0.95

@@ -195,7 +195,7 @@ def test_prompts_are_charged_their_share_of_what_is_no_forward() -> None:
 
 def test_prompts_beside_decoding_do_not_make_it_look_faster() -> None:
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01), max_sequences=8)
-    engine.costs = calibrate(engine, BOTH)
+    engine.observer.costs = calibrate(engine, BOTH)
     decoding = make_decoding("standard", BOTH)
     for number in range(12):
         # One after the other, so that each but the first reads its prompt while others decode.
@@ -218,7 +218,7 @@ def test_prompts_beside_decoding_do_not_make_it_look_faster() -> None:
 @pytest.mark.parametrize("num_sequences", [1, 3, 8])
 def test_standard_decoding_is_as_fast_as_itself(num_sequences: int) -> None:
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
-    engine.costs = calibrate(engine, BOTH)
+    engine.observer.costs = calibrate(engine, BOTH)
     params = [SamplingParams(max_tokens=20, seed=seed) for seed in range(num_sequences)]
     decode(engine, [0, 1, 2], params, make_decoding("standard", BOTH))
     decoding = [step for step in steps if step.num_prefill_tokens == 0]
@@ -229,7 +229,7 @@ def test_standard_decoding_is_as_fast_as_itself(num_sequences: int) -> None:
 @pytest.mark.parametrize("strategy", ["standard", "cos"])
 def test_every_sequence_gets_its_share(strategy: str) -> None:
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
-    engine.costs = calibrate(engine, BOTH)
+    engine.observer.costs = calibrate(engine, BOTH)
     sequences = [
         Sequence.start(str(seed), [0, 1], SamplingParams(max_tokens=9 + seed, seed=seed), decoding)
         for seed, decoding in enumerate([make_decoding(strategy, BOTH, gamma=3)] * 3)
@@ -254,7 +254,7 @@ def test_scoring_many_for_the_price_of_one_is_faster() -> None:
     same = TableLM(7, spread=0.1)  # flat enough that most proposals are accepted
     for runner in engine.runners:
         runner._lm = same  # type: ignore[attr-defined]
-    engine.costs = calibrate(engine, BOTH)
+    engine.observer.costs = calibrate(engine, BOTH)
     params = [SamplingParams(max_tokens=40, seed=seed) for seed in range(4)]
     decode(engine, [0, 1, 2], params, make_decoding("speculative", BOTH, gamma=4))
     decoding = [step for step in steps if step.num_prefill_tokens == 0]
@@ -274,7 +274,7 @@ def test_without_calibration_there_is_no_estimate() -> None:
 def test_the_estimate_follows_the_load_of_the_machine(strategy: str) -> None:
     """Timed on a quiet machine, served on one that is 2.5 times slower."""
     engine, steps = make_engine((0.01, 0.001), (0.1, 0.01))
-    engine.costs = costs = calibrate(engine, BOTH)
+    engine.observer.costs = costs = calibrate(engine, BOTH)
     assert costs is not None
     for runner in engine.runners:
         runner.load = 2.5  # type: ignore[attr-defined]

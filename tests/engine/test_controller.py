@@ -17,7 +17,7 @@ from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.decoding.profile import Chain
 from server.decoding.strategies import SharedCoins, Strategies
-from server.engine import advance, distributions
+from server.engine import distributions, probes
 from server.engine.choices import make_choices
 from server.engine.controller import Controller
 from server.engine.cost_table import CostTable, Timings
@@ -125,7 +125,7 @@ def test_tokens_count_for_the_way_they_were_decoded() -> None:
     lms = [TableLM(seed=11 + k) for k in range(2)]
     engine, _ = capricious(lms, auto(WEIGHTED), by_history=True)
     steps: list[StepStats] = []
-    engine.on_step = steps.append
+    engine.observer.on_step = steps.append
     params = [SamplingParams(max_tokens=40, seed=seed) for seed in range(5)]
     sequences = [Sequence.start(f"{p.seed}", PROMPT, p, auto(WEIGHTED)) for p in params]
     for sequence in sequences:
@@ -254,8 +254,8 @@ def test_who_was_preempted_takes_up_no_choice_before_its_next_token() -> None:
 def test_who_proposes_nothing_is_judged_by_what_would_have_been_accepted(
     temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(advance, "_PROBE_PERIOD", 1)
-    monkeypatch.setattr(advance, "_PROBE_STEPS", 1)
+    monkeypatch.setattr(probes, "_PERIOD", 1)
+    monkeypatch.setattr(probes, "_STEPS", 1)
     judged: list[tuple[int, list[int], float]] = []
 
     class Plain(Whimsical):

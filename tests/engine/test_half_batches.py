@@ -14,11 +14,12 @@ from server.core.sampling_params import LookupParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import Fault, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
-from server.engine.advance import Advancer, Flight, Outcome
+from server.engine.advance import Advancer
 from server.engine.cost_table import CostTable
 from server.engine.engine import Engine
 from server.engine.half_batches import HalfBatches
 from server.engine.limits import EngineLimits
+from server.engine.outcome import Flight, Outcome
 from server.engine.predictor import Predictor
 from server.engine.rates import Rates
 from server.engine.scheduler import Scheduler, StepPlan
@@ -136,7 +137,7 @@ def test_aborting_what_is_in_flight_costs_nobody_else_anything() -> None:
             engine.scheduler.check_integrity()
             assert all(delta.sequence_id not in aborted for delta in engine._told)
         assert engine.scheduler.pages.num_used() == (0, 0)
-        assert not engine.is_ahead
+        assert not engine.observer.is_ahead
         for name, deltas in made.items():
             assert generated(deltas) == generated(expected[name])[: len(generated(deltas))]
             if name not in aborted:

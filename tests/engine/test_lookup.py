@@ -68,7 +68,7 @@ def check_law(
     params = [SamplingParams(**options, seed=seed) for seed in range(NUM_SAMPLES)]
     engine = engine or make_engine(lms, eos=eos, max_sequences=500, max_step_tokens=4096)
     steps: list[StepStats] = []
-    engine.on_step = steps.append
+    engine.observer.on_step = steps.append
     samples = decode(engine, PROMPT, params, decoding)
     law = exact_law(lms, decoding.combination, params[0], PROMPT, eos)
     assert chi_square_z(samples, law) < Z_LIMIT

@@ -125,7 +125,7 @@ def test_texts_of_a_mixture_move_together() -> None:
     laboratory = Laboratory(costs=(EXPERT, EXPERT))
     rng = random.Random(0)
     steps: list[StepStats] = []
-    laboratory.engine.on_step = steps.append
+    laboratory.engine.observer.on_step = steps.append
     for _ in range(8):
         laboratory.send(load, decoding, rng)
         for _ in range(5):
@@ -166,7 +166,7 @@ def test_texts_of_a_form_take_what_is_predicted(decoding: DecodingParams, concur
     laboratory = Laboratory(acceptance)
     load = replace(FORM, concurrency=concurrency, num_requests=4 * concurrency)
     measured = laboratory.run(load, decoding, seed=1)
-    controller, costs = laboratory.engine.controller, laboratory.engine.costs
+    controller, costs = laboratory.engine.observer.controller, laboratory.engine.observer.costs
     assert controller is not None
     assert costs is not None
     kind = Kind("greedy", has_grammar=True)

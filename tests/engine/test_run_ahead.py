@@ -192,7 +192,7 @@ def test_steps_are_observed_before_the_engine_idles() -> None:
     engine.add(Sequence.start("s", [1], SamplingParams(max_tokens=40), DECODINGS["cos"]))
     last = [engine.step() for _ in iter(lambda: engine.has_work, False)][-1]
     assert last[0].finish_reason == "error"
-    assert not engine.is_ahead
+    assert not engine.observer.is_ahead
     assert len(steps) == sum(runner.num_forwards for runner in runners)
 
 
@@ -265,7 +265,7 @@ def test_a_cycle_waits_once(
             waits.clear()
             for delta in engine.step():
                 deltas[delta.sequence_id] += delta.token_ids
-            per_step.append((len(waits), runs_ahead and engine.is_ahead))
+            per_step.append((len(waits), runs_ahead and engine.observer.is_ahead))
         made.append([tuple(deltas[s.id]) for s in sequences])
         if runs_ahead:
             cycles = [step for step in steps if step.tails and not step.num_drawn]

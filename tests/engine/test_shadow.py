@@ -223,7 +223,7 @@ def test_windows_show_the_cost_table_forwards_of_one_token() -> None:
     errors = []
     for every_seconds in (None, 2.0):
         engine = timed_engine([], every_seconds=every_seconds)
-        engine.costs = costs = CostTable(wrong)
+        engine.observer.costs = costs = CostTable(wrong)
         run(engine, texts(make_decoding("speculative", CONTRASTIVE, 2), 1, max_tokens=200))
         more = costs.forward_seconds(1, 1, 3) / costs.forward_seconds(1, 1, 1)
         errors.append(abs(more / (1 + 2 * MORE / EXPERT) - 1))

@@ -193,7 +193,7 @@ def test_forwards_that_do_not_fit_are_made_smaller(strategy: str, error: Excepti
     engine, runners = make_engine(max_step_tokens=64, max_gamma=3)
     faults = record_faults(engine)
     steps: list[StepStats] = []
-    engine.on_step = steps.append
+    engine.observer.on_step = steps.append
 
     def fail(batch: Batch) -> None:
         if len(batch.spans) > 2 or batch.num_tokens > 6:
@@ -244,7 +244,7 @@ def test_prompts_that_do_not_fit_take_nobody_out_of_the_batch() -> None:
 
     runners[0].fail = fail
     widths: list[int] = []
-    engine.on_step = lambda stats: widths.append(stats.num_decoding)
+    engine.observer.on_step = lambda stats: widths.append(stats.num_decoding)
     for i in range(2):
         engine.add(Sequence.start(f"long{i}", [i] * 24, params, decoding))
     for _ in range(8):
@@ -319,7 +319,7 @@ def test_steps_grow_again_after_pressure(monkeypatch: pytest.MonkeyPatch) -> Non
 
     runners[0].fail = fail
     widths: list[int] = []
-    engine.on_step = lambda stats: widths.append(stats.num_sequences)
+    engine.observer.on_step = lambda stats: widths.append(stats.num_sequences)
     deltas = run(engine, make_sequences("standard", max_tokens=60))
     assert all(each[-1].finish_reason == "length" for each in deltas.values())
     assert min(widths) <= 3

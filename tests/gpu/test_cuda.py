@@ -243,8 +243,8 @@ def test_a_cycle_waits_once(load, asked):
         finally:
             torch.cuda.set_sync_debug_mode("default")
         num_waits = sum("synchroniz" in str(warning.message) for warning in caught)
-        num_ahead += engine.is_ahead
-        assert num_waits <= (not engine.is_ahead)
+        num_ahead += engine.observer.is_ahead
+        assert num_waits <= (not engine.observer.is_ahead)
     assert num_ahead > NUM_TOKENS // 2
 
 

@@ -21,11 +21,11 @@ from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams, SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import StepStats
-from server.engine.advance import Flight, Outcome
 from server.engine.calibration import calibrate
 from server.engine.cost_table import CostTable
 from server.engine.engine import Engine
 from server.engine.limits import EngineLimits
+from server.engine.outcome import Flight, Outcome
 from server.runner.base import Batch
 from tests.support.table_lm import DigitDecoder
 
@@ -258,7 +258,7 @@ class Laboratory:
     def run(self, load: Load, decoding: DecodingParams, seed: int = 0) -> Measured:
         """Keep `load.concurrency` requests in flight until all are answered."""
         steps: list[StepStats] = []
-        self.engine.on_step = steps.append
+        self.engine.observer.on_step = steps.append
         rng = random.Random(seed)
         left = load.num_requests
         started = self.clock.work
@@ -272,7 +272,7 @@ class Laboratory:
                 if delta.finish_reason is not None and left:
                     self.send(load, decoding, rng)
                     left -= 1
-        self.engine.on_step = None
+        self.engine.observer.on_step = None
         return Measured(self.clock.work - started, num_tokens, steps)
 
     def send(self, load: Load, decoding: DecodingParams, rng: random.Random) -> None:
