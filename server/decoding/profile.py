@@ -213,21 +213,13 @@ class Chain:
         """Advance the model that the strategy wants, for every outcome of verification."""
         sequence = self._sequence(state)
         model = self._strategy.next_model(sequence)
-        num_tokens = sequence.num_unseen(model)
-        assert num_tokens > 0
         sequence.num_seen[model] = len(sequence)
         num_decided = num_verifiable(self._strategy, sequence)
-        branches = []
-        for num_accepted in range(num_decided + 1):
-            for runs_on in self._questions(state, model, num_decided, num_accepted):
-                branch = self._sequence(state)
-                branch.num_seen[model] = len(branch)
-                branches.append(
-                    self._outcome(
-                        branch, model, num_tokens, num_decided, num_accepted, runs_on, states
-                    )
-                )
-        return branches
+        return [
+            self._outcome(state, model, num_accepted, runs_on, states)
+            for num_accepted in range(num_decided + 1)
+            for runs_on in self._questions(state, model, num_decided, num_accepted)
+        ]
 
     def _questions(
         self, state: _State, model: int, num_decided: int, num_accepted: int
@@ -247,23 +239,27 @@ class Chain:
 
     def _outcome(
         self,
-        sequence: Sequence,
+        state: _State,
         model: int,
-        num_tokens: int,
-        num_decided: int,
         num_accepted: int,
         runs_on: bool | None,
         states: list[_State],
     ) -> _Branch:
+        """The branch where `model` advances, so many tokens are accepted and what follows is so."""
+        sequence = self._sequence(state)
+        num_tokens = sequence.num_unseen(model)
+        assert num_tokens > 0
+        sequence.num_seen[model] = len(sequence)
+        num_decided = num_verifiable(self._strategy, sequence)
         window = _proposers(sequence)[:num_decided]
-        is_forced = runs_on or sequence.is_closed
         is_rejected = num_accepted < num_decided
         num_verified = num_accepted + is_rejected
         sequence.accept(num_accepted)
         if is_rejected:
             sequence.recover(0)
         num_drawn = num_proposed = num_forced = 0
-        if window and not is_rejected and not sequence.tail and is_forced:
+        ends_window = num_decided > 0 and not is_rejected and not sequence.tail
+        if ends_window and (runs_on or state.is_closed):
             sequence.force(0)
             num_forced = 1
         elif not sequence.tail and is_scored(self._strategy, sequence, len(sequence)):

@@ -13,7 +13,7 @@ from server.core.sampling_params import SamplingParams
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.engine.calibration import calibrate
-from server.engine.cost_table import CostTable, Timings
+from server.engine.cost_table import CostTable, Ratio, Timings
 from server.engine.engine import Engine
 from server.engine.limits import EngineLimits
 from server.runner.base import Batch
@@ -148,6 +148,58 @@ def test_slow_models_are_timed_at_few_batches() -> None:
     assert costs.timings.batches == (1,)
 
 
+@pytest.mark.parametrize(
+    ("models", "past", "largest", "most_seconds"),
+    [
+        (((0.02, 0), (0.04, 0)), 0.0, 64, 5),
+        (((0.002, 0.004), (0.004, 0.01)), 0.0, 32, 10),
+        (((0.02, 0.02), (0.04, 0.04)), 0.0, 4, 10),
+        (((0.002, 0), (0.004, 0)), 1e-4, 16, 9),
+        (((0.01, 0), (0.03, 0)), 1e-3, 2, 14),
+    ],
+)
+def test_it_takes_seconds(
+    models: tuple[tuple[float, float], ...], past: float, largest: int, most_seconds: float
+) -> None:
+    """However long forwards take, and by whatever they take longer."""
+    engine, _ = make_engine(*models, max_sequences=64, past=(past,) * 2)
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.batches[-1] == largest
+    assert engine.clock() < most_seconds
+
+
+def test_more_sequences_never_cost_less() -> None:
+    """Noise that says so would be extrapolated below zero."""
+    engine, _ = make_engine((0.01, -0.0004), (0.02, -0.0004))
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.forward_seconds[0] == pytest.approx((0.0096,) * 4)
+    assert costs.forward_seconds(0, 64, 1) > 0
+
+
+def test_where_texts_cannot_be_much_longer_they_are_not_timed() -> None:
+    engine, _ = make_engine((0.01, 0), (0.03, 0), past=(1e-4, 1e-4))
+    engine.max_length = 200
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.past_seconds == ()
+    engine.max_length = 300
+    costs = calibrate(engine, BOTH)
+    assert costs is not None
+    assert costs.timings.past_seconds[0] == pytest.approx((1e-4, 0.0))
+
+
+def test_shorter_texts_than_those_timed_take_a_quarter_at_least() -> None:
+    """What a token before adds was timed too, and may be a little too much."""
+    timings = Timings((1,), ((0.1,),), (0.0,), (0.0,), context=128, past_seconds=((0.001, 0.0),))
+    costs = CostTable(timings)
+    for num_past, seconds in ((128, 0.1), (228, 0.2), (100, 0.072), (8, 0.025)):
+        stats = StepStats(0, 1, 1, 1, num_past=num_past, num_attended=num_past)
+        costs.observe(stats)
+        assert costs.forward_seconds(0, 1, 1) == pytest.approx(seconds)
+
+
 def test_between_and_beyond_what_was_timed() -> None:
     nothing = (0.0, 0.0, 0.0)
     forwards = ((1.0, 2.0, 6.0), (10.0, 10.0, 10.0))
@@ -191,6 +243,36 @@ def test_prompts_are_charged_their_share_of_what_is_no_forward() -> None:
     stats = StepStats(0, num_sequences=4, num_decoding=1, num_tokens=31, num_prefill_tokens=30)
     stats.forward_seconds, stats.step_seconds = 0.5, 0.9
     assert costs.prefill_seconds(stats) == pytest.approx(0.5 - 0.1 + 0.4 * 3 / 4)
+
+
+def test_prompts_are_charged_no_more_than_the_step_took() -> None:
+    """Its share may be less than its forward, where steps overlap."""
+    costs = CostTable(Timings((1, 4), ((0.1, 0.1),), (0.0, 0.0), (0.0, 0.0)))
+    stats = StepStats(0, num_sequences=4, num_decoding=1, num_tokens=31, num_prefill_tokens=30)
+    stats.forward_seconds, stats.step_seconds = 0.5, 0.2
+    assert costs.prefill_seconds(stats) == 0.2
+
+
+def test_steps_that_overlap_say_nothing_of_what_one_after_the_other_takes() -> None:
+    costs = make_costs((0.1, 0, 0), (0.2, 0, 0))
+    before = costs.standard((0, 1), 1).decoded
+    for _ in range(100):
+        costs.observe(StepStats(0, 1, 1, 1, forward_seconds=0.1, step_seconds=0.9, overlaps=True))
+    assert costs.standard((0, 1), 1).decoded == pytest.approx(before)
+    costs.observe(StepStats(0, 1, 1, 1, forward_seconds=0.1, step_seconds=0.2))
+    assert costs.standard((0, 1), 1).decoded > 1.3 * before
+
+
+def test_a_step_that_stalls_counts_for_four_at_most() -> None:
+    found = []
+    for stalled in (0.4, 40.0):
+        ratio = Ratio(memory=1.0, prior=0.1)
+        for seconds in (*[0.1] * 50, stalled):
+            ratio.add(seconds, 0.1)
+        found.append(ratio.value())
+    assert found[0] == found[1] < 1.4
+    ratio.add(0.4, 0.0)
+    assert ratio.value() == found[1], "what was expected to take no time says nothing"
 
 
 def test_prompts_beside_decoding_do_not_make_it_look_faster() -> None:
