@@ -428,6 +428,18 @@ def test_it_takes_the_mixture_where_it_may() -> None:
     assert best(even, auto(Combination.weighted([0.5, 0.5])), 0.7, 16).startswith("cos")
 
 
+def test_only_the_mixture_shares_coins() -> None:
+    choices = make_choices(auto(Combination.weighted([0.5, 0.5]), mixture=True), 8)
+    assert [choice.strategy for choice in choices if choice.shared_coins] == ["mixture"]
+
+
+def test_who_never_opens_proposes_several_tokens_or_leaves_it() -> None:
+    """One at a time it would be a round of standard decoding, with a proposal besides."""
+    choices = make_choices(auto(CONTRASTIVE), 8)
+    silent = [choice.gamma[1] for choice in choices if choice.gamma[0] == 0]
+    assert min(silent) == 2
+
+
 def test_a_fixed_part_stays_fixed() -> None:
     for strategy in ("cos", "speculative"):
         choices = make_choices(replace(auto(CONTRASTIVE), strategy=strategy), 8)

@@ -20,6 +20,7 @@ from server.core.sequence import Sequence
 from server.core.stats import StepStats
 from server.engine import guesser
 from server.engine.choices import make_choices
+from server.engine.cost_table import CostTable, Timings
 from server.engine.distributions import Distributions
 from server.engine.engine import Engine
 from server.engine.lookup_costs import LookupCosts
@@ -334,6 +335,17 @@ def test_lengths_by_what_they_take() -> None:
     rising = LookupCosts(token_seconds=1.0, cycle_seconds=(1.2, 1.5, 2.0, 4.0))
     assert rising.best_length(0.9, 4) == 2
     assert rising.best_length(0.5, 4) == 1
+
+
+def test_a_cycle_of_lookup_is_priced_with_all_that_it_decides() -> None:
+    """Of a batch of four: both models score, and one of them also decides, and draws one more."""
+    feeds, draws, forwards = (0.01, 0.04), (0.03, 0.12), ((0.1, 0.1), (0.2, 0.2))
+    costs = CostTable(Timings((1, 4), forwards, feeds, draws, num_scorers=2))
+    found = LookupCosts.at(costs, (0, 1), 4, 2, token_seconds=1.0)
+    feed, row = 0.04, (0.12 - 0.04) / 4
+    # What is verified takes half as long again as what is drawn, until steps tell.
+    expected = [(0.1 + 0.2 + 2 * feed + row * 4 * (1 + 1.5 * n)) / 4 for n in (1, 2)]
+    assert found.cycle_seconds == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("token", "expected"), [(0.0, 8), (9.0, 0)])

@@ -72,6 +72,18 @@ def test_steps_that_were_enqueued_share_what_all_of_them_took(gpu: Device) -> No
     assert [stats.combine_seconds for _, stats in run] == [0.5, 0.25, 11.0 - 5.75 - 4.0 - 0.125]
 
 
+def test_deferred_scores_are_part_of_the_forward(gpu: Device) -> None:
+    """They are computed when they are needed, which no mark is around."""
+    host = Host(gpu)
+    laps, stats = host.enqueue(2.0, 1.0)
+    laps.head_seconds = 0.5
+    host.now = laps.decided = 4.0
+    host.timer.close([(laps, stats)])
+    assert stats.forward_seconds == 2.5
+    assert stats.step_seconds == 4.0
+    assert stats.combine_seconds == 4.0 - 2.5 - 0.125
+
+
 def test_a_step_alone_is_charged_what_the_host_saw(gpu: Device) -> None:
     host = Host(gpu)
     laps, stats = host.enqueue(2.0, 0.5)
