@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -15,6 +16,7 @@ from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
 from server.decoding.strategies import SharedCoins, Strategies
 from server.engine import shadow
+from server.engine.controller import Controller
 from server.engine.cost_table import CostTable, Timings
 from server.engine.engine import Engine
 from server.engine.limits import EngineLimits
@@ -246,6 +248,30 @@ def test_the_controller_goes_on_beside_it() -> None:
     run(engine, sequences)
     assert any(step.shadow is not None and step.shadow.outcome for step in steps)
     assert all(len(sequence.stats.strategies) > 1 for sequence in sequences)
+
+
+def test_the_controller_learns_nothing_from_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was chosen did not take those seconds."""
+    engine = timed_engine([])
+    engine.control(make_costs((PROPOSER, 0, 0), (EXPERT, 0, 0)))
+    states: dict[str, list[bool]] = {"seen": [], "all": []}
+    observe, observed = Controller.observe, engine.observer.on_step
+
+    def note(self: Controller, stats: StepStats, *arguments: Any) -> None:
+        states["seen"].append(engine._strategies.is_shadowing)
+        observe(self, stats, *arguments)
+
+    def count(stats: StepStats) -> None:
+        states["all"].append(engine._strategies.is_shadowing)
+        assert observed is not None
+        observed(stats)
+
+    monkeypatch.setattr(Controller, "observe", note)
+    engine.observer.on_step = count
+    run(engine, texts(auto(CONTRASTIVE), 2, max_tokens=60))
+    assert any(states["all"])
+    assert states["seen"]
+    assert not any(states["seen"])
 
 
 def test_who_ends_in_a_step_decoded_in_it_too() -> None:
