@@ -52,7 +52,6 @@ class Profile:
         walk: gives `shares`, after some time.
         shares: of the sequences of a large batch, by model, those that take part in its forwards on
             average: not all come to want it at the same time.
-        num_forwards: advances of all shapes.
     """
 
     rates: dict[Shape, float]
@@ -62,10 +61,6 @@ class Profile:
     @cached_property
     def shares(self) -> dict[int, float]:
         return self.walk()
-
-    @property
-    def num_forwards(self) -> float:
-        return sum(self.forwards.values())
 
     @cached_property
     def forwards(self) -> dict[int, float]:

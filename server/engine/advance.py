@@ -2,8 +2,9 @@
 
     feed model k the tokens it has not seen
     verify, in order, each pending token whose scorers have now all scored it
-    where nothing is pending and all scorers have scored the next position, draw from r
     where nothing is pending and a grammar allows one token only, take it
+    where nothing is pending and all scorers have scored the next position, draw from r
+    after what was drawn, take what a grammar allows alone
     where nothing is pending, prompt lookup may propose some tokens
     where the tail survived and the strategy allows it, model k proposes the next token
 

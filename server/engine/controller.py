@@ -159,9 +159,9 @@ class Controller:
         """
         [(group, members)] = division.members.items()
         self._reality.forget(interval.seconds)
-        rates = group.note_rates(self._rates(members))
+        group.note_rates(self._rates(members))
         predicted = sum(
-            count * self._predictor.token_seconds(group.chosen, rates, max(1, batch))
+            count * self._predictor.token_seconds(group.chosen, group.rates, max(1, batch))
             for batch, count in interval.num_tokens.items()
         )
         self._reality.add(
@@ -177,14 +177,14 @@ class Controller:
     def _decide(self, group: Group, members: Row[Sequence]) -> None:
         """Choose for a group."""
         self._fade(group, members[0])
-        rates = group.note_rates(self._rates(members))
-        seconds = {choice: self._token_seconds(rates, choice) for choice in group.compared}
+        group.note_rates(self._rates(members))
+        seconds = {choice: self._token_seconds(group, choice) for choice in group.compared}
         group.note_compared(seconds)
         best = min(seconds, key=lambda choice: seconds[choice])
         if not group.is_new and seconds[group.chosen] <= seconds[best] * _HYSTERESIS:
             best = group.chosen
         if group.baseline is not None:
-            best = self._weigh(group, best, group.baseline, seconds, rates)
+            best = self._weigh(group, best, group.baseline, seconds)
         group.take(best)
         self._price_lookup(group, seconds[best])
 
@@ -199,14 +199,14 @@ class Controller:
         acceptance = self._acceptance.mean(members)
         return Rates(acceptance, *self._forced.of(kind_of(members[0])))
 
-    def _token_seconds(self, rates: Rates, choice: DecodingParams) -> float:
+    def _token_seconds(self, group: Group, choice: DecodingParams) -> float:
         """Of a verified token, as predicted and as such predictions have turned out."""
-        seconds = self._predictor.token_seconds(choice, rates, self._batch)
+        seconds = self._predictor.token_seconds(choice, group.rates, self._batch)
         return seconds * self._reality.value(choice, self._batch)
 
-    def _uncertainty(self, rates: Rates, choice: DecodingParams) -> Uncertainty:
+    def _uncertainty(self, group: Group, choice: DecodingParams) -> Uncertainty:
         """Of the same."""
-        return self._predictor.uncertainty(choice, rates, self._batch)
+        return self._predictor.uncertainty(choice, group.rates, self._batch)
 
     def _weigh(
         self,
@@ -214,29 +214,24 @@ class Controller:
         best: DecodingParams,
         baseline: DecodingParams,
         seconds: Mapping[DecodingParams, float],
-        rates: Rates,
     ) -> DecodingParams:
         """What to do of the two, or of what was not timed and may be faster than both."""
         speedups = {choice: seconds[baseline] / each for choice, each in seconds.items()}
-        candidate = self._candidate(group, best, speedups, rates)
+        candidate = self._candidate(group, best, speedups)
         if candidate is None:
             return baseline
-        doubt = self._uncertainty(rates, baseline).doubt
+        doubt = self._uncertainty(group, baseline).doubt
         verdict = group.trials.proceed(candidate, doubt, group.num_steps, self._seconds)
         return candidate.choice if verdict.is_for_candidate else baseline
 
     def _candidate(
-        self,
-        group: Group,
-        best: DecodingParams,
-        speedups: Mapping[DecodingParams, float],
-        rates: Rates,
+        self, group: Group, best: DecodingParams, speedups: Mapping[DecodingParams, float]
     ) -> Candidate | None:
         """The best, if it promises enough, or what was not timed and may; None if nothing does."""
         if speedups[best] >= MARGIN:
-            return Candidate(best, speedups[best], self._uncertainty(rates, best))
+            return Candidate(best, speedups[best], self._uncertainty(group, best))
         candidates = (
-            Candidate(choice, speedup, self._uncertainty(rates, choice))
+            Candidate(choice, speedup, self._uncertainty(group, choice))
             for choice, speedup in speedups.items()
             if speedup * MOST_UPSIDE >= MARGIN
         )

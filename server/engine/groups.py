@@ -65,12 +65,11 @@ class Group:
             self.num_left = _SWEEP_PERIOD
         self.num_left -= 1
 
-    def note_rates(self, rates: Rates) -> Rates:
-        """What is known of its texts now; returns that, or about that."""
+    def note_rates(self, rates: Rates) -> None:
+        """What is known of its texts now."""
         # What moves by less than a bucket's width would only go to and fro between profiles.
         if not self.rates.acceptance or rates.differs_from(self.rates):
             self.rates = rates
-        return self.rates
 
     def take(self, choice: DecodingParams) -> None:
         """Decode by `choice` from here on."""
