@@ -10,6 +10,10 @@ from typing import Literal
 
 Method = Literal["weighted", "contrastive", "linear"]
 
+_LEAST_WEIGHT = (
+    1e-30  # float32, in which models are combined, holds little less, and takes it for 0
+)
+
 
 @dataclass(frozen=True)
 class Combination:
@@ -18,7 +22,8 @@ class Combination:
     weighted:                r = sum_k weights[k] * softmax(warp(l_k))      (probability level)
     contrastive and linear:  r = softmax(warp(sum_k weights[k] * l_k))      (logit level)
 
-    A model of weight zero is never a scorer: the combination does not pay for it.
+    A model of weight zero is never a scorer: the combination does not pay for it. Weights of less
+    than 1e-30 are taken for zero.
 
     Attributes:
         method: what the client asked for.
@@ -41,7 +46,7 @@ class Combination:
             raise ValueError(f"weights must not be negative, got {list(weights)}")
         if not math.isclose(total := math.fsum(weights), 1.0, abs_tol=1e-6):
             raise ValueError(f"weights must sum to 1, got {list(weights)} (sum {total:g})")
-        return cls("weighted", tuple(weight / total for weight in weights))
+        return cls("weighted", tuple(_flushed(weight / total) for weight in weights))
 
     @classmethod
     def contrastive(cls, num_models: int, mu: float, plausibility: float = 0.0) -> Combination:
@@ -53,16 +58,17 @@ class Combination:
         if num_models < 2:
             raise ValueError("contrastive needs at least two models")
         _check_finite((mu, plausibility))
-        weights = (-mu, *[0.0] * (num_models - 2), 1.0)
+        weights = (_flushed(-mu), *[0.0] * (num_models - 2), 1.0)
         return cls("contrastive", weights, plausibility, reference=num_models - 1)
 
     @classmethod
     def linear(cls, weights: Row[float]) -> Combination:
         """Raises ValueError when all weights are zero."""
         _check_finite(weights)
-        if not any(weights):
+        flushed = tuple(map(_flushed, weights))
+        if not any(flushed):
             raise ValueError("at least one weight must not be zero")
-        return cls("linear", tuple(float(weight) for weight in weights))
+        return cls("linear", flushed)
 
     @classmethod
     def only(cls, num_models: int, model: int) -> Combination:
@@ -78,6 +84,10 @@ class Combination:
     def is_logit_level(self) -> bool:
         """True where logits are mixed before the softmax, False where probabilities are."""
         return self.method != "weighted"
+
+
+def _flushed(weight: float) -> float:
+    return 0.0 if abs(weight) < _LEAST_WEIGHT else float(weight)
 
 
 def _check_finite(values: Row[float]) -> None:

@@ -12,6 +12,7 @@ that follow. Tokens are those that are not forced, unless said otherwise.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -26,8 +27,9 @@ from server.decoding.strategies import Strategy, is_scored, num_verifiable
 from server.decoding.turns import next_model
 
 _LENGTH = 64  # of the imagined text; nothing depends on it
-_MAX_STATES = 400
-_MOST_MODELS = 3  # with runs: beyond, there would be too many states to solve for in passing
+# Where runs would make more states than can be solved for in passing they are left out; of more
+# models than so many without counting the states, which takes time, too.
+_MOST_STATES, _MOST_MODELS = 400, 3
 _SETTLING_STEPS, _COUNTED_STEPS = 24, 48  # of the imagined batch
 _EDGE = 0.01  # acceptance is taken to lie this far from 0 and 1, where chains fall apart
 
@@ -118,20 +120,19 @@ class Chain:
         Args:
             decoding: how it is decoded.
             strategy: of `decoding`; it decides by counters alone (not a mixture).
-            has_forced: its text has runs. Of more than three models these are left out.
+            has_forced: its text has runs; these are left out where there would be too many states.
         """
         self._decoding = decoding
         self._strategy = strategy
         self._num_models = len(decoding.combination.weights)
-        self._has_forced = has_forced and self._num_models <= _MOST_MODELS
         opener = next((model for model, length in enumerate(decoding.gamma) if length), 0)
         self._running = {0, opener, *decoding.combination.scorers}
-        start = _State((), (1,) * self._num_models)
-        self._index = {start: 0}
+        self._has_forced = has_forced and self._num_models <= _MOST_MODELS
+        self._index: dict[_State, int] = {}
         self._branches: list[list[_Branch]] = []
-        states = [start]
-        while len(self._branches) < len(states):
-            self._branches.append(self._expand(states[len(self._branches)], states))
+        if not self._explore(_MOST_STATES if self._has_forced else math.inf):
+            self._has_forced = False
+            self._explore(math.inf)
         self.proposers = frozenset(
             proposer
             for branches in self._branches
@@ -139,6 +140,15 @@ class Chain:
             for proposer in (*branch.accepted, branch.rejected)
             if proposer is not None
         )
+
+    def _explore(self, most_states: float) -> bool:
+        """Fill in all states and branches; False where there are more states than so many."""
+        start = _State((), (1,) * self._num_models)
+        self._index, self._branches = {start: 0}, []
+        states = [start]
+        while len(self._branches) < len(states) <= most_states:
+            self._branches.append(self._expand(states[len(self._branches)], states))
+        return len(states) <= most_states
 
     def profile(self, acceptance: tuple[float, ...], runs: float = 0.0) -> Profile:
         """At these rates.
@@ -276,7 +286,6 @@ class Chain:
         is_closed = bool(sequence.tail) and sequence.is_closed
         after = _State(_proposers(sequence), behind, is_closed)
         if after not in self._index:
-            assert len(states) < _MAX_STATES, "a strategy with more states than it should have"
             self._index[after] = len(states)
             states.append(after)
         return _Branch(

@@ -254,12 +254,18 @@ def may_shadow(decoding: DecodingParams) -> bool:
 
 def used_models(decoding: DecodingParams) -> frozenset[int]:
     """Models that score its positions or propose; of a mixture, those that coins may name."""
-    proposers: Iterable[int] = ()
-    if decoding.strategy == "cos":
-        proposers = (model for model, length in enumerate(decoding.gamma) if length)
-    elif decoding.strategy == "speculative":
-        proposers = (0,)
-    return frozenset(decoding.combination.scorers).union(proposers)
+    return proposers(decoding).union(decoding.combination.scorers)
+
+
+def proposers(decoding: DecodingParams) -> frozenset[int]:
+    """Models whose proposals it has verified; of a mixture none, which keeps its first model's."""
+    match decoding.strategy:
+        case "cos":
+            return frozenset(model for model, length in enumerate(decoding.gamma) if length)
+        case "speculative":
+            return frozenset((0,))
+        case _:
+            return frozenset()
 
 
 class Strategies:

@@ -218,6 +218,7 @@ class Advancer:
         outcome.has_read |= bool(entries)
         if any(math.isnan(entry.logprob) for entry in entries):
             outcome.failed.add(sequence)
+            outcome.untrusted.add(sequence)
             return
         outcome.prompt_logprobs[sequence] = entries
         sequence.num_scored += len(entries)
@@ -269,12 +270,21 @@ class Advancer:
         if recovered is None:
             return
         if recovered == INVALID:
-            outcome.failed.add(sequence)
+            self._fail(sequence, outcome)
             return
         sequence.recover(recovered)
         outcome.stats.num_recovered += 1
         if sequence.coin_base is not None:
             self._strategies.shared_coins.join(sequence)
+
+    def _fail(self, sequence: Sequence, outcome: Outcome) -> None:
+        """Its next position has no distribution: because of its models, or of what it allows."""
+        outcome.failed.add(sequence)
+        position = sequence.num_verified
+        scorers = self._strategies.of(sequence).target(sequence, position).scorers
+        rows = [self._scores.read(model, [(sequence, position)]) for model in scorers]
+        if not all(bool(row.amax().isfinite()) for row in rows):
+            outcome.untrusted.add(sequence)
 
     def _draw(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         ready = [s for s in sequences if s not in outcome.failed and self._may_draw(s)]
@@ -286,7 +296,7 @@ class Advancer:
             outcome.has_read = True
             for sequence, token_id in zip(group, tokens.tolist(), strict=True):
                 if token_id == INVALID:
-                    outcome.failed.add(sequence)
+                    self._fail(sequence, outcome)
                 else:
                     sequence.draw(token_id)
                     outcome.stats.num_drawn += 1

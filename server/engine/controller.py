@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence as Row
 from server.core.sampling_params import DecodingParams
 from server.core.sequence import Sequence
 from server.core.stats import Delivery, StepStats
-from server.decoding.strategies import Strategies
+from server.decoding.strategies import Strategies, proposers
 from server.engine.acceptance import AcceptanceRates
 from server.engine.cost_table import CostTable
 from server.engine.forced_rates import ForcedRates
@@ -137,6 +137,7 @@ class Controller:
         # Predictions are of what models propose.
         is_comparable = interval.is_pure and division.is_united and not interval.num_looked_up
         is_short = interval.total_tokens < 2 * division.num_members
+        self._reality.forget(self._seconds - interval.begun_at)
         if is_comparable and not is_short:
             self._compare(interval, division)
         before = [group.chosen for group in division.members]
@@ -158,7 +159,6 @@ class Controller:
         Both are priced by the table: what the machine did meanwhile has no part in it.
         """
         [(group, members)] = division.members.items()
-        self._reality.forget(interval.seconds)
         group.note_rates(self._rates(members))
         predicted = sum(
             count * self._predictor.token_seconds(group.chosen, group.rates, max(1, batch))
@@ -189,10 +189,16 @@ class Controller:
         self._price_lookup(group, seconds[best])
 
     def _fade(self, group: Group, sequence: Sequence) -> None:
-        """Forget acceptance that nothing tests: standard decoding never runs who does not score."""
-        if group.chosen.strategy == "standard":
-            idle = set(range(sequence.num_models)) - set(group.chosen.combination.scorers)
-            self._acceptance.fade(sequence, idle, group.seconds)
+        """Forget acceptance that nothing tests, neither proposals nor probes.
+
+        Probes look at the scorers of what was drawn, which under cos is little, and not at all at a
+        mixture, whose tokens one model decides alone.
+        """
+        tested = proposers(group.chosen)
+        if group.chosen.strategy in ("standard", "speculative"):
+            tested = tested.union(group.chosen.combination.scorers)
+        idle = frozenset(range(sequence.num_models)) - tested
+        self._acceptance.fade(sequence, idle, group.seconds)
 
     def _rates(self, members: Row[Sequence]) -> Rates:
         """Of sequences of one group, by what became of their proposals and of others like them."""

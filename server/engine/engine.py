@@ -363,6 +363,8 @@ class Engine:
             if entries := outcome.prompt_logprobs.get(sequence):
                 self._outputs.add_prompt_logprobs(sequence, entries)
             if (fault := outcome.fault_of(sequence)) is not None:
+                if sequence in outcome.untrusted:
+                    self.scheduler.pages.withdraw(sequence)
                 self._fail(sequence, fault)
             elif sequence.params.max_tokens == 0 and not sequence.scores_prompt:
                 self._told.append(self._outputs.end_at_prompt(sequence))
@@ -413,8 +415,6 @@ class Engine:
         self._count(fault)
         self._told.append(self._outputs.fail(sequence, fault))
         if sequence.id in self._sequences:
-            if fault == "invalid_scores":
-                self.scheduler.pages.withdraw(sequence)
             self._release(sequence, sequence.num_verified)
 
     def _count(self, fault: Fault) -> None:

@@ -29,6 +29,7 @@ class Outcome:
         logprobs: one entry for each of them, where the request asked.
         prompt_logprobs: of further tokens of prompts, where the request asked.
         failed: sequences whose scores are no distribution.
+        untrusted: those of them whose models gave no numbers: their pages may hold what made them.
         broken: sequences in whose path an error was raised.
         verdicts: (sequence, proposer, was it accepted) of models' proposals; see `Advancer.learn`.
         ran_out: of memory, after the forward.
@@ -44,6 +45,7 @@ class Outcome:
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     failed: set[Sequence] = field(default_factory=set)
+    untrusted: set[Sequence] = field(default_factory=set)
     broken: dict[Sequence, Fault] = field(default_factory=dict)
     verdicts: list[tuple[Sequence, int, bool]] = field(default_factory=list)
     ran_out: bool = False

@@ -97,3 +97,14 @@ def test_a_zero_of_a_positive_member_wins_over_a_zero_of_a_negative_one() -> Non
 def test_bad_combinations_are_refused(build, complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
         build()
+
+
+def test_weights_that_float32_does_not_hold_are_zero() -> None:
+    """Else kernels, which read them in float32, would not agree with whom coins and scorers ask."""
+    assert Combination.weighted([1e-46, 1.0]) == Combination.weighted([0.0, 1.0])
+    assert Combination.weighted([1e-46, 0.5, 0.5]).scorers == (1, 2)
+    assert Combination.contrastive(2, 1e-46).scorers == (1,)
+    assert Combination.linear([1e-46, -1.0]).weights == (0.0, -1.0)
+    assert Combination.weighted([1e-20, 1.0]).scorers == (0, 1)
+    with pytest.raises(ValueError, match="not be zero"):
+        Combination.linear([1e-46, 0.0])

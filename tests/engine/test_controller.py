@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -554,6 +555,42 @@ def test_a_proposer_that_does_not_score_is_tried_again() -> None:
     assert set(chosen[600:]) > {"standard"}
 
 
+@pytest.mark.parametrize("gamma", [None, (0, 3)])
+def test_what_nobody_tests_is_forgotten(gamma: tuple[int, int] | None) -> None:
+    """A mixture verifies no proposals and is not probed; cos tests those who propose."""
+    combination = Combination.weighted([0.5, 0.5])
+    decoding = make_decoding("cos", combination, gamma) if gamma else auto(combination, True)
+    subject = controller(make_costs((0.1, 0, 0), (0.1, 0, 0)))
+    sequence = Sequence.start("s", [1], SamplingParams(), decoding)
+    subject.choose(sequence)
+    group = subject._groups.of(sequence)
+    for model in (0, 1) * 400:
+        subject.add(sequence, model, 0.0)
+    if gamma is None:
+        [group.chosen] = [choice for choice in group.choices if choice.strategy == "mixture"]
+    group.seconds = 360.0
+    subject._fade(group, sequence)
+    first, second = subject._acceptance.mean([sequence])
+    assert first > 0.05
+    assert (second > 0.05) is (gamma is None)
+
+
+def test_a_bad_spell_is_forgotten_beside_texts_that_choose_nothing() -> None:
+    """There nothing is compared with what was predicted, for as long as they are there."""
+    subject = controller(make_costs((0.04, 0, 0), (0.1, 0, 0)))
+    sequence = Sequence.start("s", [1], SamplingParams(), auto(CONTRASTIVE))
+    other = Sequence.start("t", [1], SamplingParams(), make_decoding("standard", CONTRASTIVE))
+    choice = make_decoding("cos", CONTRASTIVE, (2, 1))
+    subject._reality.add(choice, 2, seconds=30.0, predicted=10.0)
+    before = subject._reality.value(choice, 2)
+    for _ in range(3000):
+        sequence.schedule = subject.choose(sequence)
+        stats = StepStats(1, 2, 2, 2, forward_seconds=0.1, step_seconds=0.1)
+        stats.prefill_seconds = 0.0
+        subject.observe(stats, [sequence, other], 2)
+    assert subject._reality.value(choice, 2) < 1 + 0.6 * (before - 1)
+
+
 def test_dear_draws_are_forgotten_as_fast_as_they_were_learnt() -> None:
     costs = make_costs((0.01, 0.001, 0))
     timings = replace(costs.timings, draw_seconds=(0.001,) * 4)
@@ -625,6 +662,23 @@ def test_all_that_may_be_asked_for_has_a_profile(num_models: int) -> None:
     decoding = make_decoding("cos", combination, (32, *[4] * (num_models - 1)))
     chain = Chain(decoding, Strategies(SharedCoins(0)).make(decoding), has_forced=True)
     assert sum(chain.profile((0.8,) * num_models, 0.2).rates.values()) > 0
+
+
+@pytest.mark.parametrize("weights", list(product((0.0, 1.0), repeat=3))[1:])
+@pytest.mark.parametrize(
+    "gamma", [(0, 16, 16), (0, 32, 32), (16, 4, 4), (32, 4, 4), (24, 24, 24), (1, 32, 1)]
+)
+def test_long_proposals_of_three_models_have_profiles_too(
+    weights: tuple[float, ...], gamma: tuple[int, ...]
+) -> None:
+    """Whichever of them score, which clients choose. With many states runs are left out."""
+    decoding = make_decoding("cos", Combination.linear(weights), gamma)
+    strategy = Strategies(SharedCoins(0)).make(decoding)
+    chain = Chain(decoding, strategy, has_forced=True)
+    profile = chain.profile((0.8, 0.7, 0.9), 0.2)
+    assert sum(profile.rates.values()) > 0
+    if gamma == (0, 32, 32) and weights == (0.0, 1.0, 1.0):
+        assert profile.rates == Chain(decoding, strategy).profile((0.8, 0.7, 0.9)).rates
 
 
 def test_runs_end_drafts_and_follow_windows() -> None:

@@ -135,6 +135,21 @@ def test_salts_and_refusals_find_nothing() -> None:
     assert num_cached(steps) == [12, 12]
 
 
+def test_a_request_that_allows_no_token_costs_others_nothing() -> None:
+    """It ends at its first token, and what it found of their prompt stays to be found."""
+    steps: list[StepStats] = []
+    engine = new_engine(steps=steps)
+    prompt = [*SYSTEM, 7, 7]
+    first = text(engine, start("first", prompt))
+    for number in range(2):
+        nothing = start(f"nothing{number}", prompt, allowed_token_ids=(3,), bad_words=((3,),))
+        [*_, last] = run(engine, [nothing], engine.scheduler.check_integrity)[nothing.id]
+        assert last.finish_reason == "error"
+    steps.clear()
+    assert text(engine, start("again", prompt)) == first
+    assert num_cached(steps) == [12, 12]
+
+
 def test_what_is_found_after_a_preemption_is_no_part_of_what_a_request_was_spared() -> None:
     """It finds what it has computed itself."""
     steps: list[StepStats] = []
