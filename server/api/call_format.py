@@ -6,9 +6,10 @@ import json
 import re
 from collections.abc import Callable, Sequence as Row
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from server.api.chat_protocol import Tool
+from server.decoding.json_schema import relaxed
 
 CallFormatName = Literal["hermes", "llama3_json"]
 
@@ -48,6 +49,8 @@ FORMATS: dict[CallFormatName, CallFormat] = {
     # Llama 3.1 and 3.2.
     "llama3_json": CallFormat("", "", "", "; ", "parameters"),
 }
+# Of these, some say what kind of value a schema is of.
+_KINDS = frozenset({"$ref", "allOf", "anyOf", "const", "enum", "oneOf", "type"})
 # What their chat templates say. In some, quotes are escaped.
 _ARGUMENTS = re.compile(r'"arguments\\?": ')
 _PARAMETERS = re.compile(r'"parameters\\?": ')
@@ -65,7 +68,7 @@ def find_format(template: str) -> CallFormat | None:
 def grammar(form: CallFormat, tools: Row[Tool], is_one_call: bool, spell: Spell) -> str:
     """Texts that are calls of `tools` and nothing else, in llguidance's dialect of Lark.
 
-    Arguments follow the schema of their function; a function without one takes none.
+    Arguments are an object that follows the schema of its function; without one it is empty.
     """
     begin, end = (spell(mark) if mark else "" for mark in (form.begin, form.end))
     inner = json.dumps(form.inner) if form.inner else ""
@@ -77,9 +80,15 @@ def grammar(form: CallFormat, tools: Row[Tool], is_one_call: bool, spell: Spell)
     ]
     for name, tool in zip(names, tools, strict=True):
         head = f'{{"name": {json.dumps(tool.function.name)}, "{form.arguments}": '
-        schema = tool.function.parameters
         rules.append(f'{name}: {json.dumps(head)} {name}_arguments "}}"')
         # A document of its own: a reference within a schema begins at that schema's root.
-        written = json.dumps(_NO_PARAMETERS if schema is None else schema)
-        rules.append(f"{name}_arguments: %json {written}")
+        written = json.dumps(_arguments_schema(tool.function.parameters))
+        rules.append(f"{name}_arguments: %json {relaxed(written)}")
     return "\n".join(rules)
+
+
+def _arguments_schema(parameters: dict[str, Any] | None) -> dict[str, Any]:
+    """Of an object: schemas that leave that open mean one."""
+    if not parameters:
+        return _NO_PARAMETERS
+    return parameters if _KINDS & parameters.keys() else {"type": "object", **parameters}

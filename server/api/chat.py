@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence as Row
+from functools import partial
 from typing import Literal
 
 from fastapi import APIRouter, Request, Response
+from starlette.concurrency import run_in_threadpool
 
 from server.api.call_parser import CallDelta, Reading
 from server.api.chat_protocol import (
@@ -40,7 +42,9 @@ async def create_chat_completion(request: Request, body: ChatCompletionRequest) 
     """Reply to a conversation, streamed or at once."""
     service = service_of(request)
     service.check_ready()
-    calls = plan_calls(body, service)
+    service.check_model(body.model)
+    plan = partial(plan_calls, body, service)
+    calls = await run_in_threadpool(plan) if body.tools else plan()
     if calls.shows_special:
         body = body.model_copy(update={"skip_special_tokens": False})
 

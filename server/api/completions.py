@@ -30,7 +30,8 @@ async def create_completion(request: Request, body: CompletionRequest) -> Respon
         return await _read_prompts(body, service)
 
     generation = await make_generation(body, service, "cmpl", read_prompts)
-    return await respond(request, CompletionWriter(body, generation, service), service)
+    echoed = await _echoed(body, generation, service)
+    return await respond(request, CompletionWriter(body, generation, service, echoed), service)
 
 
 class CompletionWriter(Writer):
@@ -39,13 +40,19 @@ class CompletionWriter(Writer):
     endpoint = "completions"
 
     def __init__(
-        self, request: CompletionRequest, generation: Generation, service: Service
+        self,
+        request: CompletionRequest,
+        generation: Generation,
+        service: Service,
+        echoed: Row[str],
     ) -> None:
+        """`echoed`: what each prompt's choices begin with, if anything."""
         super().__init__(request, generation, service)
         self.request: CompletionRequest = request
         as_ids = bool(request.return_tokens_as_token_ids)
         self._logprobs = [LogprobsWriter(self.codec, as_ids) for _ in generation.sequences]
-        self._has_begun: set[int] = set()
+        self._echoed = echoed
+        self._begun: set[int] = set()
         self._scored_prompts: dict[int, PromptLogprobs] = {}
 
     def whole(self, choices: Row[Piece]) -> Completion:
@@ -63,12 +70,13 @@ class CompletionWriter(Writer):
         return Completion(**self.head, object="text_completion", choices=choices)
 
     def _choice(self, piece: Piece) -> CompletionChoice:
-        is_first = piece.index not in self._has_begun
-        self._has_begun.add(piece.index)
+        is_first = piece.index not in self._begun
+        self._begun.add(piece.index)
         echoes = is_first and bool(self.request.echo)
+        echoed = self._echoed[piece.index // self.generation.num_choices] if echoes else ""
         choice = CompletionChoice(
             index=piece.index,
-            text=self._prompt_text(piece.index) + piece.text if echoes else piece.text,
+            text=echoed + piece.text,
             logprobs=self._choice_logprobs(piece, echoes),
             finish_reason=piece.finish_reason,
             stop_reason=piece.stop_reason,
@@ -102,13 +110,25 @@ class CompletionWriter(Writer):
         first = self.generation.prompt(piece.index).token_ids[0]
         return writer.write([*echoed, *piece.logprobs], first)
 
-    def _prompt_text(self, index: int) -> str:
-        """As the client wrote it, or what is left of it."""
-        prompt = self.generation.prompt(index)
-        if prompt.text is not None:
-            return prompt.text
-        skips_special = self.request.skip_special_tokens is not False
-        return self.codec.decode(prompt.token_ids, skips_special)
+
+async def _echoed(
+    request: CompletionRequest, generation: Generation, service: Service
+) -> list[str]:
+    """The text of each prompt, as the client wrote it or of what is left of it, where asked for."""
+    prompts, skips_special = generation.prompts, request.skip_special_tokens is not False
+    if not request.echo:
+        return []
+
+    def texts() -> list[str]:
+        return [
+            service.codec.decode(prompt.token_ids, skips_special)
+            if prompt.text is None
+            else prompt.text
+            for prompt in prompts
+        ]
+
+    num_tokens = sum(len(prompt.token_ids) for prompt in prompts if prompt.text is None)
+    return await service.convert(texts, num_tokens) if num_tokens else texts()
 
 
 async def _read_prompts(request: CompletionRequest, service: Service) -> list[Prompt]:

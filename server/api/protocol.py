@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -141,12 +142,15 @@ class CosOptions(Body):
     )
 
 
+JsonSchema = Annotated[dict[str, Any] | bool, any_of("a JSON schema")]
+
+
 class JsonSchemaFormat(Body):
     """A JSON schema with a name, as OpenAI's clients send it."""
 
     name: str | None = Field(None, description="Ignored.")
     description: str | None = Field(None, description="Ignored.")
-    schema_: dict[str, Any] | bool = Field(alias="schema", description="The reply follows it.")
+    schema_: JsonSchema = Field(alias="schema", description="The reply follows it.")
     strict: bool | None = Field(None, description="Ignored: the reply always follows it.")
 
 
@@ -155,7 +159,7 @@ class ResponseFormat(Body):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = Field(None, description="Of type json_schema.")
-    schema_: dict[str, Any] | bool | None = Field(
+    schema_: JsonSchema | None = Field(
         None, alias="schema", description="The same without a name; of type json_object, too."
     )
 
@@ -174,6 +178,11 @@ class StructuredOutputs(Body):
     regex: str | None = Field(None, description="A regular expression for the whole text.")
     choice: Items[str] | None = Field(None, min_length=1, description="One of these texts.")
     grammar: str | None = Field(None, description="A grammar in llguidance's dialect of Lark.")
+
+
+def _seed(seed: int | None) -> int | None:
+    """As clients of vLLM and llama.cpp say that they want none."""
+    return None if seed == -1 else seed
 
 
 class GenerationRequest(Body):
@@ -217,7 +226,9 @@ class GenerationRequest(Body):
     include_stop_str_in_output: bool | None = Field(None, description="Keep the stop string.")
     ignore_eos: bool | None = Field(None, description="End-of-text tokens do not end the text.")
     skip_special_tokens: bool | None = Field(None, description="Leave them out; true if null.")
-    seed: Int64 | None = Field(None, description="Same request and seed, same text.")
+    seed: Annotated[Int64 | None, AfterValidator(_seed)] = Field(
+        None, description="Same request and seed, same text; -1 is none."
+    )
     prompt_logprobs: int | None = Field(
         None, ge=0, description="Alternatives to report for each token of the prompt; no stream."
     )

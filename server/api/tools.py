@@ -13,6 +13,8 @@ from pydantic_core import from_json
 from server.api.chat_protocol import Conversation, Message, NamedTool, Tool, ToolCall
 from server.errors import RequestError, UnsupportedParameter
 
+_INVALID = "invalid_arguments"
+
 
 def check_tools(conversation: Conversation, mentioned: Set[str]) -> None:
     """Raises RequestError where the template, which mentions these names, cannot take them."""
@@ -65,7 +67,7 @@ def offered_tools(conversation: Conversation) -> list[dict[str, Any]] | None:
 
 
 def template_message(message: Message, role: str) -> dict[str, Any]:
-    """One message as templates read it. Raises RequestError for arguments that are no JSON."""
+    """One message as templates read it."""
     written: dict[str, Any] = {"role": role, "content": message.text}
     if message.name is not None:
         written["name"] = message.name
@@ -77,19 +79,27 @@ def template_message(message: Message, role: str) -> dict[str, Any]:
 
 
 def _template_call(call: ToolCall) -> dict[str, Any]:
-    """Arguments as an object: templates write JSON themselves, and would quote a text."""
-    try:
-        arguments = from_json(call.function.arguments or "{}", allow_inf_nan=False)
-    except ValueError as error:
-        raise RequestError(
-            f"messages: the arguments of the call of {call.function.name[:64]!r} are not JSON",
-            param="messages",
-        ) from error
     return {
         "id": call.id,
         "type": "function",
-        "function": {"name": call.function.name, "arguments": arguments},
+        "function": {
+            "name": call.function.name,
+            "arguments": _template_arguments(call.function.arguments),
+        },
     }
+
+
+def _template_arguments(written: str | None) -> dict[str, Any]:
+    """As an object: templates write JSON themselves, would quote a text, and may ask for items.
+
+    What a model wrote is not always one, above all where the end of a reply cut it off. It is shown
+    to the model as it is, under a key: a conversation that holds it has to go on.
+    """
+    try:
+        arguments = from_json((written or "").strip() or "{}", allow_inf_nan=False)
+    except ValueError:
+        arguments = None
+    return arguments if isinstance(arguments, dict) else {_INVALID: written}
 
 
 def _unknown(field: str) -> UnsupportedParameter:

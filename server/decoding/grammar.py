@@ -17,6 +17,8 @@ from typing import Literal, Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from server.decoding.json_schema import relaxed
+
 Kind = Literal["json", "regex", "choice", "lark"]
 
 # Masks of so many positions are kept: more than can be pending.
@@ -285,7 +287,7 @@ class Grammars:
 def _grammar(kind: Kind, source: str) -> str:
     match kind:
         case "json":
-            return LLMatcher.grammar_from_json_schema(source)
+            return LLMatcher.grammar_from_json_schema(relaxed(source))
         case "regex":
             return LLMatcher.grammar_from_regex(source)
         case "choice":

@@ -80,6 +80,30 @@ def check_taken(tokenizer: PreTrainedTokenizerFast, structure: Structure, text: 
     assert matcher.end(ids) == len(ids)
 
 
+@pytest.mark.parametrize(
+    ("parameters", "taken", "refused"),
+    [
+        ({}, "{}", ['"hi"', "5", "null", "[", '{"a"']),
+        ({"properties": {"a": {"type": "integer"}}}, '{"a": 5}', ['"hi"', "5", "["]),
+        ({"type": "object"}, '{"a":"b"}', ["5"]),
+        ({"enum": [5, {"a": 1}]}, "5", ["6"]),
+    ],
+)
+def test_arguments_are_an_object_unless_another_kind_is_asked_for(
+    parameters: dict[str, object], taken: str, refused: list[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATES["hermes"]
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    calls = plan(tokenizer, {"tools": [tool], "tool_choice": "required"}, "auto")
+    assert calls.structure is not None
+    head = '<tool_call>\n{"name": "f", "arguments": '
+    check_taken(tokenizer, calls.structure, f"{head}{taken}}}\n</tool_call>")
+    for arguments in refused:
+        with pytest.raises(AssertionError):
+            check_taken(tokenizer, calls.structure, f"{head}{arguments}}}\n</tool_call>")
+
+
 def test_a_call_is_what_the_grammar_takes(tokenizer: PreTrainedTokenizerFast) -> None:
     calls = plan(tokenizer, REQUIRED, "auto")
     assert calls.structure is not None

@@ -59,8 +59,11 @@ def test_seeded_choices_differ_and_repeat(live: Live) -> None:
     assert third["choices"][0]["text"] == texts[2]
 
 
-def test_unseeded_requests_differ(live: Live) -> None:
-    texts = {live.complete(max_tokens=20, ignore_eos=True)["choices"][0]["text"] for _ in range(3)}
+@pytest.mark.parametrize("seed", [None, -1])
+def test_unseeded_requests_differ(live: Live, seed: int | None) -> None:
+    """Clients of other servers say -1."""
+    asked = {"max_tokens": 20, "ignore_eos": True, "seed": seed}
+    texts = {live.complete(**asked)["choices"][0]["text"] for _ in range(3)}
     assert len(texts) == 3
 
 

@@ -312,6 +312,33 @@ def test_unknown_model_is_404(live: Live) -> None:
     assert (error["param"], error["code"]) == ("model", "model_not_found")
 
 
+def test_an_unknown_model_is_404_whatever_else_is_wrong(live: Live) -> None:
+    """Gateways go on to the next server at 404, and at no other."""
+    tool = {"type": "function", "function": {"name": "f"}}
+    body = {"model": "gpt-4", "messages": [{"role": "user", "content": "1"}], "tools": [tool]}
+    response = live.http.post("/v1/chat/completions", json=body | {"tool_choice": "required"})
+    assert response.status_code == 404
+    assert error_of(response)["code"] == "model_not_found"
+
+
+@pytest.mark.parametrize(
+    ("written", "field"),
+    [
+        ({"type": "json_object", "schema": 5}, "response_format.schema"),
+        (
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": None}},
+            "response_format.json_schema.schema",
+        ),
+    ],
+)
+def test_what_is_no_schema_is_one_problem_of_its_field(
+    live: Live, written: dict[str, object], field: str
+) -> None:
+    error = error_of(live.post(prompt="1", response_format=written))
+    assert error["param"] == field
+    assert error["message"].startswith(f"{field}: Input should be a JSON schema")
+
+
 def test_unknown_route_is_404_and_wrong_method_405(live: Live) -> None:
     assert error_of(live.http.get("/v1/nothing"))["type"] == "invalid_request_error"
     assert live.http.get("/v1/nothing").status_code == 404

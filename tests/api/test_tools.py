@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -60,12 +61,24 @@ def test_calls_and_their_answers(template: TokenizerTemplate) -> None:
     assert text == 'user: ?\nassistant: <f {"a": "ü"}>\ntool: 1(to c1)\n'
 
 
-@pytest.mark.parametrize("arguments", ["{", "NaN", "x" * 1000])
-def test_arguments_are_json(template: TokenizerTemplate, arguments: str) -> None:
+@pytest.mark.parametrize("arguments", ['{"cmd": "', "NaN", "x" * 1000, '"text"', "[1]", "null"])
+def test_arguments_that_are_no_object_are_shown(
+    template: TokenizerTemplate, arguments: str
+) -> None:
+    """As a model wrote them: whoever sends them back tells it of its mistake."""
     call = {"function": {"name": "f", "arguments": arguments}}
-    with pytest.raises(RequestError, match="are not JSON") as error:
-        render(template, messages=[{"role": "assistant", "tool_calls": [call]}])
-    assert len(str(error.value)) < 200
+    text = render(template, messages=[{"role": "assistant", "tool_calls": [call]}])
+    [written] = re.findall(r"<f (.*)>", text)
+    assert json.loads(written) == {"invalid_arguments": arguments}
+
+
+@pytest.mark.parametrize("arguments", ["", " \n", "{}", None])
+def test_no_arguments_are_an_empty_object(
+    template: TokenizerTemplate, arguments: str | None
+) -> None:
+    call = {"function": {"name": "f", "arguments": arguments}}
+    text = render(template, messages=[{"role": "assistant", "tool_calls": [call]}])
+    assert "<f {}>" in text
 
 
 def test_a_template_that_knows_no_tools_gets_none() -> None:
