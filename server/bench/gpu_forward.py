@@ -10,6 +10,7 @@ from typing import Any
 from server.bench.gpu_models import Load, Member
 from server.bench.gpu_timing import median_seconds
 from server.runner.base import Batch, ModelRunner
+from server.runner.graph_runner import GraphRunner
 from server.runner.torch_runner import TorchRunner
 
 # Tried in this order; the server runs graphs, and of compiled layers where that is configured.
@@ -35,37 +36,49 @@ class Limits:
         return max(size / self.bandwidth, operations / self.operations)
 
 
+def make_rows(
+    member: Member, load: Load, batches: Sequence[int], lengths: Sequence[int], limits: Limits
+) -> list[dict[str, Any]]:
+    """One for each shape, `batches` times `lengths`, without its seconds."""
+    return [
+        {
+            "model": member.name,
+            "batch": batch,
+            "num_tokens": num_tokens,
+            "floor_seconds": limits.floor_seconds(member, batch, num_tokens, load.context),
+            "seconds": {},
+        }
+        for batch in batches
+        for num_tokens in lengths
+    ]
+
+
 def time_forwards(
+    rows: list[dict[str, Any]],
     member: Member,
     load: Load,
-    batches: Sequence[int],
-    lengths: Sequence[int],
-    limits: Limits,
     capture: bool,
     report: Callable[[str], None],
-) -> tuple[list[dict[str, Any]], TorchRunner, ModelRunner]:
-    """Seconds of a forward in each way but the last, the runner written out, and of its graphs.
+) -> tuple[TorchRunner, GraphRunner | None]:
+    """Add seconds of a forward to `rows`, in each way but the last.
 
     Args:
+        rows: of `make_rows`; what was measured before an error stays in them.
         member: whose weights are taken over.
         load: what its KV memory was made for.
-        batches: numbers of sequences.
-        lengths: tokens each sequence feeds.
-        limits: of the device.
         capture: CUDA graphs; False: padded shapes alone.
         report: takes one line for each phase.
+
+    Returns:
+        The runner written out, and its graphs; None where they could not be captured or run.
     """
     plain = member.plain()
-    rows = [_row(member, batch, n, load, limits) for batch in batches for n in lengths]
     _fill(plain, load)
     _time(rows, WAYS[0], plain, load, report)
     fast = member.fast()
     fast.store = plain.store
     _time(rows, WAYS[1], fast, load, report)
-    graphs = member.graphs(fast, capture)
-    graphs.warm_up(report)
-    _time(rows, WAYS[2], graphs, load, report)
-    return rows, fast, graphs
+    return fast, _time_graphs(rows, WAYS[2], member, fast, load, capture, report)
 
 
 def time_compiled(
@@ -86,18 +99,34 @@ def time_compiled(
         capture: see there.
         report: see there.
     """
+    with member.compiled(report) as is_compiled:
+        if not is_compiled:
+            return False
+        return _time_graphs(rows, WAYS[3], member, fast, load, capture, report) is not None
+
+
+def _time_graphs(
+    rows: list[dict[str, Any]],
+    way: str,
+    member: Member,
+    fast: TorchRunner,
+    load: Load,
+    capture: bool,
+    report: Callable[[str], None],
+) -> GraphRunner | None:
+    """As `time_forwards`; no eager forward is ever timed as a graph."""
     try:
-        with member.compiled(report) as is_compiled:
-            if is_compiled:
-                compiled = member.graphs(fast, capture)
-                compiled.warm_up(report)
-                _time(rows, WAYS[3], compiled, load, report)
-            return is_compiled
-    except Exception as error:  # compilers fail in many ways, and the rest is worth keeping
-        report(f"{member.name}: compiled layers fail: {error}")
+        graphs = member.graphs(fast, capture)
+        graphs.warm_up(report)
+        if capture and not graphs.num_graphs:
+            return None
+        _time(rows, way, graphs, load, report)
+    except Exception as error:  # compilers and captures fail in many ways; the rest is kept
+        report(f"{member.name}: {way} fail: {error}")
         for row in rows:
-            row["seconds"].pop(WAYS[3], None)
-        return False
+            row["seconds"].pop(way, None)
+        return None
+    return graphs
 
 
 def time_cycles(
@@ -129,16 +158,6 @@ def time_cycles(
         seconds = median_seconds(partial(_run_all, steps), expert.device)
         rows.append({"batch": size, "seconds": seconds, "floor_seconds": floors(size)})
     return rows
-
-
-def _row(member: Member, batch: int, num_tokens: int, load: Load, limits: Limits) -> dict[str, Any]:
-    return {
-        "model": member.name,
-        "batch": batch,
-        "num_tokens": num_tokens,
-        "floor_seconds": limits.floor_seconds(member, batch, num_tokens, load.context),
-        "seconds": {},
-    }
 
 
 def _time(

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 
 from server.cache.kv_store import KVStore
@@ -29,6 +30,8 @@ _ATTRIBUTE = "cos_paged_attention"
 # block holds a single query and heads share their keys, that kernel, up to torch 2.13, takes the
 # first query's bias for it (pytorch/pytorch#191937).
 _CUDA_BLOCK = 32
+# Elsewhere torch would make the bias anew for every layer.
+_CAUSAL_DEVICES = {"cuda"}
 
 
 class ShortAttention(Protocol):
@@ -216,15 +219,20 @@ def _attend_long(
     """One span of many tokens; keys and values [1, kv_heads, L, d].
 
     KV heads take the place of the batch and each is seen by its query heads without a copy, so
-    that one [num_tokens, L] bias serves all heads.
+    that one [num_tokens, L] bias serves all heads. GPUs' kernels need none where the queries are
+    those of the last tokens and see all before them, and are faster without.
     """
     num_heads, num_kv_heads = queries.shape[1], keys.shape[1]
     heads = queries.reshape(len(queries), num_kv_heads, -1, queries.shape[-1]).permute(1, 2, 0, 3)
     shared = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
     from_start = group.is_whole(style.window)
-    bias = None if from_start else group.bias(style.window, 1, queries.dtype)
-    if bias is not None and len(queries) % _CUDA_BLOCK == 1:
-        heads, bias = F.pad(heads, (0, 0, 0, 1)), F.pad(bias, (0, 0, 0, 1))
+    bias: Tensor | None = None
+    if not from_start and not style.window and queries.device.type in _CAUSAL_DEVICES:
+        bias = causal_lower_right(len(queries), keys.shape[2])
+    elif not from_start:
+        bias = group.bias(style.window, 1, queries.dtype)
+        if bias is not None and len(queries) % _CUDA_BLOCK == 1:
+            heads, bias = F.pad(heads, (0, 0, 0, 1)), F.pad(bias, (0, 0, 0, 1))
     output = F.scaled_dot_product_attention(
         heads,
         keys[0][:, None].expand(shared),

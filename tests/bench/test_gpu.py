@@ -2,14 +2,16 @@
 
 import importlib.util
 import json
+from functools import partial
 
 import pytest
 import torch
 
 from server.bench import gpu, gpu_kernels
-from server.bench.gpu_forward import WAYS
+from server.bench.gpu_forward import WAYS, time_forwards
 from server.bench.gpu_report import expected_tokens
 from server.runner import compiled
+from server.runner.graph_runner import GraphRunner
 from tests.support.tiny_models import write_pair_config
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -64,19 +66,55 @@ def test_every_part_is_measured(arguments, monkeypatch, capsys):
     assert "floor / best" in output
 
 
+def raise_error(*_, **__):
+    raise RuntimeError("no such kernel")
+
+
 @pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
-@pytest.mark.parametrize("is_right", [True, False])
-def test_wrong_kernels_end_the_run(arguments, monkeypatch, is_right):
+@pytest.mark.parametrize("fault", [None, "differs", "raises"])
+def test_nothing_is_measured_with_wrong_kernels(arguments, monkeypatch, fault):
+    from server.runner import triton_attention
+
     options, directory = arguments
-    if not is_right:
+    if fault == "differs":
         monkeypatch.setitem(gpu_kernels.TOLERANCE, torch.float32, -1.0)
+    if fault == "raises":
+        monkeypatch.setattr(triton_attention, "attend_group", raise_error)
     has_time = iter([True])  # for the first part only
     monkeypatch.setattr(gpu.Session, "may_go_on", lambda _: next(has_time, False))
     with pytest.raises(SystemExit, match="1"):
         gpu.main([*options, "--attention", "triton", "--models", "nowhere"])
     results = json.loads((directory / "out.json").read_text())
-    assert results["kernels"][0]["passed"] is is_right
-    assert ("limits" in results) is is_right
+    [row] = results["kernels"]
+    assert row["passed"] is (fault is None)
+    assert ("error" in row) is (fault == "raises")
+    assert ("kernels: 1 of 1 cases failed" in results["left_out"]) is (fault is not None)
+    assert results["attention of forwards"] == ("torch" if fault else "kernels")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_eager_forwards_are_not_timed_as_graphs(arguments, monkeypatch, fails):
+    """Where nothing can be captured, or an error ends it, what was measured before is kept."""
+    options, directory = arguments
+    monkeypatch.setattr(gpu, "time_forwards", partial(capturing, time_forwards))
+    if fails:
+        monkeypatch.setattr(GraphRunner, "forward", raise_error)
+        monkeypatch.setattr(GraphRunner, "num_graphs", 1)
+    has_time = iter([True, True, True])
+    monkeypatch.setattr(gpu.Session, "may_go_on", lambda _: next(has_time, False))
+    with pytest.raises(SystemExit, match="1"):
+        gpu.main([*options, "--models", "nowhere"])
+    results = json.loads((directory / "out.json").read_text())
+    assert "graphs of tiny-expert: see the log; cycles are eager" in results["left_out"]
+    for row in results["forward tiny-expert"]:
+        assert [*row["seconds"]] == ["transformers", "written out"]
+    assert results["cycle"]
+    assert ("fail: no such kernel" in " ".join(results["log"])) is fails
+
+
+def capturing(time_forwards, rows, member, load, capture, report):
+    """As on a GPU, where there is none."""
+    return time_forwards(rows, member, load, True, report)
 
 
 def test_out_of_time_is_said(arguments):

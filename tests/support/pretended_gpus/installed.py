@@ -13,6 +13,7 @@ from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten
 from triton.runtime.interpreter import GridExecutor
 
+from server.runner import attention
 from tests.support.pretended_gpus.streams import Event, Graph, Stream, captured_in
 from tests.support.pretended_gpus.tensors import DeviceTensor, Gpus, bare
 
@@ -30,6 +31,7 @@ def pretended_gpus(count: int = 2) -> Iterator[Gpus]:
     _device_constructors()  # it remembers torch.tensor as it finds it the first time
     patches += [mock.patch.object(torch, "tensor", _tensor())]
     patches += [mock.patch.object(GridExecutor, "__call__", _launch(gpus))]
+    patches += [mock.patch.object(attention, "causal_lower_right", _lower_right(gpus))]
     with ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)
@@ -126,6 +128,16 @@ def _tensor() -> Callable[..., Any]:
         return made if device is None else made.to(device)
 
     return tensor
+
+
+def _lower_right(gpus: Gpus) -> Callable[[int, int], torch.Tensor]:
+    """Written out: torch's own is a kind of tensor of its own, which no dispatch mode sees made."""
+
+    def lower_right(num_queries: int, num_keys: int) -> torch.Tensor:
+        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=gpus.device_of())
+        return seen.tril(num_keys - num_queries)
+
+    return lower_right
 
 
 def _launch(gpus: Gpus) -> Callable[..., Any]:
