@@ -21,7 +21,7 @@ def score_devices(devices: Sequence[torch.device]) -> list[torch.device]:
     return [meeting if device.type == "cuda" else device for device in devices]
 
 
-def device_places(devices: Sequence[torch.device]) -> tuple[int, ...]:
+def device_numbers(devices: Sequence[torch.device]) -> tuple[int, ...]:
     """[num_models] `devices` as numbers, 0 for the one where scores meet.
 
     And for CPUs: the host works on nothing else meanwhile.

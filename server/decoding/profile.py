@@ -34,7 +34,7 @@ _SETTLING_STEPS, _COUNTED_STEPS = 24, 48  # of the imagined batch
 _EDGE = 0.01  # acceptance is taken to lie this far from 0 and 1, where chains fall apart
 
 
-class Shape(NamedTuple):
+class StepShape(NamedTuple):
     """One advance of one sequence: what the model feeds, and what is decided then."""
 
     model: int
@@ -56,7 +56,7 @@ class Profile:
             average: not all come to want it at the same time.
     """
 
-    rates: dict[Shape, float]
+    rates: dict[StepShape, float]
     num_forced: float
     walk: Callable[[], dict[int, float]]
 
@@ -100,7 +100,7 @@ class _Branch:
     rejected: int | None
     runs_on: bool | None
     num_forced: int
-    shape: Shape
+    shape: StepShape
     target: int  # index of the state that follows
     num_verified: int
 
@@ -162,7 +162,7 @@ class Chain:
             [_probability(branch, acceptance, runs) for branch in branches]
             for branches in self._branches
         ]
-        rates: dict[Shape, float] = {}
+        rates: dict[StepShape, float] = {}
         num_tokens = num_forced = 0.0
         for mass, branches, chances in zip(self._masses(odds), self._branches, odds, strict=True):
             for branch, chance in zip(branches, chances, strict=True):
@@ -293,7 +293,7 @@ class Chain:
             rejected=window[num_accepted] if is_rejected else None,
             runs_on=runs_on,
             num_forced=num_forced,
-            shape=Shape(model, num_tokens, num_drawn, num_decided, num_proposed),
+            shape=StepShape(model, num_tokens, num_drawn, num_decided, num_proposed),
             target=self._index[after],
             num_verified=num_verified,
         )

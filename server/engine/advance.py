@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence as Row
 
 import torch
 
-from server.cache.devices import device_places
+from server.cache.devices import device_numbers
 from server.cache.score_store import ScoreStore
 from server.core.lookup import LOOKUP
 from server.core.proposal import Proposal
@@ -91,9 +91,9 @@ class Advancer:
         self._most_forced = scores.capacity - len(runners)
         self._probes = Probes(strategies, self._distributions)
         self._device = self._scores.device
-        self.places = device_places([runner.device for runner in runners])
+        self.device_numbers = device_numbers([runner.device for runner in runners])
         # Models that are elsewhere than where tokens are decided; or all but one.
-        elsewhere = frozenset(model for model, place in enumerate(self.places) if place)
+        elsewhere = frozenset(model for model, at in enumerate(self.device_numbers) if at)
         self.apart = elsewhere or frozenset(range(1, len(runners)))
         self.timer = Timer(self._device, [runner.device for runner in runners], clock)
         self.drafted = DraftedIds(self._scores, scores.num_rows, runs_ahead)
@@ -124,11 +124,11 @@ class Advancer:
         self._scores.head_seconds = 0.0
         self._score_prompts(plan.sequences, outcome)
         self._decide(flight)
-        for sequence, start in flight.num_verified.items():
+        for sequence, start in flight.verified_before.items():
             if sequence.num_verified > start:
-                outcome.num_verified[sequence] = sequence.num_verified - start
+                outcome.num_new[sequence] = sequence.num_verified - start
         outcome.stats.num_forced = sum(outcome.num_forced.values())
-        self._report(flight.num_verified, outcome)
+        self._report(flight.verified_before, outcome)
         outcome.laps.head_seconds = self._scores.head_seconds
         self.timer.mark_decided(outcome.laps)
         return outcome
@@ -402,7 +402,7 @@ class Advancer:
         """Log-probabilities of newly verified tokens; their scores are still in the store."""
         spans = [
             (sequence, before[sequence], count)
-            for sequence, count in outcome.num_verified.items()
+            for sequence, count in outcome.num_new.items()
             if sequence.params.logprobs is not None and sequence not in outcome.failed
         ]
         if not spans:

@@ -58,13 +58,13 @@ class Controller:
         costs: CostTable,
         strategies: Strategies,
         max_gamma: int,
-        places: Row[int] = (),
+        device_numbers: Row[int] = (),
         half_batches: bool | None = False,
     ) -> None:
-        """One that knows nothing but `costs`; `places` and `half_batches` as in HalfBatches."""
+        """One that knows nothing but `costs`; the others are those of HalfBatches."""
         self._costs = costs
         self._predictor = Predictor(costs, strategies)
-        self._half_batches = HalfBatches(self._predictor, places, half_batches)
+        self._half_batches = HalfBatches(self._predictor, device_numbers, half_batches)
         self._groups = Groups(max_gamma)
         self._acceptance = AcceptanceRates()
         self._forced = ForcedRates()
@@ -227,8 +227,8 @@ class Controller:
         if candidate is None:
             return baseline
         doubt = self._uncertainty(group, baseline).doubt
-        verdict = group.trials.proceed(candidate, doubt, group.num_steps, self._seconds)
-        return candidate.choice if verdict.is_for_candidate else baseline
+        judgement = group.trials.proceed(candidate, doubt, group.num_steps, self._seconds)
+        return candidate.choice if judgement.is_for_candidate else baseline
 
     def _candidate(
         self, group: Group, best: DecodingParams, speedups: Mapping[DecodingParams, float]

@@ -62,7 +62,7 @@ class Decider:
         rule: Rule = "block" if sequence.schedule.verifies_blocks else "token"
         if sequence.params.is_coupled:
             rule = "coupled"
-        return Way(rule, self._kernels is not None and self._kernels.take(sequence))
+        return Way(rule, self._kernels is not None and self._kernels.takes(sequence))
 
     def draw(self, places: list[Place], way: Way) -> Tensor:
         """A token of each place from its target, int64 [R]; see `verify.sample`."""

@@ -153,7 +153,7 @@ class Engine:
         # A draft, and what may stand between it and its scoring: no half waits for more.
         self._longest_flight = limits.max_gamma + len(runners)
         self._late: list[_News] = []  # to be told when the next forward is launched
-        self._told: list[TokenDelta] = []  # and not handed out
+        self._undelivered: list[TokenDelta] = []
         self._sequences: dict[str, Sequence] = {}
 
     def control(self, costs: CostTable) -> None:
@@ -163,7 +163,7 @@ class Engine:
             costs,
             self._strategies,
             self.limits.max_gamma,
-            self._advancer.places,
+            self._advancer.device_numbers,
             self.half_batches,
         )
 
@@ -187,7 +187,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work or bool(self._told)
+        return self.scheduler.has_work or bool(self._undelivered)
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; the caller has validated it against this engine's limits."""
@@ -211,11 +211,13 @@ class Engine:
             return
         if any(sequence in run.plan.sequences for run in self._in_flight):
             landed = list(chain.from_iterable(self._land_flight()))
-            self._told = landed + self._told
+            self._undelivered = landed + self._undelivered
         self._tell_late()
         if not sequence.is_finished:
             self._release(sequence, sequence.num_verified)
-        self._told = [delta for delta in self._told if delta.sequence_id != sequence_id]
+        self._undelivered = [
+            delta for delta in self._undelivered if delta.sequence_id != sequence_id
+        ]
         if not self.has_work:
             self.observer.close()
             self.observer.observe()
@@ -248,8 +250,8 @@ class Engine:
         """What was decided and nobody was told; steps that have ended are observed first."""
         self._tell_late()
         self.observer.observe()
-        told, self._told = self._told, []
-        return told
+        deltas, self._undelivered = self._undelivered, []
+        return deltas
 
     def _divided(self) -> frozenset[int]:
         """Models of whose steps others may run meanwhile, over half of the sequences."""
@@ -367,9 +369,9 @@ class Engine:
                     self.scheduler.pages.withdraw(sequence)
                 self._fail(sequence, fault)
             elif sequence.params.max_tokens == 0 and not sequence.scores_prompt:
-                self._told.append(self._outputs.end_at_prompt(sequence))
+                self._undelivered.append(self._outputs.end_at_prompt(sequence))
                 self._release(sequence, sequence.num_verified)
-            elif count := outcome.num_verified.get(sequence, 0):
+            elif count := outcome.num_new.get(sequence, 0):
                 goes_on = self._outputs.goes_on(sequence, count)
                 (going_on if goes_on else ending)[sequence] = schedule
         self._tell(_News(outcome, ending, batch))
@@ -386,7 +388,7 @@ class Engine:
     def _tell(self, news: _News) -> None:
         outcome = news.outcome
         for sequence, schedule in news.schedules.items():
-            count, logprobs = outcome.num_verified[sequence], outcome.logprobs.get(sequence, [])
+            count, logprobs = outcome.num_new[sequence], outcome.logprobs.get(sequence, [])
             num_forced = outcome.num_forced.get(sequence, 0)
             try:
                 delta = self._outputs.deliver(
@@ -395,7 +397,7 @@ class Engine:
                 if delta.finish_reason is not None:
                     start = sequence.num_verified - count
                     self._release(sequence, start + len(delta.token_ids))
-                self._told.append(delta)
+                self._undelivered.append(delta)
             except Exception:
                 logger.exception("sequence %s is broken", sequence.id)
                 self._break(sequence)
@@ -413,7 +415,7 @@ class Engine:
     def _fail(self, sequence: Sequence, fault: Fault) -> None:
         """End one sequence that cannot go on."""
         self._count(fault)
-        self._told.append(self._outputs.fail(sequence, fault))
+        self._undelivered.append(self._outputs.fail(sequence, fault))
         if sequence.id in self._sequences:
             self._release(sequence, sequence.num_verified)
 

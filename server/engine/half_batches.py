@@ -23,12 +23,12 @@ class HalfBatches:
         is_on: they do, as far as is known.
     """
 
-    def __init__(self, predictor: Predictor, places: Row[int], wanted: bool | None) -> None:
-        """`places` [num_models] as in `Predictor`; `wanted`: None for wherever they pay."""
+    def __init__(self, predictor: Predictor, device_numbers: Row[int], wanted: bool | None) -> None:
+        """`device_numbers` [num_models] as in `Predictor`; `wanted`: None for wherever they pay."""
         self.is_on = bool(wanted)
         self._predictor = predictor
-        self._places = places
-        self.is_open = wanted is None and len(set(places)) > 1
+        self._device_numbers = device_numbers
+        self.is_open = wanted is None and len(set(device_numbers)) > 1
 
     def look(self, decoding: DecodingParams, rates: Rates, batch: int) -> None:
         """Choose anew; `batch` sequences are decoded so."""
@@ -36,5 +36,5 @@ class HalfBatches:
             self.is_on = False
             return
         whole = self._predictor.token_seconds(decoding, rates, batch)
-        halved = self._predictor.halved_seconds(decoding, rates, batch, self._places)
+        halved = self._predictor.halved_seconds(decoding, rates, batch, self._device_numbers)
         self.is_on = whole >= halved * (_KEPT if self.is_on else _MARGIN)

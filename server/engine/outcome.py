@@ -24,7 +24,7 @@ class Outcome:
     """What one advance did.
 
     Attributes:
-        num_verified: tokens newly verified, for each sequence that got any.
+        num_new: verified tokens, for each sequence that got any.
         num_forced: those of them, the last ones, that a grammar left no choice about.
         logprobs: one entry for each of them, where the request asked.
         prompt_logprobs: of further tokens of prompts, where the request asked.
@@ -40,7 +40,7 @@ class Outcome:
 
     stats: StepStats
     laps: Laps
-    num_verified: dict[Sequence, int] = field(default_factory=dict)
+    num_new: dict[Sequence, int] = field(default_factory=dict)
     num_forced: dict[Sequence, int] = field(default_factory=dict)
     logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
     prompt_logprobs: dict[Sequence, list[TokenLogprob]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class Flight:
         plan: that is run.
         outcome: so far.
         deciding: its sequences whose tokens it decides.
-        num_verified: tokens of each of them that were verified before.
+        verified_before: tokens of each that were verified when it was launched.
         drafting: those that drafted from the shortlist before.
         sent: scores that cross from one device to another, see `Scores.receive`.
     """
@@ -72,7 +72,7 @@ class Flight:
     plan: StepPlan
     outcome: Outcome
     deciding: frozenset[Sequence]
-    num_verified: dict[Sequence, int]
+    verified_before: dict[Sequence, int]
     drafting: frozenset[Sequence]
     sent: torch.cuda.Event | None
 

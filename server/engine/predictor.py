@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams
-from server.decoding.profile import Chain, Profile, Shape
+from server.decoding.profile import Chain, Profile, StepShape
 from server.decoding.strategies import Strategies
 from server.engine.bounded import make_room
 from server.engine.cost_table import MOST_DOUBT, CostTable
@@ -48,7 +48,7 @@ class Predictor:
         self._strategies = strategies
         self._chains: dict[tuple[DecodingParams, bool], Chain] = {}
         self._profiles: dict[tuple[Chain, tuple[int, ...]], Profile] = {}
-        self._known: dict[tuple[Shape, float, float], tuple[float, float]] = {}
+        self._known: dict[tuple[StepShape, float, float], tuple[float, float]] = {}
 
     def forget_seconds(self) -> None:
         """The cost table has changed."""
@@ -72,7 +72,7 @@ class Predictor:
         decoding: DecodingParams,
         rates: Rates,
         batch: int,
-        places: Row[int],
+        device_numbers: Row[int],
     ) -> float:
         """`token_seconds` where one half of the sequences goes on beside the other.
 
@@ -80,7 +80,7 @@ class Predictor:
         done for it, one thing after the other. Infinite for a mixture: with shared coins one half
         waits for the other, and with its own every step calls all models.
 
-        `places` [num_models] number the devices of models, 0 where tokens are decided.
+        `device_numbers` [num_models] are those of the models, 0 where tokens are decided.
         """
         if decoding.strategy == "mixture":
             return math.inf
@@ -91,7 +91,7 @@ class Predictor:
             together = profile.num_together(shape.model, half)
             more = _num_read(profile, shape.model, rates)
             forward, rest = self._step_seconds(shape, together, more)
-            loads[places[shape.model]] += rate * forward * half / together
+            loads[device_numbers[shape.model]] += rate * forward * half / together
             loads[0] += rate * rest * half / together
         return max(2 * max(loads.values()), sum(loads.values())) / batch
 
@@ -132,7 +132,7 @@ class Predictor:
             self._profiles[key] = chain.profile(tuple(acceptance), runs_rate)
         return self._profiles[key]
 
-    def _step_seconds(self, shape: Shape, batch: float, more: float) -> tuple[float, float]:
+    def _step_seconds(self, shape: StepShape, batch: float, more: float) -> tuple[float, float]:
         """Of the forward, over `more` tokens of each than the shape has, and of the rest."""
         key = (shape, batch, more)
         if key not in self._known:

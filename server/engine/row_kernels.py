@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence as Row
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import accumulate
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class RowKernels:
         self._bits = np.array([BITS[scores.dtype(k)] for k in range(num_models)])
         self._adjuster = Adjuster(eos_token_ids, padded.py_func(vocab_size))
 
-    def take(self, sequence: Sequence) -> bool:
+    def takes(self, sequence: Sequence) -> bool:
         """Is the sequence's every distribution of a kind that kernels make?"""
         return self._adjuster.takes(sequence)
 
@@ -262,43 +262,44 @@ def _decide(
     scratch = _scratch(num_threads * scratch_size)
     windows = np.fromiter(accumulate(lengths, initial=0), np.int64, len(lengths) + 1)
     decisions = torch.empty(len(lengths), 2, dtype=torch.int64)
+    floors, references = laws.plausibility or (None, None)
+    adjustments = laws.adjustments
     kernel = decider()
-    (kernel.alone if is_alone else kernel)(
-        laws.num_columns,
-        laws.scores.shape[1],
-        len(lengths),
-        windows.ctypes.data,
-        laws.scores.ctypes.data,
-        laws.bits.ctypes.data,
-        laws.scales.ctypes.data,
-        laws.shares.ctypes.data,
-        0 if laws.plausibility is None else laws.plausibility[0].ctypes.data,
-        0 if laws.plausibility is None else laws.plausibility[1].ctypes.data,
-        0 if laws.limits is None else laws.limits.ctypes.data,
-        0 if laws.noises is None else laws.noises.ctypes.data,
-        0 if laws.columns is None else laws.columns.data_ptr(),
-        0 if laws.ids is None else laws.ids.data_ptr(),
-        *_addresses_of(laws.adjustments),
-        origins.numbers.ctypes.data,
-        origins.scales.ctypes.data,
-        tokens.data_ptr(),
-        uniforms[0].data_ptr(),
-        uniforms[1].data_ptr(),
-        rule,
-        scratch.data_ptr(),
-        scratch_size,
-        decisions.data_ptr(),
+    arguments = kernel.in_order(
+        num_columns=laws.num_columns,
+        num_models=laws.scores.shape[1],
+        num_windows=len(lengths),
+        windows=windows.ctypes.data,
+        scores=laws.scores.ctypes.data,
+        bits=laws.bits.ctypes.data,
+        scales=laws.scales.ctypes.data,
+        shares=laws.shares.ctypes.data,
+        floors=_address(floors),
+        references=_address(references),
+        limits=_address(laws.limits),
+        noises=_address(laws.noises),
+        columns=0 if laws.columns is None else laws.columns.data_ptr(),
+        ids=0 if laws.ids is None else laws.ids.data_ptr(),
+        masks=0 if adjustments is None else adjustments.masks.ctypes.data,
+        starts=0 if adjustments is None else adjustments.starts.ctypes.data,
+        changed=0 if adjustments is None else adjustments.changed.ctypes.data,
+        changes=0 if adjustments is None else adjustments.changes.ctypes.data,
+        origins=origins.numbers.ctypes.data,
+        origin_scales=origins.scales.ctypes.data,
+        tokens=tokens.data_ptr(),
+        accept_uniforms=uniforms[0].data_ptr(),
+        choose_uniforms=uniforms[1].data_ptr(),
+        rule=rule,
+        scratch=scratch.data_ptr(),
+        scratch_size=scratch_size,
+        decisions=decisions.data_ptr(),
     )
+    (kernel.alone if is_alone else kernel)(*arguments)
     return decisions
 
 
-def _addresses_of(adjustments: Adjustments | None) -> tuple[int, int, int, int]:
-    """Of masks, starts, changed and changes, as the kernel takes them."""
-    if adjustments is None:
-        return 0, 0, 0, 0
-    arrays = adjustments.masks, adjustments.starts, adjustments.changed, adjustments.changes
-    masks, starts, changed, changes = [array.ctypes.data for array in arrays]
-    return masks, starts, changed, changes
+def _address(array: NDArray[Any] | None) -> int:
+    return 0 if array is None else array.ctypes.data
 
 
 def _grouped(

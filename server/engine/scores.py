@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.cache.devices import device_places, meeting_device
+from server.cache.devices import device_numbers, meeting_device
 from server.cache.on_device import tensor_on
 from server.cache.score_store import ScoreStore
 from server.core.sequence import Sequence
@@ -78,8 +78,8 @@ class Scores:
         self._clock = clock
         self._latest: list[_Latest | None] = [None] * len(runners)
         self._crossings = [
-            Crossing(self.device, device) if place else None
-            for device, place in zip(devices, device_places(devices), strict=True)
+            Crossing(self.device, device) if number else None
+            for device, number in zip(devices, device_numbers(devices), strict=True)
         ]
 
     def has_shortlist(self, model: int) -> bool:

@@ -62,7 +62,7 @@ class Candidate:
         return self.speedup * (1 - self.uncertainty.doubt - baseline_doubt)
 
 
-class Verdict(Enum):
+class Judgement(Enum):
     """What is to be done about a candidate."""
 
     TAKE = auto()  # decode by it
@@ -73,17 +73,17 @@ class Verdict(Enum):
     @property
     def is_for_candidate(self) -> bool:
         """Decode by it."""
-        return self in (Verdict.TAKE, Verdict.TRY)
+        return self in (Judgement.TAKE, Judgement.TRY)
 
     @property
     def is_final(self) -> bool:
         """Nothing has to be timed before."""
-        return self in (Verdict.TAKE, Verdict.LEAVE)
+        return self in (Judgement.TAKE, Judgement.LEAVE)
 
 
 def judge(
     candidate: Candidate, baseline_doubt: float, is_baseline_stale: bool, may_try: bool
-) -> Verdict:
+) -> Judgement:
     """Weigh a candidate whose speedup is at least MARGIN, or which is not timed and may reach it.
 
     Args:
@@ -94,10 +94,10 @@ def judge(
     """
     is_sure = candidate.lower() >= MARGIN
     if not may_try:
-        return Verdict.TAKE if is_sure else Verdict.LEAVE
+        return Judgement.TAKE if is_sure else Judgement.LEAVE
     if is_baseline_stale and candidate.lower(baseline_doubt) < MARGIN:
-        return Verdict.TIME_BASELINE
-    return Verdict.TAKE if is_sure or candidate.is_timed else Verdict.TRY
+        return Judgement.TIME_BASELINE
+    return Judgement.TAKE if is_sure or candidate.is_timed else Judgement.TRY
 
 
 @dataclass(slots=True)
@@ -105,7 +105,7 @@ class _Trial:
     """Of one candidate.
 
     Attributes:
-        num_steps: that came before each verdict, since the last final one.
+        num_steps: that came before each judgement, since the last final one.
         paused_until: seconds of decoding.
     """
 
@@ -141,7 +141,7 @@ class Trials:
 
     def proceed(
         self, candidate: Candidate, baseline_doubt: float, num_steps: int, now: float
-    ) -> Verdict:
+    ) -> Judgement:
         """Begin, go on with or end the trial of a candidate, by what `judge` says of it.
 
         One that has gone on for too long is paused; it is not compared with the baseline then, and
@@ -161,10 +161,10 @@ class Trials:
         if may_try:
             limit = _TIMED if self._is_baseline_stale else _STALE
             self._is_baseline_stale = baseline_doubt > limit
-        verdict = judge(candidate, baseline_doubt, self._is_baseline_stale, may_try)
-        if verdict.is_final:
+        judgement = judge(candidate, baseline_doubt, self._is_baseline_stale, may_try)
+        if judgement.is_final:
             trial.num_steps = 0
-        return verdict
+        return judgement
 
     def _is_paused(self, choice: DecodingParams, now: float) -> bool:
         trial = self._trials.get(choice)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
-from server.cache.devices import device_places, score_devices
+from server.cache.devices import device_numbers, score_devices
 from server.cache.score_store import PROMPT_WINDOW, num_score_rows
 from server.config import ServerConfig
 from server.core.sampling_params import proposal_lengths
@@ -174,7 +174,7 @@ def _num_score_rows(config: ServerConfig) -> int:
 
 
 def _check_half_batches(runners: Sequence[TorchRunner], config: ServerConfig) -> None:
-    num_places = len(set(device_places([runner.device for runner in runners])))
+    num_places = len(set(device_numbers([runner.device for runner in runners])))
     if config.engine.half_batches == "on" and num_places == 1:
         raise ConfigError(
             "engine.half_batches is on, but the models are not on several GPUs; see models.N.device"

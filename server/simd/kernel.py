@@ -51,6 +51,11 @@ class Kernel:
         self._alone = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(member.address)
         self._team = team_function()
 
+    def in_order(self, **arguments: float) -> list[float]:
+        """Arguments by name, all that it takes, as a call has them."""
+        assert arguments.keys() == self.arguments.keys(), "a kernel takes what it names"
+        return [arguments[name] for name in self.arguments]
+
     def __call__(self, *arguments: float) -> None:
         """Run on as many threads as torch would use, and return when all have finished."""
         self._team(self.address, self._pack(*arguments), torch.get_num_threads(), 0)

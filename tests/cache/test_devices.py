@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from server.cache.devices import device_places, meeting_device, score_devices
+from server.cache.devices import device_numbers, meeting_device, score_devices
 
 
 @pytest.mark.parametrize(
@@ -24,4 +24,4 @@ def test_scores_meet_on_the_first_gpu(
     devices = [torch.device(name) for name in names]
     assert meeting_device(devices) == torch.device(meeting)
     assert score_devices(devices) == [torch.device(name) for name in scores]
-    assert device_places(devices) == places
+    assert device_numbers(devices) == places

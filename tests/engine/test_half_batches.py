@@ -135,7 +135,7 @@ def test_aborting_what_is_in_flight_costs_nobody_else_anything() -> None:
                 engine.abort(name)
                 aborted.add(name)
             engine.scheduler.check_integrity()
-            assert all(delta.sequence_id not in aborted for delta in engine._told)
+            assert all(delta.sequence_id not in aborted for delta in engine._undelivered)
         assert engine.scheduler.pages.num_used() == (0, 0)
         assert not engine.observer.is_ahead
         for name, deltas in made.items():

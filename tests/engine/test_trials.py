@@ -9,10 +9,10 @@ import pytest
 from server.core.combination import Combination
 from server.core.sampling_params import DecodingParams
 from server.engine.predictor import Uncertainty
-from server.engine.trials import Candidate, Trials, Verdict, judge
+from server.engine.trials import Candidate, Judgement, Trials, judge
 
-TAKE, TRY, LEAVE = Verdict.TAKE, Verdict.TRY, Verdict.LEAVE
-TIME_BASELINE = Verdict.TIME_BASELINE
+TAKE, TRY, LEAVE = Judgement.TAKE, Judgement.TRY, Judgement.LEAVE
+TIME_BASELINE = Judgement.TIME_BASELINE
 COS = DecodingParams("cos", Combination.contrastive(2, 0.1), (1, 1))
 LONGER = replace(COS, gamma=(4, 1))
 BASELINE = replace(COS, strategy="standard")
@@ -55,7 +55,7 @@ def test_verdicts(
     baseline_doubt: float,
     is_stale: bool,
     may_try: bool,
-    verdict: Verdict,
+    verdict: Judgement,
 ) -> None:
     candidate = make_candidate(speedup, doubt)
     assert judge(candidate, baseline_doubt, is_stale, may_try) is verdict
@@ -70,14 +70,14 @@ def test_verdicts(
         (LEAVE, False, True),
     ],
 )
-def test_what_verdicts_mean(verdict: Verdict, is_for_candidate: bool, is_final: bool) -> None:
+def test_what_verdicts_mean(verdict: Judgement, is_for_candidate: bool, is_final: bool) -> None:
     assert verdict.is_for_candidate is is_for_candidate
     assert verdict.is_final is is_final
 
 
 def proceed(
     trials: Trials, candidate: Candidate, now: float = 0.0, times: int = 1
-) -> list[Verdict]:
+) -> list[Judgement]:
     """Each after 16 steps."""
     return [trials.proceed(candidate, KNOWN, 16, now) for _ in range(times)]
 
