@@ -26,6 +26,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence as Row
+from typing import NamedTuple
 
 import torch
 
@@ -59,6 +60,20 @@ logger = logging.getLogger(__name__)
 Window = tuple[Sequence, int]  # a sequence, and how many of its pending tokens are decided
 
 _MIN_SHORTLIST_GAMMA = 3  # below, the second product takes what the shortlist saves
+
+
+class _Packed(NamedTuple):
+    """The input of one forward.
+
+    Attributes:
+        spans: of all sequences.
+        places: that their kept rows score.
+        decoding: spans that are not all of prompt or recomputation, by sequence.
+    """
+
+    spans: tuple[Span, ...]
+    places: list[Place]
+    decoding: dict[Sequence, Span]
 
 
 class Advancer:
@@ -172,7 +187,22 @@ class Advancer:
 
     def _feed(self, plan: StepPlan, outcome: Outcome) -> torch.cuda.Event | None:
         """One packed forward; scores of undecided positions go to the store."""
-        stats = outcome.stats
+        runner = self._runners[plan.model]
+        packed = self._pack(plan, outcome.stats)
+        batch = Batch(packed.spans, self.drafted.for_model(plan.model, runner.device, packed.spans))
+        _count(batch, [*packed.decoding.values()], runner, outcome.stats)
+        defer = self._has_shortlists and any(
+            self._defers(sequence, plan.model) for sequence in plan.sequences
+        )
+        self.timer.start_forward(plan.model, outcome.laps)
+        sent = self._scores.forward(plan.model, batch, packed.places, defer)
+        self.timer.stop_forward(plan.model, outcome.laps)
+        for sequence in packed.decoding:
+            sequence.stats.forwards[plan.model] += 1
+        return sent
+
+    def _pack(self, plan: StepPlan, stats: StepStats) -> _Packed:
+        """What the plan feeds; `num_seen` moves on, and tokens of prompts are counted."""
         spans: list[Span] = []
         decoding: dict[Sequence, Span] = {}
         places: list[Place] = []
@@ -189,22 +219,7 @@ class Advancer:
             stats.num_prefill_tokens += num_prefill
             if num_prefill < count:
                 decoding[sequence] = spans[-1]
-        runner = self._runners[plan.model]
-        drafted = self.drafted.for_model(plan.model, runner.device, spans)
-        batch = Batch(tuple(spans), drafted)
-        defer = self._has_shortlists and any(
-            self._defers(sequence, plan.model) for sequence in plan.sequences
-        )
-        stats.num_tokens = batch.num_tokens
-        stats.num_decoding = len(decoding)
-        stats.num_past = sum(span.num_past for span in decoding.values())
-        stats.num_attended = num_attended([*decoding.values()], runner.page_size, runner.gathers)
-        self.timer.start_forward(plan.model, outcome.laps)
-        sent = self._scores.forward(plan.model, batch, places, defer)
-        self.timer.stop_forward(plan.model, outcome.laps)
-        for sequence in decoding:
-            sequence.stats.forwards[plan.model] += 1
-        return sent
+        return _Packed(tuple(spans), places, decoding)
 
     def _score_prompts(self, sequences: Iterable[Sequence], outcome: Outcome) -> None:
         for sequence in sequences:
@@ -419,6 +434,14 @@ class Advancer:
         entries = self._logprobs.of_texts(spans)
         for (sequence, _, _), each in zip(spans, entries, strict=True):
             outcome.logprobs[sequence] = each
+
+
+def _count(batch: Batch, decoding: list[Span], runner: ModelRunner, stats: StepStats) -> None:
+    """Note how much work the forward is."""
+    stats.num_tokens = batch.num_tokens
+    stats.num_decoding = len(decoding)
+    stats.num_past = sum(span.num_past for span in decoding)
+    stats.num_attended = num_attended(decoding, runner.page_size, runner.gathers)
 
 
 def _pairs(numbers: list[int]) -> list[list[int]]:
