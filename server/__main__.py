@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import FrameType
 
 from server import __version__, logs
 from server.config import ServerConfig
@@ -117,19 +120,33 @@ def _load_config(options: argparse.Namespace) -> ServerConfig:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    config = _load_config(options)
-    logger.info("starting %s from %s", config.served_model_name, options.config)
-    # Here, because torch and transformers take seconds to import.
-    from server.serve import finish, serve
+    # Until uvicorn takes signals itself: one that nobody takes is lost in a container, whose first
+    # process this is.
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        config = _load_config(options)
+        logger.info("starting %s from %s", config.served_model_name, options.config)
+        # Here, because torch and transformers take seconds to import.
+        from server.serve import finish, serve
 
-    return finish(serve(config))
+        return finish(serve(config))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Nothing is served yet; at once, for what is being imported would swallow an exception."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def _check(options: argparse.Namespace) -> int:
     config = _load_config(options)
     from server.app import create_app, load_parts
     from server.metrics import Metrics
+    from server.serve import check_tls
 
+    check_tls(config.http)
     create_app(config)
     if options.load:
         load_parts(config, Metrics(config))

@@ -58,7 +58,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-LOADER = "loader"  # the thread that loads models
+LOADER = "loader"  # threads that load models, or tell a collector the rest
+_TRACING_SECONDS = 3  # that the collector gets at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,7 +277,10 @@ class _Life:
                 await task
             await self._service.stop()
             if self._service.tracer is not None:
-                await asyncio.to_thread(self._service.tracer.close)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(
+                        _in_daemon_thread(self._service.tracer.close), _TRACING_SECONDS
+                    )
 
     async def _run(self) -> None:
         """Load, open, watch."""
@@ -313,7 +317,7 @@ class _Life:
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:
-    """`work()` in a thread that does not keep the process alive: loading cannot be interrupted."""
+    """`work()` in a thread that does not keep the process alive: it cannot be interrupted."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 

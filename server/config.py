@@ -226,7 +226,10 @@ class EngineConfig(Section):
         "standard for some tokens, which costs what that takes. Off if null; {} for its defaults.",
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of torch; if null all cores, or what a container gets."
+        None,
+        ge=1,
+        le=1024,
+        description="CPU threads of torch; if null all cores, or what a container gets.",
     )
     attention: Literal["auto", "portable", "triton"] = Field(
         "auto",
@@ -277,10 +280,16 @@ class EngineConfig(Section):
         return value
 
 
+_MOST_SECONDS = (
+    1e6  # eleven days: timers of sockets and of event loops take no more than some weeks
+)
+
+
 class HttpConfig(Section):
     """The HTTP surface and its limits."""
 
-    host: str = Field("127.0.0.1", description="Address to listen on.")
+    # Empty would be all addresses.
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
     keys_file: str | None = Field(
         None, min_length=1, description="File of API keys, `key` or `name:key` on each line."
@@ -303,7 +312,9 @@ class HttpConfig(Section):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="Port of its own for /metrics, which needs no key there."
     )
-    metrics_host: str = Field("127.0.0.1", description="Address to listen on for metrics_port.")
+    metrics_host: str = Field(
+        "127.0.0.1", min_length=1, description="Address to listen on for metrics_port."
+    )
     max_open_requests: int = Field(
         512, ge=1, description="POST requests open at once, streams included."
     )
@@ -316,9 +327,11 @@ class HttpConfig(Section):
         description="Prompt and generated tokens of each API key's name, counted as they come.",
     )
     request_seconds: float = Field(
-        600.0, gt=0, description="Time from queueing a request to its last token."
+        600.0, gt=0, le=_MOST_SECONDS, description="Time from queueing a request to its last token."
     )
-    body_seconds: float = Field(30.0, gt=0, description="Time a client gets to send its body.")
+    body_seconds: float = Field(
+        30.0, gt=0, le=_MOST_SECONDS, description="Time a client gets to send its body."
+    )
     keep_alive_seconds: int = Field(
         75,
         ge=1,
@@ -326,7 +339,10 @@ class HttpConfig(Section):
         "would otherwise send into one that is being closed.",
     )
     send_seconds: float = Field(
-        60.0, gt=0, description="Time a client may leave a stream unread before it is cut."
+        60.0,
+        gt=0,
+        le=_MOST_SECONDS,
+        description="Time a client may leave a stream unread before it is cut.",
     )
     max_header_bytes: int = Field(
         64 << 10, ge=1024, description="Size of a request's line and headers together."
@@ -339,7 +355,10 @@ class HttpConfig(Section):
         1 << 20, ge=1, description="Characters of text in one request, before it is tokenised."
     )
     template_seconds: float = Field(
-        10.0, gt=0, description="Time the chat template gets to render one conversation."
+        10.0,
+        gt=0,
+        le=_MOST_SECONDS,
+        description="Time the chat template gets to render one conversation.",
     )
     tool_call_parser: Literal["auto", "off", "hermes", "llama3_json"] = Field(
         "auto",
@@ -367,14 +386,16 @@ class HttpConfig(Section):
         description="Length of a schema, regular expression or grammar; 1 MiB at most, for the "
         "threads that read them have stacks of 2,048 times as much.",
     )
-    grammar_seconds: float = Field(10.0, gt=0, description="Time to read one of them.")
+    grammar_seconds: float = Field(
+        10.0, gt=0, le=_MOST_SECONDS, description="Time to read one of them."
+    )
     ping_seconds: int = Field(
         15,
         ge=1,
         description="Interval of SSE keep-alive comments; a stream begins after it, token or not.",
     )
     drain_seconds: float = Field(
-        30.0, ge=0, description="Time running requests get to finish at shutdown."
+        30.0, ge=0, le=_MOST_SECONDS, description="Time running requests get to finish at shutdown."
     )
 
     _words = field_validator("tool_call_parser", mode="before")(_off_is_a_word)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from contextvars import ContextVar
 from datetime import UTC, datetime
@@ -46,5 +48,10 @@ def configure(level: str, style: LogFormat) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level.upper(), handlers=[handler])
-    # Its debugging lines are what streams carry: the clients' texts.
-    logging.getLogger("sse_starlette").setLevel(max(logging.INFO, logging.getLogger().level))
+    # Of one, debugging lines are what streams carry, the clients' texts; of the other, all that it
+    # compiles, in a hundred thousand lines.
+    for name in ("sse_starlette", "numba"):
+        logging.getLogger(name).setLevel(max(logging.INFO, logging.getLogger().level))
+    if style == "json" or not sys.stderr.isatty():
+        # Bars of transformers and the hub, which read this when imported, would break the lines.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -52,7 +52,7 @@ def serve(config: ServerConfig, load: Load | None = None) -> int:
         failures.append(error)
         server.should_exit = True
 
-    _check_tls(config.http)
+    check_tls(config.http)
     app = create_app(config, load=load, on_failure=fail)
     server = DrainingServer(app, config.http)
     with _bind(config.http) as listener, _metrics_port(config.http, app.state.service):
@@ -82,7 +82,7 @@ def _url(scheme: str, host: str, port: int) -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def _check_tls(http: HttpConfig) -> None:
+def check_tls(http: HttpConfig) -> None:
     """Raises ConfigError where uvicorn would fail, or ask for a password on the terminal."""
     if http.tls_certificate is None:
         if http.tls_key is not None:

@@ -84,6 +84,12 @@ def test_overrides(path: Path) -> None:
         ("decoding.prompt_lookup={max_tokens: 9}", "max_tokens 9 is above max_gamma 8"),
         ("models.0.name=prompt_lookup", "no model can be called prompt_lookup"),
         ("engine.kv_memory=2GB", "is not a size"),
+        ("engine.threads=100000000000", "engine.threads"),
+        ("http.host=", "http.host"),
+        ("http.host=''", "http.host"),
+        ("http.send_seconds=.inf", "http.send_seconds"),
+        ("http.send_seconds=3e6", "http.send_seconds"),
+        ("http.drain_seconds=.nan", "http.drain_seconds"),
         ("combination.weights=[.nan, 1]", "combination.weights.0"),
     ],
 )

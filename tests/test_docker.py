@@ -105,7 +105,8 @@ def test_what_services_refer_to_is_there():
         named = {source for each in service["volumes"] if "/" not in (source := each.split(":")[0])}
         assert named <= set(compose["volumes"])
         for other, condition in service.get("depends_on", {}).items():
-            assert condition == {"condition": "service_healthy"}
+            awaited = "service_started" if other == "server" else "service_healthy"
+            assert condition == {"condition": awaited}
             # The server's own check is in its image.
             assert other == "server" or "healthcheck" in services()[other]
 

@@ -10,6 +10,8 @@ import sys
 import httpx
 import pytest
 
+from server.api.completion_protocol import CompletionRequest
+from server.api.unsupported import check_supported
 from server.logs import JsonFormatter, request_id
 from tests.support.api import MODEL, make_table_app
 from tests.support.live_server import run_server, wait_until
@@ -54,16 +56,41 @@ import logging
 from server import logs
 logs.configure("debug", "text")
 logging.getLogger("sse_starlette.sse").debug("a text")
+logging.getLogger("numba.core.ssa").debug("a text")
 logging.getLogger("server.api").debug("a number")
 """
 
 
-def test_a_library_that_would_log_what_streams_carry_may_not_debug() -> None:
+def test_libraries_that_would_log_texts_or_all_they_compile_may_not_debug() -> None:
     done = subprocess.run(
         [sys.executable, "-c", _DEBUGGING], capture_output=True, text=True, check=True
     )
     assert "a number" in done.stderr
     assert "a text" not in done.stderr
+
+
+_BARS = """
+from server import logs
+logs.configure("info", "json")
+from transformers.utils import logging
+assert not logging.is_progress_bar_enabled()
+for _ in logging.tqdm(range(3)):
+    pass
+"""
+
+
+def test_no_progress_bar_stands_among_json_lines() -> None:
+    done = subprocess.run([sys.executable, "-c", _BARS], capture_output=True, text=True, check=True)
+    assert not done.stderr
+
+
+def test_an_ignored_field_cannot_write_a_line_of_its_own(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    body = {"model": MODEL, "prompt": "7", "x\nERROR forged": 1}
+    with caplog.at_level("DEBUG", "server.api.unsupported"):
+        check_supported(CompletionRequest.model_validate(body))
+    assert caplog.messages == ["ignored unknown fields: 'x\\nERROR forged'"]
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -88,6 +88,7 @@ def test_logging_is_chosen_on_either_side_of_the_command(
         (["combination.weights=[1]"], "combination: 1 weights for 2 models"),
         (["combination.weights=[0.5, 0.6]"], "weights must sum to 1"),
         (["nonsense"], "expected key.path=value"),
+        (["http.tls_key=no/such.key"], "http.tls_key needs http.tls_certificate"),
     ],
 )
 def test_check_names_what_is_wrong(

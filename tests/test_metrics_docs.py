@@ -55,5 +55,5 @@ def test_every_alert_has_one_row() -> None:
         re.DOTALL,
     )
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .* for (\d+) minutes? \|$", ALERTS, re.MULTILINE)
-    assert len(rows) == len(rules) == 7
+    assert len(rows) == len(rules) == 8
     assert {(name, minutes, severity) for name, severity, minutes in rows} == set(rules)

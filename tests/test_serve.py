@@ -216,6 +216,21 @@ def test_a_signal_while_models_are_loaded_ends_the_process_well() -> None:
     assert "terminate called" not in rest
 
 
+def test_a_signal_before_anything_is_loaded_ends_the_process_well() -> None:
+    """The first process of a container would not be ended by one that it does not take."""
+    command = [sys.executable, "-m", "server", "serve", "--config", "configs/default.yaml"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as popen:
+        assert popen.stderr is not None
+        try:
+            assert "starting smollm2-cos" in popen.stderr.readline()
+            popen.send_signal(signal.SIGTERM)
+            rest = popen.stderr.read()
+        finally:
+            popen.kill()
+    assert popen.returncode == 0
+    assert not rest
+
+
 ENDLESS_GRAMMAR = """
 import asyncio, sys, threading, time
 from server.api.grammar_threads import GrammarThreads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
@@ -143,6 +144,20 @@ def test_configured_traces_reach_a_collector_before_the_server_ends() -> None:
         thread.join()
     assert sorted(collector.names) == ["decode", "prefill", "queue", f"text_completion {MODEL}"]
     assert collector.services == {"cos-server"}
+
+
+def test_a_collector_that_hangs_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.app._TRACING_SECONDS", 0.05)
+    hangs = threading.Event()
+    tracer = make_tracer(TracingConfig(endpoint="http://unused/"), InMemorySpanExporter())
+    assert tracer is not None
+    closed = tracer.close
+    monkeypatch.setattr(tracer, "close", lambda: (hangs.wait(60), closed()))
+    started = time.monotonic()
+    with run_server(make_table_app(tracer=tracer).app) as url:
+        httpx.get(f"{url}/health").raise_for_status()
+    hangs.set()
+    assert time.monotonic() - started < 30
 
 
 def test_clients_decide_about_their_traces() -> None:

@@ -67,7 +67,7 @@ TROUBLE = (
                 rate(
                     "cos_http_requests_total",
                     "status",
-                    'status=~"5..", route!~"/ready|/health|/ping"',
+                    'status=~"5..", route!~"/ready|/health|/ping|/metrics|/version"',
                 ),
             ),
         ),

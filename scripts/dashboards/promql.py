@@ -11,6 +11,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import promql_parser as promql
 
@@ -158,6 +159,8 @@ class Evaluator:
             case "min_over_time", [promql.MatrixSelector() as selector]:
                 rows = self._range(selector)
                 return {labels: min(v for _, v in row) for labels, row in rows.items()}
+            case "changes", [promql.MatrixSelector() as selector]:
+                return {labels: _changes(row) for labels, row in self._range(selector).items()}
             case "clamp_min", [inner, promql.NumberLiteral() as least]:
                 return {k: max(value, least.val) for k, value in self._vector(inner).items()}
             case "histogram_quantile", [promql.NumberLiteral() as q, inner]:
@@ -172,6 +175,11 @@ class Evaluator:
             if len(points) > 1:
                 rates[labels] = _increase(points, begin, self._moment) / seconds
         return rates
+
+
+def _changes(points: Sequence[Point]) -> float:
+    values = [value for _, value in points]
+    return float(sum(a != b for a, b in pairwise(values)))
 
 
 def _matches(matcher: promql.Matcher, labels: dict[str, str]) -> bool:

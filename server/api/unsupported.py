@@ -110,5 +110,6 @@ def check_supported(request: BaseModel) -> None:
         if value is not None and not harmless:
             raise UnsupportedParameter(name)
     if logger.isEnabledFor(logging.DEBUG) and (ignored := extra.keys() - refused.keys()):
-        shown = sorted(name[:64] for name in ignored)[:10]
+        # Quoted, for a name may hold a line of its own.
+        shown = sorted(repr(name[:64]) for name in ignored)[:10]
         logger.debug("ignored unknown fields: %s", ", ".join(shown))

@@ -97,6 +97,8 @@ def _measure(args: argparse.Namespace, console: Console) -> int:
     settings = make_settings(args)
     if args.out is not None and not args.out.resolve().parent.is_dir():
         raise ConfigError(f"--out {args.out}: no such directory")
+    if args.out is not None and args.out.is_dir():
+        raise ConfigError(f"--out {args.out}: is a directory")
     target = Target(args.base_url, args.model, args.timeout)
     server, results = asyncio.run(measure(target, settings, console))
     summaries = summarise(results)

@@ -193,7 +193,7 @@ def _measure(options: argparse.Namespace, console: Console) -> None:
         raise ConfigError("--per-slot: at least 2, for what counts lies between the texts' ends")
     config = load_config(options.config, [f"engine.max_sequences={max(concurrency)}", *options.set])
     names = ("strategies", "per_slot", "max_tokens", "schema", "set")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in names} | {"config": str(options.config)}
     file = None if options.out is None else ResultFile(options.out, settings)
     done = [] if file is None else file.cells
     known = {(cell["kind"], cell["prompts"], cell["in_flight"]) for cell in done}

@@ -51,6 +51,11 @@ def test_a_rate_is_stretched_to_the_edges() -> None:
     assert value("sum(rate(c[60s]))", *texts, moment=49) == pytest.approx(0.2 * (5 + 40 + 9) / 60)
 
 
+def test_changes_are_of_neighbours() -> None:
+    texts = [f"g {value}" for value in (1, 1, 3, 1, 1)]
+    assert value("sum(changes(g[50s]))", *texts) == 2
+
+
 def test_a_counter_was_never_below_0() -> None:
     # 2 a scrape, and 1 at first: it began half a scrape before.
     texts = [f"c {1 + 2 * i}" for i in range(4)]
