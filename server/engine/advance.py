@@ -418,7 +418,7 @@ class Advancer:
         spans = [
             (sequence, before[sequence], count)
             for sequence, count in outcome.num_new.items()
-            if sequence.params.logprobs is not None and sequence not in outcome.failed
+            if sequence.params.logprobs is not None
         ]
         if not spans:
             return

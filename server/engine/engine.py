@@ -361,20 +361,25 @@ class Engine:
         """End what has failed or is complete; for others nothing depends on their text."""
         ending: dict[Sequence, DecodingParams] = {}
         going_on: dict[Sequence, DecodingParams] = {}
+        faults = {s: fault for s in schedules if (fault := outcome.fault_of(s)) is not None}
+        for sequence in outcome.untrusted:
+            self.scheduler.pages.withdraw(sequence)
         for sequence, schedule in schedules.items():
             if entries := outcome.prompt_logprobs.get(sequence):
                 self._outputs.add_prompt_logprobs(sequence, entries)
-            if (fault := outcome.fault_of(sequence)) is not None:
-                if sequence in outcome.untrusted:
-                    self.scheduler.pages.withdraw(sequence)
-                self._fail(sequence, fault)
-            elif sequence.params.max_tokens == 0 and not sequence.scores_prompt:
+            if sequence in outcome.broken:
+                continue
+            if count := outcome.num_new.get(sequence, 0):
+                # What was decided before a fault may end the text: then nothing had to follow.
+                goes_on = sequence not in faults and self._outputs.goes_on(sequence, count)
+                (going_on if goes_on else ending)[sequence] = schedule
+            elif sequence not in faults and _is_answered(sequence):
                 self._undelivered.append(self._outputs.end_at_prompt(sequence))
                 self._release(sequence, sequence.num_verified)
-            elif count := outcome.num_new.get(sequence, 0):
-                goes_on = self._outputs.goes_on(sequence, count)
-                (going_on if goes_on else ending)[sequence] = schedule
         self._tell(_News(outcome, ending, batch))
+        for sequence, fault in faults.items():
+            if not sequence.is_finished:
+                self._fail(sequence, fault)
         self._late.append(_News(outcome, going_on, batch))
         if not self._advancer.runs_ahead:
             self._tell_late()
@@ -428,3 +433,8 @@ class Engine:
         sequence.finish(num_verified)
         del self._sequences[sequence.id]
         self._outputs.remove(sequence)
+
+
+def _is_answered(sequence: Sequence) -> bool:
+    """It asked for log-probabilities of its prompt alone, and has them."""
+    return sequence.params.max_tokens == 0 and not sequence.scores_prompt

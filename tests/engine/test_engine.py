@@ -65,6 +65,43 @@ def test_end_of_text_and_what_follows_it(strategy: str) -> None:
     assert len(text(included)) > len(text(deltas))
 
 
+@pytest.mark.parametrize(
+    ("strategy", "logprobs"),
+    [*((name, None) for name in STRATEGIES), ("standard", 1), ("speculative", 1), ("cos", 1)],
+)
+def test_a_text_that_has_ended_needs_nothing_that_could_follow(
+    strategy: str, logprobs: int | None
+) -> None:
+    """Whatever follows the stop token would complete a bad word; windows reach beyond it."""
+    for seed in range(8):
+        deltas, _ = decode(
+            strategy,
+            allowed_token_ids=(0, 3),
+            stop_token_ids=frozenset({3}),
+            bad_words=((3, 0), (3, 3)),
+            seed=seed,
+            logprobs=logprobs,
+        )
+        tokens = generated(deltas)
+        assert tokens == (0,) * (len(tokens) - 1) + (3,)
+        assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", 3)
+        if logprobs is not None:
+            reported = [entry.token_id for delta in deltas for entry in delta.logprobs or ()]
+            assert tuple(reported) == tokens
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_was_decided_before_nothing_could_follow_is_told(strategy: str) -> None:
+    """As by standard decoding, which has told of it by then."""
+    for seed in range(4):
+        deltas, _ = decode(
+            strategy, allowed_token_ids=(0, 3), bad_words=((3, 0), (3, 3)), seed=seed
+        )
+        tokens = generated(deltas)
+        assert tokens == (0,) * (len(tokens) - 1) + (3,) or tokens == (0,) * 30
+        assert deltas[-1].finish_reason == ("length" if len(tokens) == 30 else "error")
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_stop_strings_across_multi_token_steps(strategy: str) -> None:
     free, _ = decode(strategy)
