@@ -58,6 +58,9 @@ _GATED = Later("gated")  # [rows, what `down` takes]
 _KEPT_X, _KEPT_ATTENDED = Later("kept_x"), Later("kept_attended")
 _KEPT_NORMED = Later("kept_normed")
 _LEAST_POSITIONS = 1024  # of which cosines and sines are kept
+_POSITIONS_IN_ONE_PIECE = (
+    4096  # of all at once what they are worked out by would take as much again
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,8 +185,8 @@ class SimdLayers:
         """For what kernels leave to each other, and of positions what attention rotates by."""
         if num_positions > len(self._cosines):
             count = max(_LEAST_POSITIONS, 1 << (num_positions - 1).bit_length())
-            cosines, sines = self._rope(torch.arange(count))
-            self._cosines, self._sines = cosines.contiguous(), sines.contiguous()
+            pieces = map(self._rope, torch.arange(count).split(_POSITIONS_IN_ONE_PIECE))
+            self._cosines, self._sines = map(torch.cat, zip(*pieces, strict=True))
             self._workspace["cosines"] = self._cosines.data_ptr()
             self._workspace["sines"] = self._sines.data_ptr()
         if num_rows <= self._room:

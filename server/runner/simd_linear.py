@@ -77,7 +77,7 @@ class SimdLinear(nn.Module):
         if len(x):
             _kernel(self._form)(
                 x.data_ptr(),
-                x.stride(0) * x.itemsize,
+                x.shape[1] * x.itemsize,  # the stride of a single row may be any number
                 len(x),
                 self.packed.data_ptr(),
                 x.shape[1] // self._form.inputs,

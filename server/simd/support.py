@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import platform
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,16 @@ BITS = {torch.float32: 32, torch.bfloat16: 16}  # of numbers that kernels read; 
 def missing() -> str | None:
     """What this machine lacks for the kernels of `server.simd`; None: nothing."""
     try:
-        importlib.import_module("numba")
-    except ImportError as error:  # Numba also says so where it does not take numpy's version
+        numba = importlib.import_module("numba")
+        features = importlib.import_module("llvmlite.binding").get_host_cpu_features()
+    except Exception as error:  # of many kinds: another numpy, a library that cannot be loaded
         return f"Numba cannot be imported ({error})"
+    if numba.config.CPU_NAME is not None or numba.config.CPU_FEATURES is not None:
+        # LLVM ends the process where a kernel needs what that processor has not.
+        return "NUMBA_CPU_NAME or NUMBA_CPU_FEATURES has Numba compile for another processor"
+    if platform.machine().lower() in ("x86_64", "amd64") and not features.get("fma"):
+        # Every single one would be a call of a C library's function, slower than torch by far.
+        return "this processor has no fused multiply-add"
     try:
         team_function()
         barrier()
