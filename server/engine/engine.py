@@ -205,16 +205,15 @@ class Engine:
         self._sequences[sequence.id] = sequence
 
     def abort(self, sequence_id: str) -> None:
-        """Drop a sequence wherever it is; unknown and finished ones are ignored."""
+        """Drop a sequence wherever it is, and what is undelivered of it; ignores unknown ones."""
         sequence = self._sequences.get(sequence_id)
-        if sequence is None:
-            return
-        if any(sequence in run.plan.sequences for run in self._in_flight):
-            landed = list(chain.from_iterable(self._land_flight()))
-            self._undelivered = landed + self._undelivered
-        self._tell_late()
-        if not sequence.is_finished:
-            self._release(sequence, sequence.num_verified)
+        if sequence is not None:
+            if any(sequence in run.plan.sequences for run in self._in_flight):
+                landed = list(chain.from_iterable(self._land_flight()))
+                self._undelivered = landed + self._undelivered
+            self._tell_late()
+            if not sequence.is_finished:
+                self._release(sequence, sequence.num_verified)
         self._undelivered = [
             delta for delta in self._undelivered if delta.sequence_id != sequence_id
         ]
