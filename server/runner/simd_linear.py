@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import time
 from functools import cache
 from typing import Any
 
@@ -25,10 +26,13 @@ _FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLO
 _ROW_TYPES = {FLOAT32: torch.float32, FLOAT16: torch.float32, BFLOAT16: torch.bfloat16}
 # Bytes of rows that a block finds where the one before it left them.
 _CACHED = 384 << 10
-# Of a tile: sums, and what is multiplied, fill the registers.
-_MOST_ROWS, _BLOCKS = 12, 2
-# Of one block with as many rows as leave no few over, and of one with few rows.
-_ALL_ROWS, _FEW_ROWS = 16, 8
+# Of a tile of two blocks, whose sums and factors fill the registers, and of one of a single block.
+_MOST_ROWS = {2: 12, 1: 16}
+_WHOLE_TILES = 48  # rows, of either
+# With no more rows blocks are taken one by one: they wait for memory, faster in one stream.
+_FEW_ROWS = 8
+_ANY_NUMBER = 1 << 40
+_TIMED_CALLS, _TIMED_ROUNDS = 4, 12
 _ARGUMENTS = {
     "x": "q",
     "x_stride": "q",
@@ -38,6 +42,7 @@ _ARGUMENTS = {
     "num_blocks": "q",
     "output": "q",
     "output_stride": "q",
+    "most_single": "q",
     "scale": "d",
 }
 
@@ -84,6 +89,7 @@ class SimdLinear(nn.Module):
                 num_blocks,
                 output.data_ptr(),
                 output.stride(0) * output.itemsize,
+                _most_single(self._form),
                 self._scale,
             )
         if output.shape[1] != self.out_features:
@@ -110,6 +116,7 @@ class SimdLinear(nn.Module):
             num_blocks=len(self.packed),
             output=output,
             output_stride=self.out_features * 4,
+            most_single=_most_single(self._form),
             scale=self._scale,
         )
         if self._bias is not None:
@@ -149,58 +156,100 @@ def _tile(form: Format, num_rows: int, num_blocks: int) -> Any:
 
 def _rows_of(form: Format, num_blocks: int) -> Any:
     """Code for rows from `start` to before `stop`, and some blocks."""
-    rows_1, rows_2, rows_4 = (_tile(form, count, num_blocks) for count in (1, 2, 4))
-    rows_8, rows_12 = (_tile(form, count, num_blocks) for count in (8, _MOST_ROWS))
-    rows_16 = _tile(form, _ALL_ROWS, 1)
+    rows_1, rows_2, rows_4, rows_6, rows_8, rows_12 = (
+        _tile(form, count, num_blocks) for count in (1, 2, 4, 6, 8, 12)
+    )
+    rows_16 = _tile(form, 16, 1)
+    most = _MOST_ROWS[num_blocks]
 
     @compiled
     def run(a: Any, start: Any, stop: Any, block: Any) -> None:
         row = start
         while row < stop:
             left = stop - row
-            if _MOST_ROWS < left <= _ALL_ROWS:  # or one to four would be left over
+            if left > 12 and (most == 16 or left <= 16):  # or one to four would be left over
                 for number in range(num_blocks):
                     rows_16(a, row, block + number)
-                row += _ALL_ROWS
+                row += 16
                 continue
             if left > 8:
                 rows_12(a, row, block)
-            elif left > 4:
+            elif left > 6:
                 rows_8(a, row, block)
+            elif left > 4:
+                rows_6(a, row, block)
             elif left > 2:
                 rows_4(a, row, block)
             elif left > 1:
                 rows_2(a, row, block)
             else:
                 rows_1(a, row, block)
-            row += _MOST_ROWS
+            row += 12
 
     return run
 
 
 @cache
 def _kernel(form: Format) -> Kernel:
-    """Compiled in about three seconds, once for each format."""
-    one, together = _rows_of(form, 1), _rows_of(form, _BLOCKS)
+    """Compiled in some seconds, once for each format."""
+    one, together = _rows_of(form, 1), _rows_of(form, 2)
 
     @compiled
     def body(a: Any, thread: Any, num_threads: Any) -> None:
         """Rows that fit into the cache, with some blocks after the others."""
         first = a.num_blocks * thread // num_threads
         end = a.num_blocks * (thread + 1) // num_threads
-        last = end - (end - first) % _BLOCKS
-        at_once = max(1, _CACHED // (_MOST_ROWS * a.x_stride)) * _MOST_ROWS
+        last = end - (end - first) % 2
+        cached = _CACHED // a.x_stride
+        at_once = max(12, cached - cached % (_WHOLE_TILES if cached >= _WHOLE_TILES else 12))
         for start in range(0, a.num_rows, at_once):
             stop = min(start + at_once, a.num_rows)
             done = first
-            if stop - start > _FEW_ROWS:  # fewer wait for memory, which is faster in one stream
+            if stop - start > a.most_single:
                 done = last
-                for block in range(first, last, _BLOCKS):
+                for block in range(first, last, 2):
                     together(a, start, stop, block)
             for block in range(done, end):
                 one(a, start, stop, block)
 
     return Kernel(body, _ARGUMENTS)
+
+
+@cache
+def _most_single(form: Format) -> int:
+    """Rows up to which blocks are taken one by one here: few of them, or any number.
+
+    Two blocks ask less of the caches, and keep fewer rows' sums: which is faster differs by
+    processor. Timed once, in some milliseconds; what comes out is the same to the last bit.
+    """
+    rows, inputs, outputs = _WHOLE_TILES, 512, 2 * LANES  # all of it stays in a core's cache
+    weight = torch.full((outputs // LANES, inputs // form.inputs, STEP), 0, dtype=torch.uint8)
+    x = torch.zeros(rows, inputs * form.row_bytes, dtype=torch.uint8)
+    output = torch.empty(rows, outputs)
+    kernel = _kernel(form)
+
+    def seconds(most_single: int) -> float:
+        arguments = kernel.in_order(
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            num_rows=rows,
+            weight=weight.data_ptr(),
+            num_steps=inputs // form.inputs,
+            num_blocks=outputs // LANES,
+            output=output.data_ptr(),
+            output_stride=output.stride(0) * output.itemsize,
+            most_single=most_single,
+            scale=1.0,
+        )
+        started = time.perf_counter()
+        for _ in range(_TIMED_CALLS):
+            kernel.alone(*arguments)
+        return time.perf_counter() - started
+
+    pairs, singles = (
+        min(seconds(most) for _ in range(_TIMED_ROUNDS)) for most in (_FEW_ROWS, _ANY_NUMBER)
+    )
+    return _ANY_NUMBER if singles < pairs else _FEW_ROWS
 
 
 @cache

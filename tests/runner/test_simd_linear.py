@@ -9,6 +9,7 @@ from server.simd import support
 if reason := support.missing():
     pytest.skip(f"the kernels cannot run here: {reason}", allow_module_level=True)
 
+from server.runner import simd_linear
 from server.runner.simd_linear import SimdLinear
 
 TYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if multiplies_in_kernels(dtype)]
@@ -31,7 +32,7 @@ def assert_near(ours, expected):
 
 
 @pytest.mark.parametrize("dtype", KINDS)
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 21, 100])
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 21, 100])
 def test_any_number_of_rows(rows, dtype):
     weight, x = torch.randn(48, 64).to(dtype), torch.randn(rows, 64)
     assert_near(SimdLinear(weight, None).product(x), exact(x, weight))
@@ -66,6 +67,24 @@ def test_a_row_gives_the_same_whatever_stands_beside_it(dtype):
     torch.set_num_threads(before)
     for count in (1, 2, 3, 5, 9, 16, 17, 33):
         assert torch.equal(layer.product(x[-count:]), together[-count:])
+
+
+@pytest.mark.parametrize("dtype", KINDS)
+@pytest.mark.parametrize("rows", [9, 12, 14, 16, 17, 28, 48, 60, 200])
+def test_one_block_or_two_at_once_give_the_same(monkeypatch, rows, dtype):
+    """To the last bit: which of them is faster here, a clock says."""
+    layer, x = SimdLinear(torch.randn(80, 576).to(dtype), None), torch.randn(rows, 576)
+    found = []
+    for most_single in (simd_linear._FEW_ROWS, simd_linear._ANY_NUMBER):
+        monkeypatch.setattr(simd_linear, "_most_single", lambda form, most=most_single: most)
+        found.append(layer.product(x))
+    assert torch.equal(*found)
+    assert_near(found[0], exact(x, layer_weight(layer)))
+
+
+def layer_weight(layer):
+    """As it was given."""
+    return layer.product(torch.eye(layer.in_features)).T.to(layer.packed.dtype)
 
 
 @pytest.mark.parametrize("dtype", TYPES)
