@@ -280,9 +280,8 @@ class EngineConfig(Section):
         return value
 
 
-_MOST_SECONDS = (
-    1e6  # eleven days: timers of sockets and of event loops take no more than some weeks
-)
+# Eleven days: timers of sockets and of event loops take no more than some weeks.
+_MOST_SECONDS = 1e6
 
 
 class HttpConfig(Section):

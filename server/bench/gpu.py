@@ -4,11 +4,10 @@
 
 In this order, so that what matters most is done if time runs out: the Triton kernels are compared
 with the portable attention, and if they differ in the type that is measured, all else is measured
-without them; forwards of Llama-3.2-1B and
-Llama-3.1-8B in their published shapes with random weights, by transformers, by the forward written
-out and as CUDA graphs, against what reading the weights takes; their cycles without and with the
-engine; the default pair's real texts, where its weights are there; the time of attention; and the
-forwards as graphs of compiled layers.
+without them; forwards of Llama-3.2-1B and Llama-3.1-8B in their published shapes with random
+weights, by transformers, by the forward written out and as CUDA graphs, against what reading the
+weights takes; their cycles without and with the engine; the default pair's real texts, where its
+weights are there; the time of attention; and the forwards as graphs of compiled layers.
 
 Random weights say how long a step takes, nothing about how often a proposal is accepted. Figures
 are written after every part. `--tiny` runs the same on small shapes, on any machine.

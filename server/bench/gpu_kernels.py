@@ -39,7 +39,7 @@ def check_kernels(
 ) -> list[dict[str, Any]]:
     """One row a case: its largest difference to the portable path, and whether that is allowed.
 
-    A case that raises an error has no difference, and has that.
+    Of a case that raises an error, that takes the place of the difference.
 
     Args:
         kernels: to be checked.

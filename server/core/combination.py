@@ -10,9 +10,8 @@ from typing import Literal
 
 Method = Literal["weighted", "contrastive", "linear"]
 
-_LEAST_WEIGHT = (
-    1e-30  # float32, in which models are combined, holds little less, and takes it for 0
-)
+# Models are combined in float32, which holds little less, and takes it for 0.
+_LEAST_WEIGHT = 1e-30
 
 
 @dataclass(frozen=True)

@@ -174,8 +174,8 @@ def _num_score_rows(config: ServerConfig) -> int:
 
 
 def _check_half_batches(runners: Sequence[TorchRunner], config: ServerConfig) -> None:
-    num_places = len(set(device_numbers([runner.device for runner in runners])))
-    if config.engine.half_batches == "on" and num_places == 1:
+    num_devices = len(set(device_numbers([runner.device for runner in runners])))
+    if config.engine.half_batches == "on" and num_devices == 1:
         raise ConfigError(
             "engine.half_batches is on, but the models are not on several GPUs; see models.N.device"
         )

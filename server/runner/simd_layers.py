@@ -58,9 +58,8 @@ _GATED = Later("gated")  # [rows, what `down` takes]
 _KEPT_X, _KEPT_ATTENDED = Later("kept_x"), Later("kept_attended")
 _KEPT_NORMED = Later("kept_normed")
 _LEAST_POSITIONS = 1024  # of which cosines and sines are kept
-_POSITIONS_IN_ONE_PIECE = (
-    4096  # of all at once what they are worked out by would take as much again
-)
+# What they are worked out by would take as much again of all at once.
+_POSITIONS_IN_ONE_PIECE = 4096
 
 
 @dataclass(frozen=True, slots=True)

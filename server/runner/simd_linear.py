@@ -26,9 +26,9 @@ _FORMATS = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLO
 _ROW_TYPES = {FLOAT32: torch.float32, FLOAT16: torch.float32, BFLOAT16: torch.bfloat16}
 # Bytes of rows that a block finds where the one before it left them.
 _CACHED = 384 << 10
-# Of a tile of two blocks, whose sums and factors fill the registers, and of one of a single block.
-_MOST_ROWS = {2: 12, 1: 16}
-_WHOLE_TILES = 48  # rows, of either
+# Rows of a tile of two blocks, whose sums and factors fill the registers; and of one block.
+_PAIR_ROWS, _SINGLE_ROWS = 12, 16
+_WHOLE_TILES = 48  # rows, of either kind
 # With no more rows blocks are taken one by one: they wait for memory, faster in one stream.
 _FEW_ROWS = 8
 _ANY_NUMBER = 1 << 40
@@ -157,20 +157,20 @@ def _tile(form: Format, num_rows: int, num_blocks: int) -> Any:
 def _rows_of(form: Format, num_blocks: int) -> Any:
     """Code for rows from `start` to before `stop`, and some blocks."""
     rows_1, rows_2, rows_4, rows_6, rows_8, rows_12 = (
-        _tile(form, count, num_blocks) for count in (1, 2, 4, 6, 8, 12)
+        _tile(form, count, num_blocks) for count in (1, 2, 4, 6, 8, _PAIR_ROWS)
     )
-    rows_16 = _tile(form, 16, 1)
-    most = _MOST_ROWS[num_blocks]
+    rows_16 = _tile(form, _SINGLE_ROWS, 1)
 
     @compiled
     def run(a: Any, start: Any, stop: Any, block: Any) -> None:
         row = start
         while row < stop:
             left = stop - row
-            if left > 12 and (most == 16 or left <= 16):  # or one to four would be left over
+            # Of two blocks only where one to four rows would be left over.
+            if left > _PAIR_ROWS and (num_blocks == 1 or left <= _SINGLE_ROWS):
                 for number in range(num_blocks):
                     rows_16(a, row, block + number)
-                row += 16
+                row += _SINGLE_ROWS
                 continue
             if left > 8:
                 rows_12(a, row, block)
@@ -184,7 +184,7 @@ def _rows_of(form: Format, num_blocks: int) -> Any:
                 rows_2(a, row, block)
             else:
                 rows_1(a, row, block)
-            row += 12
+            row += _PAIR_ROWS
 
     return run
 
@@ -201,7 +201,8 @@ def _kernel(form: Format) -> Kernel:
         end = a.num_blocks * (thread + 1) // num_threads
         last = end - (end - first) % 2
         cached = _CACHED // a.x_stride
-        at_once = max(12, cached - cached % (_WHOLE_TILES if cached >= _WHOLE_TILES else 12))
+        whole = _WHOLE_TILES if cached >= _WHOLE_TILES else _PAIR_ROWS
+        at_once = max(_PAIR_ROWS, cached - cached % whole)
         for start in range(0, a.num_rows, at_once):
             stop = min(start + at_once, a.num_rows)
             done = first
