@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import configuration
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 KINDS = {
@@ -18,10 +20,10 @@ KINDS = {
 
 
 def anchors(document: Path) -> set[str]:
-    """Of its headings, as code hosts make them."""
+    """Of its headings."""
     text = re.sub(r"^```.*?^```$", "", document.read_text(encoding="utf-8"), flags=re.M | re.S)
     titles = re.findall(r"^#+ (.+)$", text, re.M)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+    return set(map(configuration._anchor, titles))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -49,7 +49,7 @@ FORMATS: dict[CallFormatName, CallFormat] = {
     # Llama 3.1 and 3.2.
     "llama3_json": CallFormat("", "", "", "; ", "parameters"),
 }
-# Of these, some say what kind of value a schema is of.
+# Keywords that say what kind of value a schema is of.
 _KINDS = frozenset({"$ref", "allOf", "anyOf", "const", "enum", "oneOf", "type"})
 # What their chat templates say. In some, quotes are escaped.
 _ARGUMENTS = re.compile(r'"arguments\\?": ')

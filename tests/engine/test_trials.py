@@ -30,7 +30,7 @@ def make_candidate(
 
 
 @pytest.mark.parametrize(
-    ("speedup", "doubt", "baseline_doubt", "is_stale", "may_try", "verdict"),
+    ("speedup", "doubt", "baseline_doubt", "is_stale", "may_try", "judgement"),
     [
         # More than what is uncertain.
         (1.20, 0.10, 0.02, False, True, TAKE),
@@ -55,14 +55,14 @@ def test_verdicts(
     baseline_doubt: float,
     is_stale: bool,
     may_try: bool,
-    verdict: Judgement,
+    judgement: Judgement,
 ) -> None:
     candidate = make_candidate(speedup, doubt)
-    assert judge(candidate, baseline_doubt, is_stale, may_try) is verdict
+    assert judge(candidate, baseline_doubt, is_stale, may_try) is judgement
 
 
 @pytest.mark.parametrize(
-    ("verdict", "is_for_candidate", "is_final"),
+    ("judgement", "is_for_candidate", "is_final"),
     [
         (TAKE, True, True),
         (TRY, True, False),
@@ -70,9 +70,9 @@ def test_verdicts(
         (LEAVE, False, True),
     ],
 )
-def test_what_verdicts_mean(verdict: Judgement, is_for_candidate: bool, is_final: bool) -> None:
-    assert verdict.is_for_candidate is is_for_candidate
-    assert verdict.is_final is is_final
+def test_what_verdicts_mean(judgement: Judgement, is_for_candidate: bool, is_final: bool) -> None:
+    assert judgement.is_for_candidate is is_for_candidate
+    assert judgement.is_final is is_final
 
 
 def proceed(
@@ -108,8 +108,8 @@ def test_the_baseline_is_timed_before_until_it_is_known_well() -> None:
     """Not only as well as it was when that began to be too little."""
     trials, candidate = Trials(), make_candidate()
     doubts = {0.06: TRY, 0.08: TIME_BASELINE, 0.061: TIME_BASELINE, 0.04: TRY, 0.062: TRY}
-    for doubt, verdict in doubts.items():
-        assert trials.proceed(candidate, doubt, 0, 0.0) is verdict
+    for doubt, judgement in doubts.items():
+        assert trials.proceed(candidate, doubt, 0, 0.0) is judgement
 
 
 def test_a_pause_says_nothing_of_the_baseline() -> None:
